@@ -1,0 +1,64 @@
+# One command each, on a fresh clone: the environment is made first, in .venv, and again when its two inputs change.
+#
+#   make demo     the demonstration             (ARGS="--help" are passed on)
+#   make test     everything that must pass     (ARGS="-k resume" go to pytest)
+#   make lint     format, lint and types only
+#   make format   rewrite the code in the one format
+#   make docs     run the code in README.md and docs/
+#   make soak     the tests that take minutes
+#   make bench    side-by-side timings
+#   make clean    remove what was built and cached; distclean: .venv as well
+#
+# PYTHON=python3.12 chooses the interpreter of a new .venv.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: demo test lint format docs soak bench clean distclean
+
+demo: .venv/.run
+	$(BIN)/forgather demo $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+docs: .venv/.dev
+	$(BIN)/pytest tests/test_documents.py $(ARGS)
+
+soak: .venv/.dev
+	$(BIN)/pytest -m soak --timeout=3600 $(ARGS)
+
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks $(or $(ARGS),all)
+
+clean:
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
+
+# A stamp for each set of dependencies: the demo needs neither the tools nor transformers.
+.venv/.run: EXTRAS :=
+.venv/.dev: EXTRAS := [dev]
+.venv/.bench: EXTRAS := [bench]
+.venv/.run .venv/.dev .venv/.bench: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
+	@touch .venv/.run $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "forgather-fn needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv

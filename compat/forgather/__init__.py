@@ -1,0 +1,1 @@
+"""The package under which trainers are imported: ``forgather.ml``."""

@@ -1,0 +1,1 @@
+"""Trainer classes over the functions of :mod:`forgather_fn`."""

@@ -1,0 +1,21 @@
+"""One thread, one profile: every run of the suite does the same thing."""
+
+import os
+
+# Read by torch in the processes that tests start. How a sum is split over threads decides its last bits, and the
+# laws compare bits between processes.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
