@@ -1,0 +1,299 @@
+"""Streams of batches, whose only state is an integer: how many samples were consumed."""
+
+import contextlib
+import itertools
+from collections.abc import Generator, Iterator
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import attrs
+import numpy as np
+import torch
+
+from forgather_fn.describe import describe
+from forgather_fn.fetch import Collate, Indices, Source, source
+from forgather_fn.loading import Fetch, Request, in_process, in_workers, keyed, undrawn
+from forgather_fn.order import Order, look_up
+
+Last: TypeAlias = Literal["span", "ragged", "drop"]
+
+VERSION: Final = 1
+"""Part of every fingerprint. To be raised when the same stream would give other samples, or other random draws."""
+
+_BLOCK: Final = 8192
+"""Positions looked up at once: a look-up of one batch costs as much as one of thousands of samples."""
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """What one step consumes.
+
+    Attributes:
+        data: What the model and the loss get.
+        samples: How many samples are in it.
+        indices: Their indices in the dataset, int64, shape (samples,), so that a step can be replayed; None if unknown.
+        ragged: Whether it is smaller than the stream's batch size, because an epoch or the stream ended.
+    """
+
+    data: Any
+    samples: int
+    indices: Indices | None
+    ragged: bool = False
+
+
+@attrs.frozen(eq=False, repr=False)
+class Stream:
+    """An endless or bounded sequence of batches, not yet started; made by :func:`batches`.
+
+    A stream has no position. ``start`` may be called any number of times, for any position, at the same cost.
+
+    Attributes:
+        dataset: As given.
+        length: Samples in the dataset when the stream was made.
+        batch_size: Samples in a batch, for the whole step: all microbatches of all ranks.
+        order, last, collate, epochs, workers, prefetch, pin_memory, random, seed: As given to :func:`batches`.
+    """
+
+    dataset: Any
+    length: int
+    batch_size: int
+    order: Order
+    last: Last
+    collate: Collate | None
+    epochs: int | None
+    workers: int
+    prefetch: int
+    pin_memory: bool
+    random: bool
+    seed: int | None
+    _source: Source = attrs.field(alias="source")
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples that one epoch consumes: the dataset's, less the tail that ``last="drop"`` leaves out."""
+        return self.length - self.length % self.batch_size if self.last == "drop" else self.length
+
+    @property
+    def total_samples(self) -> int | None:
+        """Samples that the whole stream consumes, None if it is endless."""
+        return None if self.epochs is None else self.epochs * self.epoch_length
+
+    def start(self, seed: int, samples: int) -> Generator[Batch, None, None]:
+        """Give the batches from a position on.
+
+        The cost does not depend on the position: nothing is skipped or replayed. Close the iterator to end its workers
+        (they also end with it, and with the process).
+
+        Args:
+            seed: The job's. A ``seed`` given to :func:`batches` takes its place.
+            samples: Samples of this stream that the job has consumed.
+
+        Raises:
+            ValueError: ``samples`` is negative; or with ``last="drop"``, where all batches are full, it lies inside a
+                batch. From the iterator: the dataset's length has changed, or the first batch drew random numbers
+                without ``random=True``.
+        """
+        if samples < 0:
+            raise ValueError(f"samples={samples}: a stream starts at position 0 or later")
+        if self.last == "drop" and samples % self.batch_size:
+            raise ValueError(
+                f"samples={samples} lies inside a batch: with last='drop' and batch_size={self.batch_size} a stream "
+                f"starts at a multiple of {self.batch_size}. Was the position reached with another batch size?"
+            )
+        return self._batches(self._seed(seed), samples)
+
+    def one_pass(self) -> Generator[Batch, None, None]:
+        """Give every sample of the dataset once, in its order, as an evaluation wants them.
+
+        The last batch may be ragged, whatever ``order``, ``last`` and ``epochs`` say of training. Random draws are
+        those of epoch 0 under the seed given to :func:`batches`, or 0: the same in every pass.
+        """
+        once = attrs.evolve(self, order="sequential", last="ragged", epochs=1)
+        return once.start(seed=0, samples=0)
+
+    def indices(self, seed: int, start: int, stop: int) -> tuple[Indices, Indices]:
+        """Look up which samples lie at the positions ``start <= i < stop`` of a job.
+
+        A pure function, for any range and in any order; ``order="torch"`` keeps the last epoch that was looked up
+        (8 bytes a sample), and makes others anew.
+
+        Args:
+            seed: The job's. A ``seed`` given to :func:`batches` takes its place.
+            start: The first position, in samples.
+            stop: The position after the last. The end of a bounded stream is not looked at.
+
+        Returns:
+            The epoch and the dataset index of each position, both int64, shape (stop - start,).
+
+        Raises:
+            ValueError: Not ``0 <= start <= stop``.
+
+        Example:
+            >>> stream = batches(range(3), batch_size=2, order="sequential")
+            >>> [part.tolist() for part in stream.indices(0, 2, 7)]
+            [[0, 1, 1, 1, 2], [2, 0, 1, 2, 0]]
+        """
+        return look_up(self.order, start, stop, n=self.length, epoch_length=self.epoch_length, seed=self._seed(seed))
+
+    def fingerprint(self, seed: int) -> str:
+        """Name everything that decides which samples come when, and what they draw, in one line.
+
+        Two streams over the same data with the same fingerprint give the same samples. How they are fetched (workers,
+        prefetching, pinning) and how many there are (``epochs``) is left out; so is the batch size, where only the
+        boundaries between batches depend on it.
+
+        Args:
+            seed: The job's. A ``seed`` given to :func:`batches` takes its place.
+
+        Example:
+            >>> batches(range(10), batch_size=2).fingerprint(seed=7)
+            'data/1 length=10 order=shuffled last=span random=False seed=7'
+        """
+        parts = [f"data/{VERSION}", f"length={self.length}", f"order={self.order}", f"last={self.last}"]
+        if self.last == "drop" or (self.random and self._source.joint):
+            parts.append(f"batch_size={self.batch_size}")
+        parts.append(f"random={self.random}")
+        if self.order != "sequential" or self.random:
+            parts.append(f"seed={self._seed(seed)}")
+        return " ".join(parts)
+
+    def __repr__(self) -> str:
+        # Never the dataset's own text: that of a list of tensors takes a second to make.
+        dataset = f"<{type(self.dataset).__name__} of {self.length} samples>"
+        names = [field.name for field in attrs.fields(Stream)[2:-1]]
+        return f"batches({', '.join([dataset, *(f'{name}={describe(getattr(self, name))}' for name in names)])})"
+
+    def _seed(self, seed: int) -> int:
+        return int(seed if self.seed is None else self.seed)  # a numpy integer would print, and hash, as another
+
+    def _batches(self, seed: int, samples: int) -> Generator[Batch, None, None]:
+        expected, asked = itertools.tee(self._requests(seed, samples))
+        fetch = Fetch(self._source.read, keyed if self.random else undrawn)
+        pin_memory = self.pin_memory and torch.accelerator.is_available()
+        answers = (
+            in_workers(fetch, asked, workers=self.workers, prefetch=self.prefetch, pin_memory=pin_memory, seed=seed)
+            if self.workers
+            else in_process(fetch, asked, pin_memory=pin_memory)
+        )
+        with contextlib.closing(answers):
+            for request, data in zip(expected, answers, strict=True):
+                count = len(request.indices)
+                yield Batch(data, count, request.indices, ragged=count < self.batch_size)
+
+    def _requests(self, seed: int, samples: int) -> Iterator[Request]:
+        """Look up a block of positions, cut it into batches, and go on with the next."""
+        epochs = indices = np.empty(0, np.int64)
+        position = looked_up = block = samples
+        while self.total_samples is None or position < self.total_samples:
+            self._check_length(position)
+            epoch_end = (position // self.epoch_length + 1) * self.epoch_length
+            stop = position + self.batch_size
+            if self.last == "ragged":
+                stop = min(stop, epoch_end)
+            if self.total_samples is not None:
+                stop = min(stop, self.total_samples)
+            if stop > looked_up:
+                block, looked_up = position, max(stop, min(position + _BLOCK, epoch_end))
+                epochs, indices = self.indices(seed, block, looked_up)
+            rows = slice(position - block, stop - block)
+            yield Request(position, epochs[rows], indices[rows], seed, first=position == samples)
+            position = stop
+
+    def _check_length(self, position: int) -> None:
+        length = len(self._source.sized)
+        if length != self.length:
+            raise ValueError(
+                f"the dataset has {length} samples, but had {self.length} when batches() was called (seen at sample "
+                f"{position} of the job), and the order depends on its length: change it only between streams."
+            )
+
+
+def batches(
+    dataset: Any,
+    *,
+    batch_size: int,
+    order: Order = "shuffled",
+    last: Last = "span",
+    collate: Collate | None = None,
+    epochs: int | None = None,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    random: bool = False,
+    seed: int | None = None,
+) -> Stream:
+    """Describe the batches that a job trains on, or evaluates with.
+
+    Sample ``i`` of the job is sample ``permutation(seed, epoch)(i % n)`` of the dataset, with ``epoch = i // n``: which
+    sample comes when does not depend on workers, world size, batch size or restarts, and the position is one integer.
+
+    Args:
+        dataset: Whatever has a length and can be indexed: a list, or a map-style ``torch.utils.data.Dataset`` (its
+            ``__getitems__`` is used if it has one). A tensor, a numpy array, and a mapping, a tuple or a
+            ``TensorDataset`` of them, all of one length, are sliced without a Python loop; arrays become tensors.
+        batch_size: Samples in a step, over all its microbatches and ranks.
+        order: ``"shuffled"``, by a permutation in constant memory (:func:`forgather_fn.permutation.permuted`);
+            ``"torch"``, by ``torch.randperm`` under ``seed + epoch``, as transformers.Trainer does (8 bytes a sample;
+            and epoch 1 of seed 0 is epoch 0 of seed 1); or ``"sequential"``.
+        last: The last batch of an epoch is filled from the next (``"span"``), is smaller (``"ragged"``), or is left out
+            (``"drop"``).
+        collate: Makes a batch of a list of samples; if None, ``torch.utils.data.default_collate`` does.
+        epochs: After how many the stream ends, with a smaller batch if need be. None: never.
+        workers: Processes that fetch ahead. 0: samples are fetched in this process, when asked for.
+        prefetch: Batches that each worker has in hand; without workers there are none.
+        pin_memory: Copy batches to page-locked memory, from which an accelerator copies asynchronously. Where there is
+            no accelerator there is no such memory, and nothing is copied.
+        random: Whether dataset or collate function draw from Python's, numpy's or torch's global CPU generator. Those
+            are then seeded for each sample (a collate function or ``__getitems__``: for its first sample) by its epoch
+            and index, and put back after each batch, which takes about 30 microseconds a sample. Without it, the first
+            batch of each start is checked to draw nothing.
+        seed: The data seed; if None, the job's.
+
+    Raises:
+        ValueError: A number is too small; ``order`` or ``last`` is unknown; the dataset is empty, cannot be indexed, or
+            its columns differ in length; or ``last="drop"`` leaves nothing.
+
+    Example:
+        >>> stream = batches({"x": torch.arange(10)}, batch_size=4, order="sequential")
+        >>> [batch.data["x"].tolist() for batch in itertools.islice(stream.start(seed=0, samples=4), 2)]
+        [[4, 5, 6, 7], [8, 9, 0, 1]]
+    """
+    _check_integers(1, batch_size=batch_size, prefetch=prefetch, epochs=1 if epochs is None else epochs)
+    _check_integers(0, workers=workers)
+    _check_names(get_args(Order), order=order)
+    _check_names(get_args(Last), last=last)
+    found = source(dataset, collate)
+    length = len(found.sized)
+    if length == 0:
+        raise ValueError(f"the dataset (a {type(dataset).__name__}) is empty: there is no batch to make of it")
+    if last == "drop" and batch_size > length:
+        raise ValueError(
+            f"last='drop' leaves nothing of {length} samples in batches of {batch_size}: use a batch_size of at most "
+            f"{length}, or last='span', which fills a batch from the next epoch"
+        )
+    return Stream(
+        dataset=dataset,
+        length=length,
+        batch_size=batch_size,
+        order=order,
+        last=last,
+        collate=collate,
+        epochs=epochs,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        random=random,
+        seed=seed,
+        source=found,
+    )
+
+
+def _check_integers(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+
+
+def _check_names(known: tuple[str, ...], **given: str) -> None:
+    for name, value in given.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, known))}")
