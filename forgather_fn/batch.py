@@ -1,0 +1,77 @@
+"""Batches: what a step consumes, and how it is cut into microbatches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgather_fn.data import Batch
+from forgather_fn.losses import leading_dimension
+from forgather_fn.tree import rebuilt
+
+
+def as_batch(batch: Any) -> Batch:
+    """Wrap plain data as a batch of as many samples as its leading dimension."""
+    return batch if isinstance(batch, Batch) else Batch(batch, leading_dimension(batch), None)
+
+
+def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any:
+    """Move a batch's tensors to a device, and floating ones to a data type if one is given; share what is there."""
+    if isinstance(data, Tensor):
+        wanted = floating if floating is not None and data.is_floating_point() else data.dtype
+        if data.device == device and data.dtype == wanted:
+            return data
+        return data.to(device=device, dtype=wanted, non_blocking=True)
+    if isinstance(data, Mapping):
+        return {name: placed(item, device, floating) for name, item in data.items()}
+    if isinstance(data, tuple | list):
+        return rebuilt(data, [placed(item, device, floating) for item in data])
+    return data
+
+
+def microbatches(batch: Batch, count: int) -> list[Any]:
+    """Cut a batch into near-equal parts along its leading dimension.
+
+    The parts differ by at most one sample, the larger ones first. A batch that ends an epoch (``ragged``) may have
+    fewer samples than parts; empty parts are left out.
+
+    Args:
+        batch: Tensors of equal leading dimension; lists of that length are cut too; numbers, strings, None and
+            zero-dimensional tensors go to every part.
+        count: How many parts.
+
+    Raises:
+        ValueError: The batch has fewer samples than parts and is not ragged, or the leading dimension of a tensor is
+            not the number of samples.
+    """
+    if count == 1:
+        return [batch.data]
+    if batch.samples < count and not batch.ragged:
+        raise ValueError(
+            f"microbatches={count}, but the batch has {batch.samples} samples: each microbatch needs at least one. "
+            "Use a larger batch_size or fewer microbatches."
+        )
+    count = min(count, batch.samples)
+    sizes = [batch.samples // count + (i < batch.samples % count) for i in range(count)]
+    starts = [sum(sizes[:i]) for i in range(count)]
+    return [
+        _cut(batch.data, start, start + size, batch.samples, "batch") for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+def _cut(data: Any, start: int, stop: int, samples: int, path: str) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _cut(item, start, stop, samples, f"{path}/{name}") for name, item in data.items()}
+    if isinstance(data, Tensor) and data.dim() > 0:
+        if data.shape[0] != samples:
+            raise ValueError(
+                f"{path} has leading dimension {data.shape[0]}, but the batch has {samples} samples: it cannot be cut "
+                "into microbatches. Expand it to one row a sample."
+            )
+        return data[start:stop]
+    if isinstance(data, list) and len(data) == samples and not any(isinstance(item, Tensor) for item in data):
+        return data[start:stop]
+    if isinstance(data, tuple | list):
+        return rebuilt(data, [_cut(item, start, stop, samples, f"{path}/{i}") for i, item in enumerate(data)])
+    return data

@@ -1,0 +1,135 @@
+"""Control: stages that end the stream."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import attrs
+
+from forgather_fn.data import Stream
+from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick, closing
+from forgather_fn.state import TrainState
+
+
+def until(
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    tokens: int | None = None,
+    seconds: float | None = None,
+    clock: Clock = time.monotonic,
+) -> Stage:
+    """End the stream when any of these is reached; it never pulls past its last tick.
+
+    A state that is already there gives no tick.
+
+    Args:
+        steps: The state's step.
+        epochs: Passes over the stream's data, counted in samples.
+        tokens: The state's tokens. Asking waits for the device at every step.
+        seconds: Since the stream was opened.
+        clock: Gives seconds.
+
+    Raises:
+        ValueError: No end is given, or one is negative; or, on opening, ``epochs`` for data of unknown length.
+    """
+    given = {"steps": steps, "epochs": epochs, "tokens": tokens, "seconds": seconds}
+    ends = {name: end for name, end in given.items() if end is not None}
+    if not ends or any(not end >= 0 for end in ends.values()):
+        raise ValueError(f"until: give at least one end, none of them negative; got {ends or 'none'}")
+
+    def stage(upstream: Steps) -> Steps:
+        data = upstream.data
+        if epochs is not None and not isinstance(data, Stream):
+            raise ValueError(
+                "until(epochs=...) needs a stream of known length: use ff.batches(dataset, batch_size=...)"
+            )
+
+        def reached(state: TrainState, started: float) -> bool:
+            return (
+                (steps is not None and state.step >= steps)
+                or (epochs is not None and isinstance(data, Stream) and state.samples >= epochs * data.epoch_length)
+                or (tokens is not None and int(state.tokens) >= tokens)
+                or (seconds is not None and clock() - started >= seconds)
+            )
+
+        def opened(demand: Demand) -> Iterator[Tick]:
+            started = clock()
+            if reached(upstream.state, started):
+                return
+            ticks = upstream.open(demand.ending(steps).ending(_horizon(epochs, data, upstream.state)))
+            with closing(ticks):
+                for tick in ticks:
+                    yield tick
+                    if reached(tick.state, started):
+                        return
+
+        return attrs.evolve(upstream, open=opened)
+
+    return stage
+
+
+def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
+    """Tell at which step so many epochs will be over."""
+    if epochs is None or not isinstance(data, Stream):
+        return None
+    size, length = data.batch_size, data.epoch_length
+    start, stop = state.samples, epochs * length
+    if data.last != "ragged" or start // length == stop // length:
+        return state.step + math.ceil((stop - start) / size)
+    first, whole = length - start % length, stop // length - start // length - 1
+    return (
+        state.step + math.ceil(first / size) + int(whole) * math.ceil(length / size) + math.ceil(stop % length / size)
+    )
+
+
+def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater: bool = False) -> Stage:
+    """End the stream when a result has not improved for ``patience`` looks in a row.
+
+    Args:
+        metric: The name of a result of an observer upstream.
+        patience: How many looks without improvement are borne; the stream ends at the next.
+        min_delta: By how much a result must be better than the best to count.
+        greater: Whether greater is better.
+
+    Raises:
+        ValueError: ``patience`` is negative.
+    """
+    if patience < 0 or min_delta < 0:
+        raise ValueError(f"early_stopped: patience and min_delta must be at least 0; got {patience} and {min_delta}")
+
+    def stage(steps: Steps) -> Steps:
+        def opened(demand: Demand) -> Iterator[Tick]:
+            best, poor = -math.inf, 0
+            ticks = steps.open(demand)
+            with closing(ticks):
+                for tick in ticks:
+                    yield tick
+                    if metric not in tick.results:
+                        continue
+                    value = tick.results[metric] * (1 if greater else -1)
+                    improved = value > best + min_delta
+                    best, poor = (value, 0) if improved else (best, poor + 1)
+                    if poor > patience:
+                        return
+
+        return attrs.evolve(steps, open=opened)
+
+    return stage
+
+
+def stopped_by(condition: Callable[[Tick], bool]) -> Stage:
+    """End the stream after the first tick for which a condition holds."""
+
+    def stage(steps: Steps) -> Steps:
+        def opened(demand: Demand) -> Iterator[Tick]:
+            ticks = steps.open(demand)
+            with closing(ticks):
+                for tick in ticks:
+                    yield tick
+                    if condition(tick):
+                        return
+
+        return attrs.evolve(steps, open=opened)
+
+    return stage

@@ -1,0 +1,144 @@
+"""Any optimizer of torch as a pair of pure functions."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn.describe import describe, described
+from forgather_fn.flat import Flat
+from forgather_fn.gradient import Gradients
+from forgather_fn.optim import Group, Optimizer, OptState, Predicate, assigner, matrices
+
+TorchFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+_numbers = itertools.count()
+
+
+OPTIONS = "param_groups"
+"""Under which name the state holds the numbers that an optimizer keeps in its parameter groups."""
+
+
+@attrs.frozen(eq=False)
+class Adapted:
+    """A torch optimizer over leaves that are the views of one state, and the options that it began with."""
+
+    optimizer: torch.optim.Optimizer
+    leaves: Mapping[str, Tensor]
+    options: tuple[Mapping[str, float], ...]
+
+
+@described
+def from_torch(
+    factory: TorchFactory,
+    *,
+    weight_decay: float | None = None,
+    decays: Predicate = matrices,
+    groups: Sequence[Group] = (),
+) -> Optimizer:
+    """Adapt an optimizer of torch, or one written to its interface.
+
+    Its slots become data in the state, ``{slot: {parameter: value}}``, so that they are copied, compared and saved as
+    any other. It sees the parameters in groups of their own learning rate and weight decay. One look at the device a
+    step decides whether it runs, since such optimizers have no other way to leave a non-finite step out.
+
+    Args:
+        factory: ``parameter groups -> optimizer``: ``lambda groups: torch.optim.RMSprop(groups, alpha=0.9)``. The
+            learning rate that it is made with does not matter: the plan's schedule is set before each update.
+        weight_decay: Of those parameters that decay; None leaves it to the factory, for all parameters.
+        decays: Which parameters those are; by default, those of two or more dimensions.
+        groups: Parameters with hyperparameters of their own.
+
+    Raises:
+        ValueError: When a state is made: the optimizer needs a closure, or is not an optimizer.
+    """
+    mine = f"from_torch {next(_numbers)}"
+
+    def adapted(params: Flat) -> Adapted:
+        if mine not in params.kept:
+            params.kept[mine] = _adapt(factory, params)
+        found: Adapted = params.kept[mine]
+        return found
+
+    def init(params: Flat) -> OptState:
+        return _taken(adapted(params))
+
+    def update(
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+    ) -> OptState:
+        if found_inf.item():
+            return state
+        held = adapted(params)
+        gradients = gradients.resolved()
+        for name, leaf in held.leaves.items():
+            leaf.grad = gradients.views.get(name)
+        for options in held.optimizer.param_groups:
+            options["lr"] = learning_rate * options["learning_rate_factor"]
+        _put(held, state)
+        with torch.enable_grad():
+            held.optimizer.step()
+        for leaf in held.leaves.values():
+            leaf.grad = None
+        return _taken(held)
+
+    return Optimizer(init, update, assigner(groups, weight_decay, decays))
+
+
+def _adapt(factory: TorchFactory, params: Flat) -> Adapted:
+    leaves = {name: view.detach() for name, view in params.items()}
+    rows = []
+    for number, hyper in enumerate(params.layout.groups):
+        own = [leaves[leaf.name] for leaf in params.layout.leaves if leaf.group == number]
+        row: dict[str, Any] = {"params": own, "learning_rate_factor": hyper.learning_rate}
+        rows.append(row if hyper.weight_decay is None else row | {"weight_decay": hyper.weight_decay})
+    optimizer = factory(rows)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"from_torch: {describe(factory)} returned {type(optimizer).__name__}, not an optimizer")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is inspect.Parameter.empty):
+        raise ValueError(
+            f"from_torch: {type(optimizer).__name__} evaluates the loss several times a step (its step needs a "
+            "closure), which a pure update cannot do"
+        )
+    return Adapted(optimizer, leaves, _options(optimizer))
+
+
+def _options(optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], ...]:
+    """Read the numbers in the parameter groups, but for the learning rate, which is the schedule's."""
+    return tuple(
+        {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, int | float) and name not in ("lr", "learning_rate_factor")
+        }
+        for row in optimizer.param_groups
+    )
+
+
+def _put(held: Adapted, state: OptState) -> None:
+    """Make the optimizer's state what the data says, whatever it was."""
+    held.optimizer.state.clear()
+    for slot, values in state.items():
+        if slot != OPTIONS:
+            for name, value in values.items():
+                held.optimizer.state[held.leaves[name]][slot] = value
+    for i, (row, first) in enumerate(zip(held.optimizer.param_groups, held.options, strict=True)):
+        row.update(first)
+        row.update(state.get(OPTIONS, {}).get(str(i), {}))
+
+
+def _taken(held: Adapted) -> OptState:
+    """Read the optimizer's state out as data: slots by parameter, and options that it has changed."""
+    slots: dict[str, dict[str, Any]] = {}
+    for name, leaf in held.leaves.items():
+        for slot, value in held.optimizer.state.get(leaf, {}).items():
+            slots.setdefault(slot, {})[name] = value
+    for i, (now, first) in enumerate(zip(_options(held.optimizer), held.options, strict=True)):
+        changed = {name: value for name, value in now.items() if first.get(name) != value}
+        if changed:
+            slots.setdefault(OPTIONS, {})[str(i)] = changed
+    return slots

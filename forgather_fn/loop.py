@@ -1,0 +1,206 @@
+"""The loop: a stream of ticks that stages are composed onto, and its two ends.
+
+A stage maps :class:`Steps` to :class:`Steps`. Observers (:mod:`forgather_fn.stages`) look at ticks and never change the
+state; control (:mod:`forgather_fn.endings`) ends the stream. They act in the order in which they are written. What
+observers want of a step is known before it runs, so that a step that nobody looks at never waits for the device.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import attrs
+
+from forgather_fn import interrupt
+from forgather_fn.data import Stream
+from forgather_fn.plan import Metrics, Program
+from forgather_fn.state import TrainState, raise_if_nonfinite
+
+Clock = Callable[[], float]
+Data = Iterable[Any] | Stream
+"""What a run is trained on: a stream, which starts anywhere, or any iterable of batches, which starts where it does."""
+Batch = TypeVar("Batch")
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """What the ticks of one stream have in common.
+
+    Attributes:
+        program: Whose steps they are.
+        data: What it is trained on.
+        started: The step at which the stream began.
+        horizon: The step at which the run ends, where a stage downstream knows it.
+    """
+
+    program: Program
+    data: Data
+    started: int
+    horizon: int | None
+
+    def epoch(self, samples: int) -> float | None:
+        """Tell how many passes over the data a number of samples is; None where its length is not known."""
+        return samples / self.data.epoch_length if isinstance(self.data, Stream) else None
+
+
+@attrs.frozen(eq=False)
+class Tick:
+    """One step that was made.
+
+    Attributes:
+        state: After the step; the next step consumes it.
+        metrics: Of the step, still on the device.
+        batch: What was consumed.
+        run: The program and the data.
+        results: What observers upstream found at this tick.
+    """
+
+    state: TrainState
+    metrics: Metrics
+    batch: Any
+    run: Run
+    results: Mapping[str, float] = attrs.field(factory=dict)
+
+
+@attrs.frozen(eq=False)
+class Demand:
+    """What stages downstream ask of the source, before it runs.
+
+    Attributes:
+        wants: For each observer, ``step -> names``: what it wants of the step that leads to that number.
+        horizon: The step at which the stream will end, if known.
+    """
+
+    wants: tuple[Callable[[int], frozenset[str]], ...] = ()
+    horizon: int | None = None
+
+    def at(self, step: int) -> frozenset[str]:
+        """Join what all observers want of the step that leads to this number."""
+        return frozenset(itertools.chain.from_iterable(want(step) for want in self.wants))
+
+    def wanting(self, wants: Callable[[int], frozenset[str]]) -> "Demand":
+        """Add an observer's wants."""
+        return attrs.evolve(self, wants=(*self.wants, wants))
+
+    def ending(self, step: int | None) -> "Demand":
+        """Add an end; the earliest counts."""
+        known = [end for end in (self.horizon, step) if end is not None]
+        return attrs.evolve(self, horizon=min(known, default=None))
+
+
+@attrs.frozen(eq=False)
+class Steps(Iterable[Tick]):
+    """A stream of ticks that has not started: iterate it, or compose stages onto it.
+
+    Attributes:
+        state: Where it starts.
+        data: What it runs over.
+        open: ``demand -> iterator``; stages pass the demands from below on to the source.
+    """
+
+    state: TrainState
+    data: Data
+    open: Callable[[Demand], Iterator[Tick]]
+
+    def __iter__(self) -> Iterator[Tick]:
+        """Run the stream; signals that ask it to end are heeded while it runs."""
+        with interrupt.listening() as signalled:
+            yield from self.open(Demand())
+            if signalled() in interrupt.PREEMPTIONS:
+                raise interrupt.Preempted(signalled())
+
+
+Stage = Callable[[Steps], Steps]
+
+
+def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
+    """Make the stream of ticks of a program, from a state, over data.
+
+    A stream (:func:`~forgather_fn.data.batches`) starts at the sample that the state names; any other iterable starts
+    where it starts. Ctrl-C ends the stream after the running step and what observes it; the second one at once. So do
+    SIGTERM and SIGUSR1, between the microbatches of a step; the iteration then ends by
+    :class:`~forgather_fn.interrupt.Preempted`.
+
+    Raises:
+        ValueError: The state was trained on another stream, or the stream's batches are smaller than the microbatches.
+    """
+    if isinstance(data, Stream):
+        fingerprint = data.fingerprint(state.seed)
+        if state.data is not None and state.data != fingerprint:
+            raise ValueError(
+                "this state was trained on another stream of data; going on would repeat and miss samples.\n"
+                f"  the state:  {state.data}\n  the stream: {fingerprint}\n"
+                "To start anew on other data with these weights, use attrs.evolve(state, data=None, samples=0)."
+            )
+        if state.batch_size not in (None, data.batch_size):
+            raise ValueError(
+                f"this state was trained with batch_size={state.batch_size}, the stream has batch_size="
+                f"{data.batch_size}: that is another training. To go on with it on purpose, restore with "
+                'allow={"batch_size"}, or use attrs.evolve(state, batch_size=None).'
+            )
+        if data.batch_size < program.plan.microbatches:
+            raise ValueError(
+                f"microbatches={program.plan.microbatches}, but batch_size={data.batch_size}: each microbatch needs at "
+                "least one sample"
+            )
+        state = attrs.evolve(state, data=fingerprint, batch_size=data.batch_size)
+    return Steps(state, data, lambda demand: _ticks(program, state, data, demand))
+
+
+def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> Iterator[Tick]:
+    """The source: pseudocode and code are the same.
+
+    for batch in data: state, metrics = step(state, batch); yield the tick
+    """
+    run = Run(program, data, state.step, demand.horizon)
+    batches = data.start(state.seed, state.samples) if isinstance(data, Stream) else iter(data)
+    with closing(batches), contextlib.suppress(interrupt.Interrupted):
+        interrupt.check()
+        for batch in batches:
+            state, metrics = program.step(state, batch, wants=demand.at(state.step + 1))
+            yield Tick(state, metrics, batch, run)
+            if interrupt.requested():
+                return
+
+
+@contextlib.contextmanager
+def closing(iterator: Iterator[Any]) -> Iterator[None]:
+    """End a generator with the block, and tell it of an exception downstream; other iterators have nothing to end."""
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if isinstance(iterator, Generator):
+            with contextlib.suppress(type(error)):
+                iterator.throw(error)
+        raise
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
+
+
+def last(steps: Steps) -> TrainState:
+    """Run a stream to its end and give the final state; the state that it started from, if it had no tick.
+
+    Raises:
+        NonFiniteError: A step was not finite, and the plan does not skip such steps.
+    """
+    state = steps.state
+    for tick in steps:
+        state = tick.state
+    raise_if_nonfinite(state)
+    return state
+
+
+def fold(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], state: TrainState, batches: Iterable[Batch]
+) -> TrainState:
+    """Fold a step over batches, and give the final state.
+
+    Training is a fold: ``fold(step, state, a + b) == fold(step, fold(step, state, a), b)``, and going on from a saved
+    state is its corollary.
+    """
+    return functools.reduce(lambda state, batch: step(state, batch)[0], batches, state)

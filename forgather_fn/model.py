@@ -1,0 +1,265 @@
+"""What a module is made of: its parameters and buffers by name, which are tied, and how it is called."""
+
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from forgather_fn.flat import listed
+from forgather_fn.losses import Loss, Objective
+from forgather_fn.random import key, seeded
+
+ModelFactory = Callable[[], nn.Module]
+
+
+@attrs.frozen(eq=False)
+class Site:
+    """One attribute of a module that holds a parameter: ``module._parameters[attribute]``."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+    tensor: nn.Parameter
+
+
+@attrs.frozen(eq=False)
+class Anatomy:
+    """A module's tensors. A tied tensor has one name, the first, and several sites.
+
+    Attributes:
+        params: Every parameter by its first name.
+        sites: Each site of a parameter with the name of what it holds.
+    """
+
+    params: dict[str, nn.Parameter]
+    sites: tuple[tuple[Site, str], ...]
+
+    def retie(self) -> None:
+        """Point tied parameters at one memory again, after a conversion has given each its own."""
+        for site, name in self.sites:
+            site.tensor.data = self.params[name].data
+
+
+def parameter_anatomy(module: nn.Module) -> Anatomy:
+    """Find the parameters of a module, tied ones once; tied is what shares memory, as an object or as storage only.
+
+    Raises:
+        ValueError: A parameter is lazy, has no data, or shares only a part of its memory with another.
+    """
+    params: dict[str, nn.Parameter] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    sites: list[tuple[Site, str]] = []
+    for site in _sites(module):
+        _check_parameter(site)
+        place = _place(site.tensor)
+        name = names.setdefault(place, site.name)
+        if name == site.name:
+            params[name] = site.tensor
+        sites.append((site, name))
+    _check_overlap(params)
+    return Anatomy(params, tuple(sites))
+
+
+@attrs.frozen(eq=False)
+class Slot:
+    """One place for a buffer in a module, whether it holds one now or None."""
+
+    held: dict[str, Tensor | None]
+    attribute: str
+    name: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What it holds now."""
+        return self.held.get(self.attribute)
+
+
+def buffer_slots(module: nn.Module) -> tuple[Slot, ...]:
+    """Find all places for buffers in a module.
+
+    Raises:
+        ValueError: A buffer is lazy.
+    """
+    slots = tuple(
+        Slot(child._buffers, attribute, f"{prefix}.{attribute}" if prefix else attribute)
+        for prefix, child in module.named_modules()
+        for attribute in child._buffers
+    )
+    for slot in slots:
+        _check_shape(slot.name, slot.tensor)
+    return slots
+
+
+def buffer_names(slots: Sequence[Slot]) -> dict[str, str]:
+    """Name what each slot holds; a tensor that several hold has the first one's name."""
+    names: dict[tuple[Any, ...], str] = {}
+    return {slot.name: names.setdefault(_place(slot.tensor), slot.name) for slot in slots if slot.tensor is not None}
+
+
+def _sites(module: nn.Module) -> Iterator[Site]:
+    for prefix, child in module.named_modules():
+        for attribute, tensor in child._parameters.items():
+            if tensor is not None:
+                yield Site(child, attribute, f"{prefix}.{attribute}" if prefix else attribute, tensor)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Identify a tensor by its memory, so that aliases are found; an empty one only by itself."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _check_parameter(site: Site) -> None:
+    _check_shape(site.name, site.tensor)
+    if site.tensor.is_meta:
+        raise ValueError(f"{site.name} is on the meta device and has no values; build the model on a real device")
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.sparse:
+        raise ValueError(
+            f"{site.name} asks for sparse gradients, which flat storage does not hold; build the embedding with "
+            "sparse=False"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor | None) -> None:
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+        raise ValueError(
+            f"{name} is lazy and has no shape yet; run the model once on an example batch before it is given to a "
+            "plan: model(example)"
+        )
+
+
+def _check_overlap(params: Mapping[str, nn.Parameter]) -> None:
+    spans = sorted((p.data_ptr(), p.data_ptr() + _span(p), name) for name, p in params.items() if p.numel())
+    for (_, stop, one), (start, _, other) in itertools.pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"{one} and {other} share a part of their memory; parameters must be the same tensor or have memory of "
+                f"their own. Clone one of them: {other} = nn.Parameter({other}.clone())"
+            )
+
+
+def _span(tensor: Tensor) -> int:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
+
+
+def build(model: nn.Module | ModelFactory, seed: int) -> nn.Module:
+    """Give the module itself, or build one from its factory under a key of the seed.
+
+    Raises:
+        ValueError: It is neither a module nor a function that returns one.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if callable(model):
+        with seeded(key(seed, "init"), torch.device("cpu")):
+            built = model()
+        if isinstance(built, nn.Module):
+            return built
+        raise ValueError(f"the model factory returned {type(built).__name__}; expected a torch.nn.Module")
+    raise ValueError(f"model must be a torch.nn.Module or a function that builds one, got {type(model).__name__}")
+
+
+def initialise_by_name(module: nn.Module, seed: int) -> None:
+    """Initialise module by module, each under a key of its own name, children before their parents.
+
+    The values then depend on names alone, not on the order of construction, so that any part of a model, built alone,
+    starts as it does in the whole. Each module's own ``reset_parameters`` is used (``_reset_parameters`` for
+    attention), or, in Hugging Face models, the model's ``_init_weights``.
+
+    Raises:
+        ValueError: A module has parameters of its own and none of these.
+    """
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    hugging_face = _is_hugging_face(module)
+    with torch.no_grad():
+        for name, child in reversed(list(module.named_modules())):
+            reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
+            initialise = module._init_weights if hugging_face else None
+            own = [p for p in child.parameters(recurse=False) if p is not None]
+            if reset is None and initialise is None and own:
+                raise ValueError(
+                    f'init="by_name": {name or "the model"} ({type(child).__name__}) has parameters of its own, but no '
+                    "reset_parameters(); give it one that draws their values"
+                )
+            with seeded(key(seed, "init", name), device):
+                if callable(initialise):
+                    initialise(child)
+                elif reset is not None:
+                    reset()
+
+
+def _is_hugging_face(module: nn.Module) -> bool:
+    """Tell models of transformers apart without importing it."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(module, library.PreTrainedModel)
+
+
+def enter_training(module: nn.Module) -> None:
+    """Put a module that is in evaluation mode as a whole into training mode; keep modes that were set part by part."""
+    if not module.training:
+        module.train()
+
+
+@attrs.frozen(eq=False)
+class Modes:
+    """The training flags of every module, to be put back after an evaluation."""
+
+    flags: tuple[tuple[nn.Module, bool], ...]
+
+    def restore(self) -> None:
+        """Put each module's own flag back, whatever was set in between."""
+        for module, training in self.flags:
+            module.training = training
+
+
+def evaluation_mode(module: nn.Module) -> Modes:
+    """Switch a module to evaluation, and remember the mode of each of its parts."""
+    modes = Modes(tuple((child, child.training) for child in module.modules()))
+    module.eval()
+    return modes
+
+
+def call_arguments(module: nn.Module, loss: Loss) -> Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]:
+    """Say how a module is called on a batch: ``batch -> (positional arguments, keyword arguments)``.
+
+    A dict batch goes by keyword: the keys that ``forward`` takes (all, if it takes any), less those that the loss
+    withholds, which are its targets. A tuple batch goes by position, less its last, the target; anything else is the
+    one argument.
+
+    Raises:
+        ValueError: When called: no key of the batch is an argument of ``forward``.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    objective = loss if isinstance(loss, Objective) else None
+    withheld = objective.withheld if objective else ()
+    counts = bool(objective and objective.passes_weight) and (
+        "num_items_in_batch" in parameters or (takes_any and _is_hugging_face(module))
+    )
+
+    def arguments(batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+        if isinstance(batch, Mapping):
+            given = {
+                name: item for name, item in batch.items() if (takes_any or name in parameters) and name not in withheld
+            }
+            if not given:
+                raise ValueError(
+                    f"no key of the batch is an argument of {type(module).__name__}.forward: the batch has "
+                    f"{listed(sorted(map(str, batch)))}, forward takes {listed(sorted(parameters))}"
+                )
+            if counts and objective:
+                # At least one, since models divide by it, and nan times nothing is nan.
+                given["num_items_in_batch"] = torch.as_tensor(objective.weight(batch)).clamp(min=1)
+            return (), given
+        if isinstance(batch, tuple | list):
+            return (batch[:-1] if len(batch) > 1 else batch), {}
+        return (batch,), {}
+
+    return arguments

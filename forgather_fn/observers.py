@@ -1,0 +1,84 @@
+"""Observers: evaluation and reports."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from forgather_fn.loop import Clock, Data, Tick
+from forgather_fn.report.row import Row, Sink
+from forgather_fn.report.row import sink as as_sink
+from forgather_fn.stages import Observer
+from forgather_fn.state import raise_if_nonfinite
+
+
+def evaluated(data: Data, *, params: Literal["params", "ema"] = "params", name: str = "eval") -> Observer:
+    """Evaluate the state on data; results are named ``<name>_<metric>``: ``eval_loss``.
+
+    Args:
+        data: A stream, of which one ordered pass is made, or a list of batches.
+        params: Which parameters: the trained ones, or their average.
+        name: What the results begin with.
+    """
+
+    def observe(tick: Tick) -> Mapping[str, float]:
+        found = tick.run.program.evaluate(tick.state, data, params=params)
+        return {f"{name}_{metric}": value for metric, value in found.items()}
+
+    return Observer(observe)
+
+
+def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), clock: Clock = time.monotonic) -> Observer:
+    """Write the numbers of a tick to sinks: the step's metrics, the results of observers upstream, and rates.
+
+    This is where metrics leave the device, so where a run waits for it. Rates are means since the report before.
+
+    Args:
+        sinks: Such as ``bar()``, ``tensorboard(path)``, ``jsonl(path)``, ``console()``, or any function of a row.
+        wants: Metrics beyond the usual ones that steps are to compute for it, such as ``"gradient_norms"``.
+        clock: Gives seconds.
+
+    Raises:
+        NonFiniteError: At a look: a step before was not finite.
+    """
+    lifted = [as_sink(sink) for sink in sinks]
+    begun = clock()
+    before: tuple[float, int, int] | None = None
+
+    def observe(tick: Tick) -> None:
+        nonlocal before
+        state = tick.state
+        raise_if_nonfinite(state)
+        values = {name: _scalar(name, value) for name, value in tick.metrics.items()} | dict(tick.results)
+        tokens = int(state.tokens)
+        now = clock()
+        if before is not None and now > before[0]:
+            elapsed = now - before[0]
+            values["samples_per_second"] = (state.samples - before[1]) / elapsed
+            values["tokens_per_second"] = (tokens - before[2]) / elapsed
+        before = now, state.samples, tokens
+        row = Row(
+            step=state.step,
+            samples=state.samples,
+            epoch=tick.run.epoch(state.samples),
+            started=tick.run.started,
+            horizon=tick.run.horizon,
+            seconds=now - begun,
+            values=values,
+        )
+        for sink in lifted:
+            sink(row)
+
+    def close() -> None:
+        with contextlib.ExitStack() as stack:
+            for sink in reversed(lifted):
+                stack.callback(sink.close)
+
+    return Observer(observe, wants=frozenset(wants), close=close)
+
+
+def _scalar(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"report: the metric {name!r} is not one number: {value!r}") from error

@@ -1,0 +1,403 @@
+"""Optimizers: thin pairs of pure functions over torch's own maths."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from forgather_fn import flat as flat_storage
+from forgather_fn.describe import describe, described
+from forgather_fn.flat import Chunk, Flat, Hyper, listed
+from forgather_fn.gradient import Gradients
+
+OptState = Mapping[str, Any]
+Predicate = Callable[[str, Tensor], bool]
+
+
+class OptimizerInit(Protocol):
+    """Make the optimizer's state for these parameters."""
+
+    def __call__(self, params: Flat, /) -> OptState:
+        """Give slots by name: mappings in the layout of the parameters, tensors, numbers."""
+        ...
+
+
+class OptimizerUpdate(Protocol):
+    """Apply one update."""
+
+    def __call__(
+        self, gradients: Gradients, state: OptState, params: Flat, /, *, learning_rate: float, found_inf: Tensor
+    ) -> OptState:
+        """Update ``params`` and the slots of ``state`` in place (they are donated), and give the new state.
+
+        Where ``found_inf`` (a float32 scalar on the device) is 1 instead of 0, nothing must change. ``gradients`` may
+        be used up. Parameters that it has no entry for are left untouched, their slots too.
+        """
+        ...
+
+
+@attrs.frozen(repr=False)
+class Optimizer:
+    """What turns gradients into new parameters.
+
+    Attributes:
+        init: ``params -> state``.
+        update: ``(gradients, state, params) -> state``, in place on what it is given. Those that need shapes read
+            ``params[name]``; those that work element by element, :func:`parts`.
+        groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``.
+    """
+
+    init: OptimizerInit
+    update: OptimizerUpdate
+    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return self.description or f"Optimizer({describe(self.update)})"
+
+
+@attrs.frozen
+class Group:
+    """Which parameters have hyperparameters of their own: made by :func:`group`."""
+
+    match: str | Predicate = attrs.field(repr=describe)
+    learning_rate: float
+    weight_decay: float | None
+    frozen: bool
+
+
+def group(
+    match: str | Predicate, *, learning_rate: float = 1.0, weight_decay: float | None = None, frozen: bool = False
+) -> Group:
+    """Give some parameters hyperparameters of their own. Where several groups match, the first counts.
+
+    Args:
+        match: A pattern for the qualified name (``"encoder.*"``, ``"*.bias"``), or a predicate of name and tensor.
+        learning_rate: Factor on the scheduled learning rate.
+        weight_decay: The coefficient; None for the optimizer's default.
+        frozen: Do not train them.
+
+    Raises:
+        ValueError: A number is negative or not finite; or, when a state is made, the group matches no parameter.
+
+    Example:
+        >>> adamw(groups=[group("head.*", learning_rate=10.0), group("embed.*", frozen=True)]).groups(
+        ...     {"embed.weight": torch.zeros(2, 2), "head.weight": torch.zeros(2, 2)}
+        ... )["embed.weight"].frozen
+        True
+    """
+    _check_numbers(learning_rate=learning_rate, weight_decay=weight_decay)
+    return Group(match, learning_rate, weight_decay, frozen)
+
+
+def matrices(name: str, tensor: Tensor) -> bool:
+    """Say that tensors of two or more dimensions decay, and others (biases, norms' gains) do not."""
+    del name
+    return tensor.dim() >= 2
+
+
+def assigner(
+    groups: Sequence[Group], weight_decay: float | None, decays: Predicate
+) -> Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]:
+    """Make the function that names each parameter's hyperparameters.
+
+    Raises:
+        ValueError: A number is out of range; or, when called, a group matches no parameter.
+    """
+    _check_numbers(weight_decay=weight_decay)
+
+    def matches(one: Group, name: str, tensor: Tensor) -> bool:
+        return fnmatchcase(name, one.match) if isinstance(one.match, str) else bool(one.match(name, tensor))
+
+    def assign(params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
+        chosen: dict[str, Hyper] = {}
+        used: set[int] = set()
+        for name, tensor in params.items():
+            decay = weight_decay if weight_decay is None or decays(name, tensor) else 0.0
+            own = [i for i, one in enumerate(groups) if matches(one, name, tensor)]
+            used.update(own)
+            if not own:
+                chosen[name] = Hyper(weight_decay=decay)
+                continue
+            first = groups[own[0]]
+            decay = decay if first.weight_decay is None else first.weight_decay
+            chosen[name] = Hyper(first.learning_rate, decay, first.frozen)
+        for i, one in enumerate(groups):
+            if i not in used:
+                raise ValueError(
+                    f"group {describe(one.match)} matches no parameter; the parameters are {listed(sorted(params))}"
+                )
+        return chosen
+
+    return assign
+
+
+def _check_numbers(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {number}")
+
+
+@attrs.frozen(eq=False)
+class Part:
+    """The tensors of one group and data type that one kernel call updates.
+
+    Attributes:
+        hyper: The hyperparameters of the group.
+        chunks: Where they lie.
+        params: Parts of the parameters.
+        slots: Parts of each slot.
+    """
+
+    hyper: Hyper
+    chunks: tuple[Chunk, ...]
+    params: list[Tensor]
+    slots: tuple[list[Tensor], ...]
+
+
+def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = True) -> list[Part]:
+    """Sort what an element-wise update works on by group: one call of a fused kernel each.
+
+    The lists are made once and shared by later steps as long as the same parameters get gradients.
+
+    Args:
+        gradients: Of this step.
+        params: To be updated.
+        slots: In the layout of the parameters.
+        together: Whether neighbours of one group may be updated as one tensor. The bits are the same either way.
+    """
+    layout, active = gradients.layout, gradients.active
+    cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
+    chunks = cut(active)
+    found = params.kept.get("parts")
+    if found is None or found[0] is not chunks or not _same(found[1], slots):
+        found = params.kept["parts"] = (chunks, slots, _parts(chunks, params, slots))
+    result: list[Part] = found[2]
+    return result
+
+
+def _same(ones: Sequence[Flat], others: Sequence[Flat]) -> bool:
+    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+
+def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[Part]:
+    result = []
+    for buffer, group in dict.fromkeys((chunk.buffer, chunk.group) for chunk in chunks):
+        own = tuple(chunk for chunk in chunks if (chunk.buffer, chunk.group) == (buffer, group))
+        lists = tuple(list(flat.pieces(own)) for flat in (params, *slots))
+        result.append(Part(params.layout.groups[group], own, lists[0], lists[1:]))
+    return result
+
+
+def _adam_family(
+    kernel: Callable[..., None],
+    betas: tuple[float, float],
+    eps: float,
+    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]],
+) -> Optimizer:
+    """Make an optimizer of one of the fused kernels that ``torch.optim.Adam`` and ``AdamW`` call.
+
+    Updates are counted by parameter, since one without a gradient is not updated; as in torch, the bias of its
+    averages is corrected by its own count.
+    """
+
+    def init(params: Flat) -> OptState:
+        count = torch.zeros(len(params), dtype=torch.float32, device=params.buffers[0].device)
+        return {"exp_avg": params.map(torch.zeros_like), "exp_avg_sq": params.map(torch.zeros_like), "count": count}
+
+    def update(
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+    ) -> OptState:
+        gradients = gradients.for_kernel()
+        count = state["count"]
+        together = _counted_alike(gradients, params, count)
+        if all(gradients.active):
+            count.add_(1 - found_inf)
+        else:
+            count.addcmul_(torch.tensor(gradients.active, dtype=count.dtype, device=count.device), 1 - found_inf)
+        counts = _unbound(params, count)
+        for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
+            kernel(
+                part.params,
+                list(gradients.pieces(part.chunks)),
+                part.slots[0],
+                part.slots[1],
+                [],
+                [counts[chunk.first] for chunk in part.chunks],
+                lr=learning_rate * part.hyper.learning_rate,
+                beta1=betas[0],
+                beta2=betas[1],
+                weight_decay=part.hyper.weight_decay or 0.0,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=gradients.divisor,
+                found_inf=found_inf,
+            )
+        return state
+
+    return Optimizer(init, update, groups)
+
+
+def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
+    """Tell whether all active parameters have been updated equally often, so that they may share a count.
+
+    That holds as long as the same ones get a gradient at every update. Storage that is new here (a first step, a copy,
+    a restored state) is asked once; that waits for the device.
+    """
+    known = params.kept.get("counted")
+    if known is None or known[0] is not count:
+        counts = list(itertools.compress(count.tolist(), gradients.active))
+        known = (count, gradients.active if len(set(counts)) <= 1 else None)
+    elif known[1] != gradients.active:
+        known = (count, None)
+    params.kept["counted"] = known
+    return known[1] is not None
+
+
+def _unbound(params: Flat, count: Tensor) -> Sequence[Tensor]:
+    found = params.kept.get("counts")
+    if found is None or found[0] is not count:
+        found = params.kept["counts"] = (count, count.unbind())
+    counts: Sequence[Tensor] = found[1]
+    return counts
+
+
+def _check_betas(name: str, betas: tuple[float, float], eps: float) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or eps < 0:
+        raise ValueError(
+            f"{name}: betas must be two numbers in [0, 1) and eps at least 0; got betas={betas}, eps={eps}"
+        )
+
+
+@described
+def adamw(
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    decays: Predicate = matrices,
+    groups: Sequence[Group] = (),
+) -> Optimizer:
+    """Adam with decoupled weight decay: torch's own fused kernel over flat storage.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; equal to ``torch.optim.AdamW``.
+
+    Args:
+        betas: Decay of the running mean and of the running mean square, by update.
+        eps: Added to the root of the mean square.
+        weight_decay: Of those parameters that decay.
+        decays: Which parameters those are; by default, those of two or more dimensions.
+        groups: Parameters with hyperparameters of their own.
+
+    Raises:
+        ValueError: ``betas`` are not in [0, 1), or ``eps`` is negative.
+    """
+    _check_betas("adamw", betas, eps)
+    return _adam_family(torch._fused_adamw_, betas, eps, assigner(groups, weight_decay, decays))
+
+
+@described
+def adam(
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decays: Predicate = matrices,
+    groups: Sequence[Group] = (),
+) -> Optimizer:
+    """Adam; weight decay, if any, is added to the gradient.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; equal to ``torch.optim.Adam``.
+    The arguments are those of :func:`adamw`.
+    """
+    _check_betas("adam", betas, eps)
+    return _adam_family(torch._fused_adam_, betas, eps, assigner(groups, weight_decay, decays))
+
+
+@described
+def sgd(
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decays: Predicate = matrices,
+    groups: Sequence[Group] = (),
+) -> Optimizer:
+    """Stochastic gradient descent, with momentum if asked for: equal to ``torch.optim.SGD``.
+
+    Args:
+        momentum: Decay of the running sum of gradients; 0 keeps none.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Added to the gradient, for those parameters that decay.
+        decays: Which parameters those are; by default, those of two or more dimensions.
+        groups: Parameters with hyperparameters of their own.
+
+    Raises:
+        ValueError: ``momentum`` is negative, or ``nesterov`` without it.
+    """
+    if momentum < 0 or (nesterov and momentum == 0):
+        raise ValueError(f"sgd: momentum must be at least 0, and above 0 for nesterov; got {momentum}")
+
+    def init(params: Flat) -> OptState:
+        return {"momentum": params.map(torch.zeros_like)} if momentum else {}
+
+    def update(
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+    ) -> OptState:
+        gradients = gradients.for_kernel()
+        slots = [state["momentum"]] if momentum else []
+        for part in parts(gradients, params, *slots):
+            kernel = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
+            kernel(
+                part.params,
+                list(gradients.pieces(part.chunks)),
+                part.slots[0] if momentum else [],
+                weight_decay=part.hyper.weight_decay or 0.0,
+                momentum=momentum,
+                lr=learning_rate * part.hyper.learning_rate,
+                dampening=0.0,
+                nesterov=nesterov,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=gradients.divisor,
+                found_inf=found_inf,
+            )
+        return state
+
+    return Optimizer(init, update, assigner(groups, weight_decay, decays))
+
+
+def _fused_sgd_is_right(tensor: Tensor) -> bool:
+    """Tell where torch's fused kernel may be used: on CPUs its results in bfloat16 are wrong (seen in torch 2.13)."""
+    return tensor.device.type != "cpu" or tensor.dtype.itemsize > 2
+
+
+def _unfused_sgd(
+    params: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Tensor,
+    is_first_step: bool,
+    **options: Any,
+) -> None:
+    """Do what the fused kernel is for, on a CPU, where looking at the flag costs nothing."""
+    assert not is_first_step
+    if found_inf.item():
+        return
+    if grad_scale is not None:
+        torch._foreach_div_(gradients, grad_scale)
+    torch_sgd(params, gradients, list(momenta) or [None] * len(params), foreach=True, **options)
+
+
+def slots_like(params: Flat) -> Flat:
+    """Make a slot of zeros in the layout of the parameters, for optimizers of your own."""
+    return flat_storage.zeros(params.layout, params.buffers[0].device)

@@ -1,0 +1,238 @@
+"""The recipe of a training run, and what a strategy makes of it."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import attrs
+import torch
+from torch import nn
+
+from forgather_fn.average import Average
+from forgather_fn.data import Stream
+from forgather_fn.describe import describe
+from forgather_fn.gradient import Gradients, Transform
+from forgather_fn.losses import Loss
+from forgather_fn.model import ModelFactory
+from forgather_fn.optim import Optimizer
+from forgather_fn.schedules import Schedule
+from forgather_fn.state import TrainState
+from forgather_fn.workspace import VIEWED_ELEMENTS
+
+if TYPE_CHECKING:
+    from forgather_fn.loop import Steps
+
+Precision = Literal["as_built", "float32", "float64", "bfloat16"]
+Metrics = Mapping[str, Any]
+
+
+def _one_of(*choices: str) -> Callable[[Any, "attrs.Attribute[str]", str], None]:
+    def check(instance: Any, attribute: "attrs.Attribute[str]", value: str) -> None:
+        if value not in choices:
+            raise ValueError(f"Plan: {attribute.name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+    return check
+
+
+def _at_least_one(instance: Any, attribute: "attrs.Attribute[int]", value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Plan: {attribute.name} must be an integer of at least 1, got {value!r}")
+
+
+def _transforms(value: Iterable[Transform]) -> tuple[Transform, ...]:
+    given = tuple(value)
+    for one in given:
+        if not isinstance(one, Transform):
+            raise ValueError(f"Plan: transforms takes Transforms such as ff.clipped(1.0), got {one!r}")
+    return given
+
+
+def _device(value: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Plan: device {str(value)!r} cannot be used here: {reason}") from None
+    return device
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Plan:
+    """Everything that a training run is made of, before it runs. Frozen, and never saved itself: its description is.
+
+    Attributes:
+        model: A module, which keeps its values, or a function that builds one.
+        loss: ``(outputs, batch) -> Mean``, or a mapping of named ones with ``"loss"`` among them.
+        optimizer: Such as :func:`~forgather_fn.optim.adamw`.
+        schedule: ``step -> learning rate``, or a constant.
+        transforms: What gradients pass through, in order.
+        average: A running average of the parameters, such as :func:`~forgather_fn.average.ema`.
+        microbatches: Into how many parts a batch is cut; their gradients are added exactly.
+        precision: ``"as_built"`` leaves the model's data types; ``"float32"`` and ``"float64"`` convert floating
+            parameters, buffers and inputs; ``"bfloat16"`` runs forward and loss under autocast.
+        on_nonfinite: ``"raise"`` stops at the first step whose loss or gradient is not finite, ``"skip"`` leaves its
+            update out and goes on. Either way nothing is changed by it.
+        init: ``"as_built"``, or ``"by_name"``: module by module under keys of their names.
+        donate: Let a step update its state in place. False copies first: the same bits, slower, and old states stay
+            readable.
+        device: Where it runs.
+        viewed_elements: Up to how many parameters gradients are views of a flat buffer; a matter of speed alone.
+    """
+
+    model: nn.Module | ModelFactory
+    loss: Loss
+    optimizer: Optimizer
+    schedule: Schedule | float
+    transforms: tuple[Transform, ...] = attrs.field(default=(), converter=_transforms)
+    average: Average | None = None
+    microbatches: int = attrs.field(default=1, validator=_at_least_one)
+    precision: Precision = attrs.field(
+        default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16")
+    )
+    on_nonfinite: Literal["raise", "skip"] = attrs.field(default="raise", validator=_one_of("raise", "skip"))
+    init: Literal["as_built", "by_name"] = attrs.field(default="as_built", validator=_one_of("as_built", "by_name"))
+    donate: bool = True
+    device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
+    viewed_elements: int = VIEWED_ELEMENTS
+
+    def describe(self) -> dict[str, str]:
+        """Say, part by part, what the run is made of; the part of a plan that goes into checkpoints."""
+        model = self.model
+        named = type(model) if isinstance(model, nn.Module) else model
+        parts = {field.name: describe(getattr(self, field.name)) for field in attrs.fields(Plan)}
+        return parts | {"model": describe(named)}
+
+
+class Init(Protocol):
+    """Make the first state of a run."""
+
+    def __call__(self, seed: int = 0) -> TrainState:
+        """Take the values that the plan's module has now, or build one from its factory under ``seed``.
+
+        The state has storage of its own, and the program's module is bound to it.
+        """
+        ...
+
+
+class Restore(Protocol):
+    """Make the state that a checkpoint holds."""
+
+    def __call__(self, path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
+        """Read a checkpoint, or the latest whole one of a run; ``steps`` goes on at the sample that it names.
+
+        Args:
+            path: A checkpoint directory, which must be whole, or a run directory.
+            allow: What may differ from the plan that it was made by, on purpose: ``"schedule"``, ``"optimizer"``,
+                ``"loss"``, ... and, of the stream that goes on, ``"batch_size"`` and ``"data"``.
+            without: What is not read and starts fresh: ``"optimizer"``, ``"ema"``, ``"transforms"``, ``"controls"``,
+                ``"progress"`` (steps, samples, counters).
+
+        Raises:
+            CheckpointError: It is damaged, or something differs; both sides are shown.
+        """
+        ...
+
+
+class Step(Protocol):
+    """Consume a state and a batch; give the next state."""
+
+    def __call__(
+        self, state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()
+    ) -> tuple[TrainState, Metrics]:
+        """Run forward, backward and the update on one batch.
+
+        Args:
+            state: Consumed when the update begins; a failure before that leaves it readable.
+            batch: A :class:`~forgather_fn.data.Batch`, or plain data whose leading dimension counts the samples.
+            wants: Metrics beyond the usual ones: ``"gradient_norms"``, the norm of each parameter's gradient.
+
+        Returns:
+            The next state, and metrics: each :class:`~forgather_fn.mean.Mean` that the loss named, what transforms
+            report, and ``learning_rate``. Tensors stay on the device.
+        """
+        ...
+
+
+class TakeGradients(Protocol):
+    """Compute the gradient of one batch, and change nothing."""
+
+    def __call__(self, state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
+        """Give the mean gradient, the buffers as the forward passes leave them, and the metrics of the loss."""
+        ...
+
+
+class Update(Protocol):
+    """Apply a gradient to a state."""
+
+    def __call__(
+        self, state: TrainState, gradients: Gradients, /, buffers: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Run transforms and optimizer; the state is consumed, the gradient is not.
+
+        ``buffers`` are those that :class:`TakeGradients` gave; None keeps the state's own.
+        """
+        ...
+
+
+class Evaluate(Protocol):
+    """Measure a state on data."""
+
+    def __call__(
+        self, state: TrainState, data: Any, /, *, params: Literal["params", "ema"] = "params"
+    ) -> dict[str, float]:
+        """Run the loss over every sample once, without gradients, in evaluation mode, and give each named mean.
+
+        Means are added over batches and divided once, so the result does not depend on the batch size.
+        """
+        ...
+
+
+class Apply(Protocol):
+    """Call the model on inputs."""
+
+    def __call__(
+        self, state: TrainState, /, *inputs: Any, params: Literal["params", "ema"] = "params", **named: Any
+    ) -> Any:
+        """Give the model's outputs in evaluation mode, without gradients."""
+        ...
+
+
+class Export(Protocol):
+    """Take the model out of the training."""
+
+    def __call__(self, state: TrainState, /, *, params: Literal["params", "ema"] = "params") -> nn.Module:
+        """Give the module with the state's values in memory of its own, no longer bound to any state."""
+        ...
+
+
+class OpenSteps(Protocol):
+    """Start a run."""
+
+    def __call__(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":
+        """Give the ticks over a data stream, from where the state left it, or over any iterable of batches."""
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Program:
+    """What a strategy makes of a plan: a frozen record of functions. Loops know nothing else.
+
+    ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
+    """
+
+    plan: Plan
+    init: Init
+    restore: Restore
+    module: Callable[[], nn.Module]
+    steps: OpenSteps
+    step: Step
+    gradients: TakeGradients
+    update: Update
+    evaluate: Evaluate
+    apply: Apply
+    export: Export
+
+    def __repr__(self) -> str:
+        parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())
+        return f"Program(\n{parts}\n)"

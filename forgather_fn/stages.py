@@ -1,0 +1,173 @@
+"""Observers and when they look: stages that see ticks and never change the state."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+import attrs
+
+from forgather_fn import interrupt
+from forgather_fn.loop import Clock, Demand, Stage, Steps, Tick, closing
+
+
+class Observe(Protocol):
+    """Look at a tick."""
+
+    def __call__(self, tick: Tick, /) -> Mapping[str, float] | None:
+        """Give named results for observers downstream and reports, or None."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Observer:
+    """An observer that needs more than a call. A plain function of a tick is taken wherever one of these is.
+
+    Attributes:
+        observe: The function.
+        wants: Metrics that the step must compute for it.
+        open: Called once, before the first step.
+        end: Called with the last tick, when the stream ends other than by an exception.
+        close: Called once, when a stream that was begun ends, however it ends.
+    """
+
+    observe: Observe
+    wants: frozenset[str] = frozenset()
+    open: Callable[[Steps], None] = lambda steps: None
+    end: Callable[[Tick], None] = lambda tick: None
+    close: Callable[[], None] = lambda: None
+
+
+def _as_observer(observer: Observer | Observe) -> Observer:
+    return observer if isinstance(observer, Observer) else Observer(observer)
+
+
+def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observers: Observer | Observe) -> Stage:
+    """Let observers look at the ticks that are due; the base of :func:`every`, :func:`at` and others.
+
+    Args:
+        due: Whether a tick is looked at.
+        wants: Whether a step might be, by the number that it leads to; asked before the step.
+        observers: In the order in which they look; each sees the results of those before.
+    """
+    lifted = [_as_observer(observer) for observer in observers]
+    names = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
+
+    def stage(steps: Steps) -> Steps:
+        def opened(demand: Demand) -> Iterator[Tick]:
+            ticks = steps.open(demand.wanting(lambda step: names if wants(step) else frozenset()) if names else demand)
+            last: Tick | None = None
+            with contextlib.ExitStack() as stack:
+                for observer in lifted:
+                    observer.open(steps)
+                    stack.callback(observer.close)
+                stack.enter_context(closing(ticks))
+                try:
+                    for tick in ticks:
+                        last = tick
+                        yield _observed(tick, lifted) if due(tick) else tick
+                except GeneratorExit:
+                    _ended(last, lifted)
+                    raise
+                _ended(last, lifted)
+
+        return attrs.evolve(steps, open=opened)
+
+    return stage
+
+
+def _ended(last: Tick | None, observers: Iterable[Observer]) -> None:
+    if last is not None and not last.state.consumed:
+        for observer in observers:
+            observer.end(last)
+
+
+def _observed(tick: Tick, observers: Iterable[Observer]) -> Tick:
+    for observer in observers:
+        found = None
+        with contextlib.suppress(interrupt.Interrupted):  # an evaluation that was cut short; the stream ends after it
+            found = observer.observe(tick)
+        if found:
+            tick = attrs.evolve(tick, results={**tick.results, **found})
+    return tick
+
+
+def every(steps: int, *observers: Observer | Observe) -> Stage:
+    """Look at every tick whose step is a multiple of ``steps``.
+
+    Args:
+        steps: Optimizer steps between looks.
+        observers: Functions of a tick, or :class:`Observer` records.
+
+    Raises:
+        ValueError: ``steps`` is not a positive integer.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"every: the number of steps must be an integer of at least 1, got {steps!r}")
+    return observing(lambda tick: tick.state.step % steps == 0, lambda step: step % steps == 0, *observers)
+
+
+def at(steps: int | Iterable[int], *observers: Observer | Observe) -> Stage:
+    """Look at the ticks of these steps.
+
+    Args:
+        steps: One step number, or several: ``at((1, 10, 100), ...)``.
+        observers: As in :func:`every`.
+    """
+    chosen = frozenset([steps] if isinstance(steps, int) else steps)
+    return observing(lambda tick: tick.state.step in chosen, lambda step: step in chosen, *observers)
+
+
+def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock = time.monotonic) -> Stage:
+    """Look at the first tick after every ``seconds`` seconds.
+
+    Args:
+        seconds: Between looks, counted from the start of the stream and then from the last look.
+        observers: As in :func:`every`. Metrics that they want are computed at every step, since no step knows its time.
+        clock: Gives seconds; injected, so that tests need not wait.
+    """
+    if not seconds > 0:
+        raise ValueError(f"every_seconds: seconds must be positive, got {seconds}")
+
+    def stage(steps: Steps) -> Steps:
+        def opened(demand: Demand) -> Iterator[Tick]:
+            last = clock()
+
+            def due(tick: Tick) -> bool:
+                nonlocal last
+                now = clock()
+                if now - last < seconds:
+                    return False
+                last = now
+                return True
+
+            return observing(due, lambda step: True, *observers)(steps).open(demand)
+
+        return attrs.evolve(steps, open=opened)
+
+    return stage
+
+
+def at_end(*observers: Observer | Observe) -> Stage:
+    """Look at the last tick, when the stream has ended: by ``until``, by Ctrl-C, or because the data ended.
+
+    A stream that ends by an exception has no last tick. Stages downstream do not see what these observers find.
+    """
+    lifted = [_as_observer(observer) for observer in observers]
+
+    def look(tick: Tick) -> None:
+        _observed(tick, lifted)
+
+    def opened(steps: Steps) -> None:
+        for observer in lifted:
+            observer.open(steps)
+
+    def close() -> None:
+        with contextlib.ExitStack() as stack:
+            for observer in lifted:
+                stack.callback(observer.close)
+
+    wants = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
+    last = Observer(lambda tick: None, wants=wants, open=opened, end=look, close=close)
+    return observing(lambda tick: False, lambda step: True, last)

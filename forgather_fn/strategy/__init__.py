@@ -1,0 +1,1 @@
+"""Strategies: each makes the same record of functions of a plan."""

@@ -1,0 +1,115 @@
+"""Where backward passes leave their gradients.
+
+On small models they are views of flat buffers: zeroing, the norm and the update are then one call each, which counts
+where calls are what takes time. On large ones they are autograd's own tensors, which saves reading and writing all of
+them once more, and counts where memory is what takes time.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from forgather_fn import flat as flat_storage
+from forgather_fn.flat import Flat, Layout
+from forgather_fn.gradient import Gradients
+
+VIEWED_ELEMENTS = 1_000_000
+"""Up to this many parameters, gradients are views of flat buffers (measured: ``docs/performance.md``)."""
+
+
+class Collect(Protocol):
+    """Read the gradients."""
+
+    def __call__(self, samples: int, weight: Tensor | float, /) -> Gradients:
+        """Give what backward passes since ``clear`` left, of so many samples of this weight."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Workspace:
+    """How the gradients of one module are made ready for backward passes, and read after them.
+
+    Attributes:
+        clear: Make ready: no gradient is there.
+        collect: Read what came.
+        release: Let go of memory that is not needed until the next step.
+    """
+
+    clear: Callable[[], None]
+    collect: Collect
+    release: Callable[[], None]
+
+
+def workspace(
+    layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device, viewed_elements: int
+) -> Workspace:
+    """Choose the storage of gradients by the size of the model.
+
+    Args:
+        layout: Of the parameters.
+        parameters: For each leaf of the layout, the parameters that are it: several where storage is tied.
+        device: Where they are.
+        viewed_elements: Up to how many elements gradients are views of flat buffers.
+    """
+    if layout.elements <= viewed_elements:
+        return _viewed(layout, parameters, flat_storage.zeros(layout, device))
+    return _owned(layout, parameters)
+
+
+def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], flat: Flat) -> Workspace:
+    # A version counter of its own tells of each view whether a backward pass wrote to it.
+    views = [flat.alias(leaf.name) for leaf in layout.leaves]
+    named = {leaf.name: view for leaf, view in zip(layout.leaves, views, strict=True)}
+    pairs = [(p, view) for ps, view in zip(parameters, views, strict=True) for p in ps]
+    versions: list[int] = []
+    everything = (True,) * len(views)
+
+    def clear() -> None:
+        for buffer in flat.buffers:
+            buffer.zero_()
+        for parameter, view in pairs:
+            if parameter.grad is not view:
+                parameter.grad = view
+        versions[:] = [view._version for view in views]
+
+    def collect(samples: int, weight: Tensor | float, /) -> Gradients:
+        active = tuple([view._version != before for view, before in zip(views, versions, strict=True)])
+        present = named if active == everything else {name: named[name] for name in itertools.compress(named, active)}
+        return Gradients(layout, active, present, flat, samples, weight)
+
+    return Workspace(clear, collect, release=lambda: None)
+
+
+def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Workspace:
+    every = [p for ps in parameters for p in ps]
+
+    def clear() -> None:
+        for parameter in every:
+            parameter.grad = None
+
+    def collect(samples: int, weight: Tensor | float, /) -> Gradients:
+        tensors = {}
+        for leaf, ps in zip(layout.leaves, parameters, strict=True):
+            found = [p.grad for p in ps if p.grad is not None]
+            if found:
+                tensors[leaf.name] = _dense(leaf.name, found, leaf.stride)
+        active = tuple(leaf.name in tensors for leaf in layout.leaves)
+        return Gradients(layout, active, tensors, None, samples, weight)
+
+    return Workspace(clear, collect, release=clear)
+
+
+def _dense(name: str, found: list[Tensor], stride: tuple[int, ...]) -> Tensor:
+    total = found[0]
+    for other in found[1:]:
+        total = total + other
+    if total.layout is not torch.strided:
+        raise ValueError(
+            f"{name} got a sparse gradient ({total.layout}), which flat storage does not hold; build its layer with "
+            "sparse=False"
+        )
+    return total if total.stride() == stride else total.new_empty_strided(total.shape, stride).copy_(total)
