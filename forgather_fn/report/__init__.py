@@ -1,0 +1,27 @@
+"""Where the numbers of a running training go: rows, and the sinks that take them."""
+
+from forgather_fn.report.bar import bar as bar
+from forgather_fn.report.console import console as console
+from forgather_fn.report.curve import curve as curve
+from forgather_fn.report.jsonl import jsonl as jsonl
+from forgather_fn.report.jsonl import read as read
+from forgather_fn.report.row import Row as Row
+from forgather_fn.report.row import Sink as Sink
+from forgather_fn.report.row import opened as opened
+from forgather_fn.report.row import remaining as remaining
+from forgather_fn.report.row import sink as sink
+from forgather_fn.report.tensorboard import tensorboard as tensorboard
+
+__all__ = [
+    "Row",
+    "Sink",
+    "bar",
+    "console",
+    "curve",
+    "jsonl",
+    "opened",
+    "read",
+    "remaining",
+    "sink",
+    "tensorboard",
+]

@@ -1,0 +1,28 @@
+"""Paths that cannot be used, told with their name."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str], expected: str) -> Iterator[None]:
+    """Turn the operating system's refusal of a path into an error that names the path and the fix.
+
+    Args:
+        path: As the user gave it.
+        expected: What it should have been.
+
+    Raises:
+        ValueError: The block raised an ``OSError``.
+
+    Example:
+        >>> with naming("nowhere/x", "a file to read"):
+        ...     open("nowhere/x")
+        Traceback (most recent call last):
+        ValueError: cannot use 'nowhere/x': No such file or directory; expected a file to read
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot use {os.fspath(path)!r}: {error.strerror or error}; expected {expected}") from error
