@@ -1,0 +1,197 @@
+"""Law 9: an epoch is a permutation, and a stream depends on its seed alone."""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Final, cast
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from forgather_fn import tree
+from forgather_fn.data import Batch, Stream
+from forgather_fn.fetch import Indices
+from forgather_fn.loop import Tick
+from forgather_fn.plan import Plan
+from forgather_fn.state import TrainState, difference
+from forgather_fn.testing.compare import snapshot
+from forgather_fn.testing.subject import subject
+from forgather_fn.testing.surroundings import drawing_nothing, elsewhere
+
+_BLOCK: Final = 1 << 20
+"""Positions looked up at once."""
+
+_BY_IDENTITY: Final[Any] = object.__eq__
+
+
+def check_data(stream: Stream, *, plan: Plan | None = None, batches: int = 5, seed: int = 0) -> None:
+    """Check that each epoch is a permutation, and that nothing but the seed decides which samples come when.
+
+    The first two epochs are looked up in whole (one byte a sample). The first batches are fetched: once more, with
+    other numbers in the global random generators, another ``RANK`` in the environment and another date; with workers
+    (or without, if the stream has them); started again at every batch; and at other batch sizes, unless the stream's
+    fingerprint says that the batch size counts. At other batch sizes the indices of the samples are compared, and their
+    values where samples do not depend on their batch through ``collate`` or ``__getitems__``.
+
+    Args:
+        stream: As :func:`~forgather_fn.data.batches` makes it.
+        plan: If given, also that its program, left and started again after every step, trains on the same batches and
+            arrives at the same bits. A module in it is copied.
+        batches: How many batches are fetched, at most.
+        seed: The job's.
+
+    Raises:
+        AssertionError: It names the position, the leaf and the sizes.
+        ValueError: It is not a stream.
+
+    Example:
+        >>> import torch, forgather_fn as ff
+        >>> check_data(ff.batches(torch.arange(10.0), batch_size=4))
+    """
+    if not isinstance(stream, Stream):
+        raise ValueError(
+            f"data: expected a stream as ff.batches(dataset, batch_size=...) makes it, got a {type(stream).__name__}"
+        )
+    for epoch in (0, 1):
+        _check_permutation(stream, epoch, seed)
+    with drawing_nothing("data: fetching"):
+        expected = _fetched(stream, seed, 0, batches)
+    _check_indices(stream, expected, seed)
+    with elsewhere():
+        _compare("fetched again", expected, _fetched(stream, seed, 0, batches))
+    _check_workers(stream, expected, seed)
+    for number, position in enumerate(_positions(expected)):
+        again = _fetched(stream, seed, position, 1)
+        _compare("started again there", expected[number : number + 1], again, position)
+    for size in sorted({1, max(stream.batch_size // 2, 1), stream.batch_size + 1}):
+        _check_size(stream, size, expected, seed)
+    if plan is not None:
+        _check_steps(plan, stream, expected, seed)
+
+
+def _check_permutation(stream: Stream, epoch: int, seed: int) -> None:
+    start, stop = epoch * stream.epoch_length, (epoch + 1) * stream.epoch_length
+    seen = np.zeros(stream.length, dtype=bool)
+    for block in range(start, stop, _BLOCK):
+        epochs, indices = stream.indices(seed, block, min(block + _BLOCK, stop))
+        where = f"data: with {stream.length} samples and seed={seed}, epoch {epoch}"
+        if (epochs != epoch).any():
+            raise AssertionError(
+                f"{where} (samples {start} to {stop - 1} of the job) is looked up as {set(epochs.tolist())}"
+            )
+        if indices.min() < 0 or indices.max() >= stream.length:
+            raise AssertionError(f"{where} has indices from {indices.min()} to {indices.max()}")
+        values, counts = np.unique(indices, return_counts=True)
+        twice = values[(counts > 1) | seen[values]]
+        if twice.size:
+            raise AssertionError(f"{where} is not a permutation: it gives sample {twice[0]} more than once")
+        seen[values] = True
+
+
+def _fetched(stream: Stream, seed: int, position: int, count: int) -> list[Batch]:
+    """Fetch some batches from a position on."""
+    with contextlib.closing(stream.start(seed, position)) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def _positions(batches: Iterable[Batch]) -> list[int]:
+    """Give the position of the first sample of each batch."""
+    ends = list(itertools.accumulate((batch.samples for batch in batches), initial=0))
+    return ends[:-1]
+
+
+def _indices(batches: Iterable[Batch]) -> Indices:
+    """Join the dataset indices of all samples."""
+    return np.concatenate([batch.indices for batch in batches if batch.indices is not None])
+
+
+def _check_indices(stream: Stream, batches: list[Batch], seed: int) -> None:
+    """Compare what batches say of themselves with what the stream says of their positions."""
+    for position, batch in zip(_positions(batches), batches, strict=True):
+        _, expected = stream.indices(seed, position, position + batch.samples)
+        found = tree.difference(torch.from_numpy(expected), torch.from_numpy(_indices([batch])), "indices")
+        if found:
+            raise AssertionError(
+                f"data: the batch of {batch.samples} samples at sample {position} of the job has other {found}"
+            )
+
+
+def _compare(how: str, expected: list[Batch], found: list[Batch], start: int = 0) -> None:
+    if len(expected) != len(found):
+        raise AssertionError(f"data: {how}, a stream gave {len(found)} batches instead of {len(expected)}")
+    for position, one, other in zip(_positions(expected), expected, found, strict=True):
+        different = tree.difference(_content(one), _content(other))
+        if different:
+            raise AssertionError(
+                f"data: {how}, the batch of {one.samples} samples at sample {start + position} of the job is another: "
+                f"{different}"
+            )
+
+
+def _content(batch: Batch) -> dict[str, Any]:
+    """Give what can be compared of a batch; objects of types without equality cannot."""
+    leaves = snapshot({"samples": batch.samples, "indices": batch.indices, "data": batch.data})
+    return {path: leaf for path, leaf in leaves.items() if type(leaf).__eq__ is not _BY_IDENTITY}
+
+
+def _check_workers(stream: Stream, expected: list[Batch], seed: int) -> None:
+    """Fetch with workers, or without, if the stream has them."""
+    workers = 0 if stream.workers else 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # slower on one core, but that is not asked
+        found = _fetched(attrs.evolve(stream, workers=workers), seed, 0, len(expected))
+    _compare(f"fetched with workers={workers}", expected, found)
+
+
+def _check_size(stream: Stream, size: int, expected: list[Batch], seed: int) -> None:
+    """Cut the same samples into batches of another size."""
+    other = attrs.evolve(stream, batch_size=size)
+    if other.fingerprint(seed) != stream.fingerprint(seed):
+        return  # it says itself that its batch size counts
+    total = sum(batch.samples for batch in expected)
+    found: list[Batch] = []
+    with contextlib.closing(other.start(seed, 0)) as batches:
+        while sum(batch.samples for batch in found) < total:
+            found.append(next(batches))
+    one, another = (torch.from_numpy(_indices(batches)[:total]) for batches in (expected, found))
+    different = tree.difference(one, another, "indices")
+    if not different and not stream._source.joint:
+        different = tree.difference(_rows(expected), dict(itertools.islice(_rows(found).items(), total)))
+    if different:
+        raise AssertionError(
+            f"data: in batches of {size} samples, the first {total} samples of the job are others than in batches of "
+            f"{stream.batch_size}: {different}"
+        )
+
+
+def _rows(batches: Iterable[Batch]) -> dict[str, dict[str, Tensor]]:
+    """Give the samples of batches one by one: the rows of those tensors that have one a sample."""
+    rows: list[dict[str, Tensor]] = []
+    for batch in batches:
+        leaves = {path: leaf for path, leaf in snapshot(batch.data).items() if isinstance(leaf, Tensor)}
+        columns = {path: leaf for path, leaf in leaves.items() if leaf.dim() and leaf.shape[0] == batch.samples}
+        rows += [{path: leaf[row] for path, leaf in columns.items()} for row in range(batch.samples)]
+    return {f"sample {position}": row for position, row in enumerate(rows)}
+
+
+def _check_steps(plan: Plan, stream: Stream, expected: list[Batch], seed: int) -> None:
+    """Train on the stream; then start again from every state, and compare the batch and the next state."""
+    made = subject(plan, seed)
+
+    def ticks(state: TrainState, count: int) -> Iterator[Tick]:
+        with contextlib.closing(cast(Generator[Tick, None, None], iter(made.program.steps(state, stream)))) as opened:
+            yield from itertools.islice(opened, count)
+
+    states = [made.first.copy(), *(tick.state.copy() for tick in ticks(made.first, len(expected)))]
+    for number, (before, after) in enumerate(itertools.pairwise(states)):
+        with elsewhere():
+            (tick,) = ticks(before.copy(), 1)
+        start = sum(batch.samples for batch in expected[:number])
+        how = f"taken up at step {number} by a state that has seen {before.samples} samples"
+        _compare(how, expected[number : number + 1], [tick.batch], start)
+        found = difference(after, tick.state)
+        if found:
+            raise AssertionError(f"data: {how}, a step of {tick.batch.samples} samples gave other bits: {found}")
