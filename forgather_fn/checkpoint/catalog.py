@@ -1,0 +1,142 @@
+"""Finding checkpoints: which there are, which are whole, and which is the latest."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import attrs
+
+from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint import safe
+from forgather_fn.checkpoint.manifest import CheckpointError, Manifest
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY = "checkpoints"
+"""Where, in the run directory, its checkpoints lie."""
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+ASIDE = re.compile(r"\.replaced-checkpoint-(\d+)-[0-9a-f]+")
+TEMPORARY = re.compile(r"\.(tmp|trash)-checkpoint-\d+-[0-9a-f]+")
+"""What a save that did not end, or a rotation, leaves behind."""
+
+
+@attrs.frozen
+class Entry:
+    """A directory that is, or looks like, a checkpoint.
+
+    Attributes:
+        path: The directory.
+        step: By its name.
+        manifest: None for one that another tool wrote, or that is not whole.
+        faults: Why it cannot be used; empty if it can, as far as sizes tell.
+    """
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    faults: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was committed and its files have their sizes."""
+        return not self.faults
+
+
+def list_checkpoints(run: str | Path) -> list[Entry]:
+    """List what looks like a checkpoint of a run, oldest first, in the order in which they were committed.
+
+    Those that other tools wrote have no manifest: their place is by modification time, and they are checked as far as
+    their files allow.
+
+    Args:
+        run: The run directory, or the directory that the checkpoints lie in.
+    """
+    entries = [entry(path) for path in _candidates(root(run)) if _matched(path)]
+    found = sorted((e for e in entries if e.manifest), key=lambda e: e.manifest.order if e.manifest else 0)
+    for other in sorted((e for e in entries if not e.manifest), key=lambda e: (e.path.stat().st_mtime, e.step)):
+        time = other.path.stat().st_mtime
+        older = [i for i, e in enumerate(found) if (e.manifest.time if e.manifest else e.path.stat().st_mtime) <= time]
+        found.insert(max(older, default=-1) + 1, other)
+    return found
+
+
+def latest(run: str | Path) -> Entry | None:
+    """Find the whole checkpoint that was committed last; None if there is none.
+
+    Newer ones that are damaged are reported by a warning of the logger.
+    """
+    for found in reversed(list_checkpoints(run)):
+        if found.whole:
+            return found
+        logger.warning("%s is passed over: %s", found.path, "; ".join(found.faults))
+    return None
+
+
+def verify(path: str | Path) -> list[str]:
+    """Read every byte of a checkpoint and compare it with its manifest.
+
+    Returns:
+        What is wrong, empty if nothing is.
+    """
+    path = Path(path)
+    try:
+        manifest = manifests.read(path)
+    except CheckpointError as error:
+        return [str(error)]
+    return ["it has no manifest: the save did not end"] if manifest is None else manifests.hash_faults(path, manifest)
+
+
+def added(checkpoint: Entry) -> list[str]:
+    """Name the files that lie in a checkpoint and are not its own."""
+    known = {manifests.NAME, *(checkpoint.manifest.files if checkpoint.manifest else ())}
+    return sorted(path.name for path in checkpoint.path.iterdir() if path.name not in known)
+
+
+def root(run: str | Path) -> Path:
+    """Give the directory that holds the checkpoints of a run."""
+    run = Path(run)
+    return run / DIRECTORY if (run / DIRECTORY).is_dir() or not _holds_checkpoints(run) else run
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    return path.is_dir() and any(_NAME.fullmatch(child.name) for child in path.iterdir())
+
+
+def _candidates(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _matched(path: Path) -> re.Match[str] | None:
+    return _NAME.fullmatch(path.name) or ASIDE.fullmatch(path.name)
+
+
+def entry(path: Path) -> Entry:
+    """Look at one directory that has the name of a checkpoint."""
+    match = _matched(path)
+    step = int(match[1]) if match else 0
+    try:
+        manifest = manifests.read(path)
+    except (CheckpointError, OSError) as error:
+        return Entry(path, step, None, (str(error),))
+    if manifest is not None:
+        return Entry(path, step, manifest, tuple(manifests.faults(path, manifest)))
+    return Entry(path, step, None, _foreign_faults(path))
+
+
+def _foreign_faults(path: Path) -> tuple[str, ...]:
+    """Check a directory that another tool wrote, as transformers.Trainer does: its state file, and the weights."""
+    try:
+        json.loads((path / "trainer_state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        return (f"it has no manifest and no trainer_state.json that can be read: {type(error).__name__}",)
+    try:
+        index = path / "model.safetensors.index.json"
+        shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        return tuple(fault for name in sorted(shards) if (fault := safe.fault(path / name)))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return (f"its weights' index cannot be read: {error}",)

@@ -1,0 +1,51 @@
+"""One writer to a run directory."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = ".lock"
+
+
+class RunLockedError(ValueError):
+    """Another process writes to the run directory."""
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which is made if it does not exist.
+
+    The lock is the kernel's: it goes with the process that holds it, however that ends, so a stale file is in nobody's
+    way. Network file systems may not honour it.
+
+    Raises:
+        RunLockedError: Another process holds it; which one, is said.
+        OSError: The directory cannot be made or written to.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLockedError(f"{run} is being written to by {_holder(file)}; use another run directory") from None
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(holder).encode("utf-8"), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def _holder(file: int) -> str:
+    try:
+        record = json.loads(os.pread(file, 4096, 0))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(record["since"])))
+        return f"process {int(record['pid'])} on {record['host']} since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

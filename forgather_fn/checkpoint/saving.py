@@ -1,0 +1,178 @@
+"""Saving: now, or beside the training."""
+
+import contextlib
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from forgather_fn.checkpoint import catalog
+from forgather_fn.checkpoint.catalog import list_checkpoints
+from forgather_fn.checkpoint.commit import Session, commit, discard, open_session
+from forgather_fn.checkpoint.lock import locked
+from forgather_fn.checkpoint.rotation import Best, Policy, superseded
+from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
+from forgather_fn.loop import Steps, Tick
+from forgather_fn.plan import Program
+from forgather_fn.stages import Observer
+from forgather_fn.state import TrainState, raise_if_nonfinite
+
+FAILURES: Final = 3
+"""How many saves in a row may fail before the run does."""
+
+
+class SaveError(RuntimeError):
+    """Checkpoints could not be written; training went on, the older ones are as they were."""
+
+
+def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool = False) -> Path:
+    """Save a state as a checkpoint of a run, and wait until it is on the disk.
+
+    Args:
+        run: The run directory; checkpoints lie in its ``checkpoints/``.
+        state: Not consumed.
+        program: Whose state it is.
+        pinned: Whether rotation must leave it.
+
+    Returns:
+        ``run/checkpoints/checkpoint-<step>``.
+
+    Raises:
+        NonFiniteError: A step before was not finite; such a state is never saved as if it were good.
+        RunLockedError: Another process writes to the run.
+        OSError: It could not be written; what was there before is as it was.
+    """
+    raise_if_nonfinite(state)
+    taken, copy = snapshot(state, program, None, {}, Memory())
+    copy()
+    with locked(Path(run)):
+        return commit(open_session(Path(run)), taken, pinned=pinned)
+
+
+def saved(
+    run: str | Path,
+    *,
+    keep: int | None = None,
+    best: str | None = None,
+    greater: bool = False,
+    resumed_from: str | Path | None = None,
+    async_: bool = True,
+    failures: int = FAILURES,
+) -> Observer:
+    """Save the state as a checkpoint, as an observer, and at the end of the stream once more.
+
+    The run's lock is held while the stream runs. A save that fails leaves the older checkpoints as they are and
+    training goes on; the failure is reported as ``save_failures``, the next look tries again, and the run fails after
+    several in a row, or at its end.
+
+    Args:
+        run: The run directory; checkpoints lie in its ``checkpoints/``.
+        keep: How many of the newest are kept; None for all.
+        best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
+        greater: Whether greater is better.
+        resumed_from: A checkpoint that is never removed: that which this run goes on from.
+        async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
+        failures: How many saves in a row may fail before the run does.
+
+    Raises:
+        RunLockedError: When the stream begins: another process writes to the run.
+        SaveError: At a later tick or at the end: saves have failed.
+        ValueError: ``keep`` is less than 1.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"saved: keep must be at least 1, or None to keep all; got {keep}")
+    policy = Policy(
+        keep=keep,
+        best=Best(best, greater) if best else None,
+        resumed_from=Path(resumed_from).absolute() if resumed_from else None,
+    )
+    writer = _Writer(Path(run).absolute(), policy, async_, failures)
+    return Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close)
+
+
+@attrs.define(eq=False)
+class _Writer:
+    """At most one save at a time, and what became of the last ones."""
+
+    run: Path
+    policy: Policy
+    background: bool
+    allowed: int
+    memory: Memory = attrs.field(factory=Memory)
+    stack: contextlib.ExitStack = attrs.field(factory=contextlib.ExitStack)
+    session: Session | None = None
+    thread: threading.Thread | None = None
+    errors: list[BaseException] = attrs.field(factory=list)
+    last: int | None = None
+
+    def open(self, steps: Steps) -> None:
+        del steps
+        self.stack.enter_context(locked(self.run))
+        self.session = open_session(self.run)
+
+    def observe(self, tick: Tick) -> Mapping[str, float]:
+        self.settle()
+        if len(self.errors) >= self.allowed:
+            raise self._failed()
+        self._save(tick)
+        return {"save_failures": float(len(self.errors))} if self.errors else {}
+
+    def _save(self, tick: Tick) -> None:
+        state = tick.state
+        raise_if_nonfinite(state)
+        taken, copy = snapshot(state, tick.run.program, tick.run.data, tick.results, self.memory)
+        copied = threading.Event()
+        state.lend(copied.wait)
+
+        def work() -> None:
+            try:
+                try:
+                    copy()
+                finally:
+                    copied.set()
+                self._commit(taken)
+            except BaseException as error:  # whatever it is, it surfaces at the next look
+                self.errors.append(error)
+
+        self.last = state.step
+        self.thread = threading.Thread(target=work, name="checkpoint writer")
+        self.thread.start()
+        if not self.background:
+            self.settle()
+
+    def _commit(self, taken: Snapshot) -> None:
+        assert self.session is not None
+        commit(self.session, taken)
+        self.errors.clear()
+        for entry in superseded(list_checkpoints(self.session.directory), self.policy):
+            discard(entry.path)
+
+    def settle(self) -> None:
+        """Wait for the save that is going on."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def end(self, tick: Tick) -> None:
+        """Save the last state, if the last look did not or could not, and wait."""
+        self.settle()
+        if self.last != tick.state.step or self.errors:
+            self._save(tick)
+            self.settle()
+        if self.errors:
+            raise self._failed()
+
+    def close(self) -> None:
+        self.settle()
+        self.stack.close()
+
+    def _failed(self) -> SaveError:
+        last, newest = self.errors[-1], catalog.latest(self.run)
+        error = SaveError(
+            f"{len(self.errors)} saves to {self.run} in a row have failed, the last with {type(last).__name__}: "
+            f"{last}. The newest whole checkpoint is {newest.path if newest else 'none'}."
+        )
+        error.__cause__ = last
+        return error

@@ -1,0 +1,89 @@
+"""The few calls of the operating system that a save is made of, each a point at which it may fail or be killed.
+
+Everything that a checkpoint writes, moves or removes goes through here, so that a test can stop a save at any of them.
+"""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+CHUNK = 1 << 24
+"""Bytes that one write takes at most, so that hashing and writing a large tensor go on side by side."""
+
+
+def make_directory(path: Path) -> None:
+    """Make a new directory, for its owner alone."""
+    os.mkdir(path, 0o700)
+
+
+def create(path: Path) -> int:
+    """Open a new file for writing; one that exists is an error."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def write(file: int, data: memoryview) -> int:
+    """Write some of the data, and give how many bytes were written."""
+    return os.write(file, data)
+
+
+def sync(file: int) -> None:
+    """Wait until a file's content is on the disk."""
+    os.fsync(file)
+
+
+def close(file: int) -> None:
+    """Close a file."""
+    os.close(file)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until a directory's entries are on the disk."""
+    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Move an entry within its directory, in one step."""
+    os.rename(old, new)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file."""
+    os.unlink(path)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty directory."""
+    os.rmdir(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Tell how much may be written to the disk that holds a directory."""
+    return shutil.disk_usage(path).free
+
+
+def write_all(file: int, data: memoryview) -> None:
+    """Write all of the data."""
+    while data:
+        written = write(file, data[:CHUNK])
+        if written <= 0:
+            raise OSError(errno.EIO, "a write made no progress")
+        data = data[written:]
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it, file by file; what is gone already is no error."""
+    try:
+        entries = sorted(path.iterdir())
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            unlink(entry)
+    remove_directory(path)
