@@ -1,0 +1,71 @@
+"""This library's loop, and the one that a good engineer writes by hand."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import toolz
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, RandomSampler
+
+import forgather_fn as ff
+from benchmarks.measure import Clock
+from benchmarks.models import next_token_loss
+from benchmarks.task import MAX_NORM, PEAK, REPORT_EVERY, WEIGHT_DECAY, Batch, Rows, Task, optimizer_of
+
+
+def loader(task: Task) -> DataLoader[Batch]:
+    """Make torch's loader as people write it, shuffling in the task's order."""
+    rows = Rows(task.tokens)
+    sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(0))
+    return DataLoader(rows, batch_size=task.batch_size, sampler=sampler)
+
+
+def by_hand(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
+    """Train with nothing but torch."""
+    model = task.model()
+    optimizer = optimizer_of(model)
+    scheduler = LambdaLR(optimizer, clock)
+    reports = []
+    for step, batch in enumerate(batches, start=1):
+        loss = next_token_loss(model(batch["input_ids"]), batch["labels"])
+        loss.backward()
+        norm = clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % REPORT_EVERY == 0:
+            reports.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": scheduler.get_last_lr()[0]})
+    return model
+
+
+def by_library(task: Task, clock: Clock, data: Iterable[Any]) -> nn.Module:
+    """Train with forgather_fn."""
+    plan = ff.Plan(
+        model=task.model(),
+        loss=ff.losses.causal_lm,
+        optimizer=ff.adamw(weight_decay=WEIGHT_DECAY),
+        schedule=lambda step: PEAK * clock(step),
+        transforms=(ff.clipped(MAX_NORM),),
+    )
+    program = ff.single(plan)
+    reports: list[Any] = []
+    final = toolz.pipe(
+        program.steps(program.init(0), data),
+        ff.every(REPORT_EVERY, ff.report(reports.append)),
+        ff.until(steps=task.updates),
+        ff.last,
+    )
+    return program.export(final)
+
+
+def streamed(task: Task, dataset: Any) -> ff.Stream:
+    """Make this library's stream of a dataset, in the task's order."""
+    return ff.batches(dataset, batch_size=task.batch_size, order="torch", seed=0)
+
+
+def columns(task: Task) -> dict[str, torch.Tensor]:
+    """Give the training samples as a dict of tensors, which this library slices without a loop."""
+    return {"input_ids": task.tokens, "labels": task.tokens}

@@ -1,0 +1,146 @@
+"""Each thing that a user can get wrong has one clear ``ValueError``: what was given, what was expected, where, the fix."""
+
+import pytest
+import toolz
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import forgather_fn as ff
+from tests.toys import classifier, labelled, labelled_batches, program
+
+
+def trains(data=None, steps=3, **changes):
+    """Do what a user does: a plan, a program, a state, steps over data."""
+    made = program(changes.pop("model", None) or classifier(), **changes)
+    run = made.steps(made.init(0), labelled_batches(steps) if data is None else data)
+    return toolz.pipe(run, ff.until(steps=steps), ff.last)
+
+
+class Shrinking(torch.utils.data.Dataset):
+    """Loses a sample during the epoch."""
+
+    def __init__(self):
+        self.length = 20
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.length = 19
+        return tuple(column[0] for column in labelled(1, seed=index))
+
+
+def halved():
+    def update(gradients, state, **context):
+        return {name: gradient[:1] for name, gradient in gradients.items()}, state
+
+    return ff.Transform(lambda params: None, update, "halved")
+
+
+def consumed():
+    made = program(classifier())
+    state = made.init(0)
+    made.step(state, labelled(6))
+    made.step(state, labelled(6))
+
+
+CASES = {
+    "a loss that returns a plain tensor": (
+        lambda: trains(loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1])),
+        r"the loss returned a tensor of shape \(\) for 'loss'; expected a Mean\(total, weight\).*"
+        r"Return Mean\(losses\.sum\(\), losses\.numel\(\)\), or use losses\.from_output",
+    ),
+    "more microbatches than samples": (
+        lambda: trains(microbatches=7),
+        r"microbatches=7, but the batch has 6 samples.*larger batch_size or fewer microbatches",
+    ),
+    "more microbatches than the stream's batches have": (
+        lambda: trains(ff.batches(labelled(20), batch_size=6), microbatches=7),
+        r"microbatches=7, but batch_size=6",
+    ),
+    "an empty dataset": (
+        lambda: trains(ff.batches([], batch_size=6)),
+        r"the dataset \(a list\) is empty: there is no batch to make of it",
+    ),
+    "a lazy module": (
+        lambda: trains(model=nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))),
+        r"0\.weight.*lazy.*run the model once on an example batch",
+    ),
+    "an embedding with sparse gradients": (
+        lambda: trains(model=nn.Sequential(nn.Embedding(4, 3, sparse=True))),
+        r"0\.weight asks for sparse gradients.*sparse=False",
+    ),
+    "a schedule that returns nan": (
+        lambda: trains(schedule=lambda step: float("nan") if step == 1 else 1e-3),
+        r"nan.*step 1|step 1.*nan",
+    ),
+    "a parameter group that matches nothing": (
+        lambda: trains(optimizer=ff.adamw(groups=[ff.group("encoder.*", frozen=True)])),
+        r"group 'encoder\.\*' matches no parameter; the parameters are '0\.bias', '0\.weight'",
+    ),
+    "a transform that changes a shape": (
+        lambda: trains(transforms=[halved()]),
+        r"transform halved: it changed 0\.weight from \(7, 5\) torch\.float32 to \(1, 5\).*keeps shapes",
+    ),
+    "a dataset that changes length during an epoch": (
+        lambda: trains(ff.batches(Shrinking(), batch_size=6)),
+        r"the dataset has 19 samples, but had 20 when batches\(\) was called",
+    ),
+    "a consumed state": (
+        consumed,
+        r"(?s)consumed by step 0.*state, metrics = program\.step\(state, batch\).*state\.copy\(\).*donate=False",
+    ),
+    "a loss that does not depend on the model": (
+        lambda: trains(loss=lambda outputs, batch: ff.Mean(outputs.detach().sum(), 1)),
+        r"total does not depend on any trainable parameter.*detached",
+    ),
+    "a batch without a target": (
+        lambda: trains([{"input": labelled(6)[0]}]),
+        r"the batch has no target: expected one of labels.*got \['input'\]",
+    ),
+    "a batch that the model does not take": (
+        lambda: trains([{"features": labelled(6)[0], "labels": labelled(6)[1]}]),
+        r"no key of the batch is an argument of Sequential\.forward: the batch has 'features', 'labels'.*'input'",
+    ),
+    "a batch that cannot be counted": (
+        lambda: trains(["text"]),
+        r"cannot count the samples of a batch without tensors: str; use Batch\(data, samples\)",
+    ),
+    "a step that is not finite": (
+        lambda: trains([(labelled(6)[0] / 0, labelled(6)[1])]),
+        r'step 0: .*not finite.*on_nonfinite="skip"',
+    ),
+    "a model with nothing to train": (
+        lambda: trains(model=nn.Linear(5, 3).requires_grad_(False)),
+        r"Linear has no parameter that asks for a gradient",
+    ),
+    "an average that is not kept": (
+        lambda: (made := program(classifier())).evaluate(made.init(0), labelled_batches(1), params="ema"),
+        r"keeps no average; add Plan\(average=ff\.ema\(decay\)\)",
+    ),
+    "an evaluation of nothing": (
+        lambda: (made := program(classifier())).evaluate(made.init(0), []),
+        r"the evaluation data gave no batch",
+    ),
+    "a dataset that can only be iterated": (
+        lambda: trains(ff.batches(iter([1, 2]), batch_size=1)),
+        r"cannot be indexed, or has no length",
+    ),
+    "epochs of data without a length": (
+        lambda: toolz.pipe((made := program(classifier())).steps(made.init(0), labelled_batches(1)), ff.until(epochs=1)),
+        r"until\(epochs=\.\.\.\) needs a stream of known length",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), CASES.values(), ids=CASES.keys())
+def test_it_is_one_clear_error(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_errors_have_names_where_they_are_caught_by_name():
+    assert issubclass(ff.ConsumedStateError, ValueError)
+    assert issubclass(ff.NonFiniteError, ValueError)
+    assert not issubclass(ff.ConsumedStateError, ff.NonFiniteError)

@@ -1,0 +1,110 @@
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import forgather_fn as ff
+from tests.toys import classifier, labelled, labelled_batches, program, trained
+
+
+def plan(**changes):
+    plain = {"model": classifier(), "loss": ff.losses.cross_entropy, "optimizer": ff.adamw(), "schedule": 1e-3}
+    return ff.Plan(**(plain | changes))
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"microbatches": 0}, "Plan: microbatches must be an integer of at least 1, got 0"),
+            ({"microbatches": True}, "microbatches must be an integer of at least 1, got True"),
+            ({"microbatches": 1.5}, "microbatches must be an integer of at least 1, got 1.5"),
+            ({"precision": "float16"}, "precision='float16' is not one of 'as_built', 'float32', 'float64', 'bfloat16'"),
+            ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is not one of 'raise', 'skip'"),
+            ({"init": "zeros"}, "init='zeros' is not one of 'as_built', 'by_name'"),
+            ({"device": "quantum"}, "device 'quantum' cannot be used here"),
+            ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ],
+    )
+    def test_a_setting_that_is_not_known_is_refused_with_the_choices(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            plan(**changes)
+
+    @pytest.mark.parametrize("name", ["model", "loss", "optimizer", "schedule"])
+    def test_four_parts_are_needed(self, name):
+        given = {"model": classifier(), "loss": ff.losses.mse, "optimizer": ff.adamw(), "schedule": 1e-3}
+        del given[name]
+        with pytest.raises(TypeError, match=name):
+            ff.Plan(**given)
+
+    def test_it_is_frozen_and_given_by_name(self):
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            plan().microbatches = 2
+        with pytest.raises(TypeError):
+            ff.Plan(classifier(), ff.losses.mse, ff.adamw(), 1e-3)
+
+    def test_transforms_may_be_any_sequence(self):
+        assert isinstance(plan(transforms=[ff.clipped(1.0)]).transforms, tuple)
+
+    @pytest.mark.parametrize(
+        ("schedule", "message"),
+        [
+            (lambda step: float("nan") if step == 2 else 1e-3, r"nan.*step 2|step 2.*nan"),
+            (lambda step: float("inf"), r"inf.*step 0|step 0.*inf"),
+            (lambda step: -1e-3, r"-0\.001.*step 0|step 0.*-0\.001"),
+            (lambda step: None, r"None.*step 0|step 0.*None"),
+        ],
+        ids=["nan", "inf", "negative", "none"],
+    )
+    def test_a_schedule_that_gives_no_rate_is_refused_with_the_step_and_consumes_nothing(self, schedule, message):
+        made = program(classifier(), schedule=schedule)
+        state = made.init(0)
+        with pytest.raises(ValueError, match=message):
+            for batch in labelled_batches(3):
+                state, _ = made.step(state, batch)
+        assert not state.consumed
+
+    @pytest.mark.parametrize("schedule", [float("nan"), -1.0, float("inf")])
+    def test_a_constant_that_is_no_rate_is_refused(self, schedule):
+        with pytest.raises(ValueError, match=f"{schedule}.*step 0"):
+            made = program(classifier(), schedule=schedule)
+            made.step(made.init(0), labelled(6))
+
+
+class TestProgram:
+    def test_it_prints_its_parts_a_line_each(self):
+        text = repr(program(classifier(), transforms=[ff.clipped(1.0)], average=ff.ema(0.9)))
+        assert text.startswith("Program(\n  model=torch.nn.modules.container.Sequential\n  loss=cross_entropy\n")
+        assert "\n  transforms=(clipped(max_norm=1.0),)\n" in text
+        assert "\n  average=ema(decay=0.9)\n" in text
+        assert "object at 0x" not in text
+        assert "tensor(" not in text
+
+    def test_nothing_of_the_model_is_touched_before_init(self):
+        model = classifier().eval()
+        before = [parameter.data_ptr() for parameter in model.parameters()]
+        program(model, precision="float64")
+        assert [parameter.data_ptr() for parameter in model.parameters()] == before
+        assert not model.training
+        assert model[0].weight.dtype == torch.float32
+
+    def test_a_factory_is_not_called_before_init(self):
+        calls = []
+
+        def factory():
+            calls.append(1)
+            return classifier()
+
+        made = program(factory)
+        assert not calls
+        made.init(0)
+        assert calls == [1]
+
+    def test_a_schedule_may_be_a_number(self):
+        ours = trained(classifier(), labelled_batches(3), schedule=2e-3)
+        assert ff.difference(ours, trained(classifier(), labelled_batches(3), schedule=lambda step: 2e-3)) is None
+
+    def test_the_number_of_samples_may_be_given(self):
+        made = program(nn.Linear(5, 3))
+        state, _ = made.step(made.init(0), ff.Batch(labelled(6), 10, None))
+        assert state.samples == 10
