@@ -31,7 +31,7 @@ def by_hand(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
     reports = []
     for step, batch in enumerate(batches, start=1):
         loss = next_token_loss(model(batch["input_ids"]), batch["labels"])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         scheduler.step()
@@ -41,7 +41,7 @@ def by_hand(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
     return model
 
 
-def by_library(task: Task, clock: Clock, data: Iterable[Any]) -> nn.Module:
+def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> nn.Module:
     """Train with forgather_fn."""
     plan = ff.Plan(
         model=task.model(),

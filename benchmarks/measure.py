@@ -4,31 +4,30 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import attrs
-import torch
 from torch import nn
 
 from benchmarks.task import Task
 
-ROUNDS: Final = 9
-TOLERANCE: Final = 1e-4
-"""Relative difference of held-out losses that rounding may make. Every step left out, or made otherwise, makes more."""
+TOLERANCE: Final = 1e-5
+"""How far held-out losses may lie apart, relatively. Rounding gives 1e-7 here, no clipping, no weight decay, or a
+schedule that is one step late 1e-4 and more."""
 
 
 @attrs.define
 class Clock:
     """A learning-rate schedule that times the steps between two of its calls.
 
-    The schedule is the one function of the user's that every loop calls exactly once a step, so each arm is timed between
-    the same two points of its own loop, whatever it does before and after.
+    The schedule is the one function of the user's that every loop calls exactly once a step, so each arm is timed
+    between the same two points of its own loop, whatever it does before and after.
 
     Attributes:
         task: Which steps are timed.
         wall: Seconds a step, when the run is over.
-        cpu: Seconds a step of CPU time, of all threads.
+        cpu: Seconds of CPU time a step, of all threads.
     """
 
     task: Task
@@ -37,16 +36,14 @@ class Clock:
     _begun: tuple[float, float] = (math.nan, math.nan)
 
     def __call__(self, step: int) -> float:
-        """Give the factor on the peak learning rate: a rise over 20 steps, then a fall."""
+        """Give the factor on the peak learning rate: a rise over 5 steps, then a fall."""
         if step == self.task.warmup:
             gc.collect()
             self._begun = time.perf_counter(), time.process_time()
         elif step == self.task.warmup + self.task.steps:
-            now = time.perf_counter(), time.process_time()
-            self.wall, self.cpu = (
-                (stop - start) / self.task.steps for start, stop in zip(self._begun, now, strict=True)
-            )
-        return min((step + 1) / 20, 1 - 0.8 * step / self.task.updates)
+            self.wall = (time.perf_counter() - self._begun[0]) / self.task.steps
+            self.cpu = (time.process_time() - self._begun[1]) / self.task.steps
+        return min((step + 1) / 5, 1 - 0.8 * step / self.task.updates)
 
 
 Train = Callable[[Task, Clock], nn.Module]
@@ -58,8 +55,8 @@ class Arm:
 
     Attributes:
         name: Whose loop.
-        data: How it gets its batches, and so whether that is in its time.
-        train: Run the task, the clock as its schedule, and give the trained model.
+        data: How it gets its batches; ``NO_DATA`` where they are made beforehand, so that getting them takes no time.
+        train: Do the task, with the clock as its schedule, and give the trained model.
     """
 
     name: str
@@ -67,49 +64,61 @@ class Arm:
     train: Train
 
 
+NO_DATA: Final = "no: batches made before"
+
+
 @attrs.frozen
 class Result:
-    """What one arm took: seconds a step in each round, and the loss at which it ended."""
+    """What one arm took: seconds a step in each round, and the held-out loss of its model after each."""
 
     arm: Arm
-    wall: list[float]
-    cpu: list[float]
-    loss: float
+    wall: list[float] = attrs.field(factory=list)
+    cpu: list[float] = attrs.field(factory=list)
+    losses: list[float] = attrs.field(factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Give it for writing."""
-        return {"arm": self.arm.name, "data": self.arm.data, "wall": self.wall, "cpu": self.cpu, "loss": self.loss}
+        return {"arm": self.arm.name, "data": self.arm.data, "wall": self.wall, "cpu": self.cpu, "losses": self.losses}
 
 
 def interleaved(task: Task, arms: Sequence[Arm], rounds: int) -> list[Result]:
     """Let the arms take turns, each round in another order, and read their clocks.
 
-    A round of an arm is a whole run, from the initial weights. The garbage collector is on, as each library has it, and
+    A round of an arm is a whole run, from the initial weights. The garbage collector runs as each library has it, and
     is emptied when the clock starts.
 
     Raises:
-        ValueError: An arm ended at another loss than the first, or never passed its clock.
+        ValueError: An arm ended at another loss than the first, or its schedule was not called at every step.
     """
-    results = [Result(arm, [], [], math.nan) for arm in arms]
+    results = [Result(arm) for arm in arms]
     for turn in range(rounds):
-        for i in [*range(turn % len(arms), len(arms)), *range(turn % len(arms))]:
+        for result in [*results[turn % len(arms) :], *results[: turn % len(arms)]]:
             clock = Clock(task)
-            model = arms[i].train(task, clock)
-            loss = task.loss(model)
+            model = result.arm.train(task, clock)
+            if math.isnan(clock.wall):
+                raise ValueError(f"{result.arm.name}: the schedule was not called at every step, so nothing was timed")
+            result.wall.append(clock.wall)
+            result.cpu.append(clock.cpu)
+            result.losses.append(task.loss(model))
             del model
             gc.collect()
-            if math.isnan(clock.wall):
-                raise ValueError(f"{arms[i].name}: the schedule was not called at every step")
-            results[i].wall.append(clock.wall)
-            results[i].cpu.append(clock.cpu)
-            results[i] = attrs.evolve(results[i], loss=loss)
-    for result in results[1:]:
-        if not math.isclose(result.loss, results[0].loss, rel_tol=TOLERANCE):
-            raise ValueError(
-                f"{result.arm.name} ({result.arm.data}) ended at the loss {result.loss!r}, {results[0].arm.name} at "
-                f"{results[0].loss!r}: they did not do the same, so their times say nothing"
-            )
+    check_losses((result.arm, loss) for result in results for loss in result.losses)
     return results
+
+
+def check_losses(ended: Iterable[tuple[Arm, float]]) -> None:
+    """Make sure that all arms did the same.
+
+    Raises:
+        ValueError: An arm ended at another loss than the first.
+    """
+    (first, expected), *others = ended
+    for arm, loss in others:
+        if not math.isclose(loss, expected, rel_tol=TOLERANCE):
+            raise ValueError(
+                f"{arm.name} (data loading: {arm.data}) ended at the loss {loss!r}, {first.name} at {expected!r}, "
+                f"which is not equal within {TOLERANCE}: they did not do the same, so what they took says nothing"
+            )
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
@@ -117,6 +126,7 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(times) / statistics.median(base)
 
 
-def pin_threads() -> None:
-    """Use one thread, so that what is measured is work and not its distribution."""
-    torch.set_num_threads(1)
+def spread(times: Sequence[float], unit: float) -> str:
+    """Write the median and, in brackets, the range."""
+    low, middle, high = (value / unit for value in (min(times), statistics.median(times), max(times)))
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"

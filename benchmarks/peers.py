@@ -7,10 +7,10 @@ every tenth step in a list, by its own means, as the hand-written loop does.
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
+import attrs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -18,6 +18,16 @@ from torch.utils.data import DataLoader
 from benchmarks.measure import Clock
 from benchmarks.models import WithLoss, next_token_loss
 from benchmarks.task import MAX_NORM, PEAK, REPORT_EVERY, Batch, Rows, Task, optimizer_of
+
+
+@attrs.frozen
+class Iterated(Iterable[Batch]):
+    """Batches made beforehand, for Lightning, which takes a list for several loaders."""
+
+    batches: list[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
 
 def by_accelerate(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
@@ -53,14 +63,13 @@ def by_fabric(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
     inner = task.model()
     model, optimizer = fabric.setup(inner, optimizer_of(inner))
     scheduler = LambdaLR(optimizer, clock)
-    if isinstance(batches, DataLoader):
-        batches = fabric.setup_dataloaders(batches)
+    prepared: Any = fabric.setup_dataloaders(batches) if isinstance(batches, DataLoader) else batches
     reports = []
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(prepared, start=1):
         optimizer.zero_grad()
         loss = next_token_loss(model(batch["input_ids"]), batch["labels"])
         fabric.backward(loss)
-        norm = fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
+        norm: Any = fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
         optimizer.step()
         scheduler.step()
         if step % REPORT_EVERY == 0:
@@ -138,8 +147,3 @@ def by_transformers(task: Task, clock: Clock) -> nn.Module:
         trainer.remove_callback(PrinterCallback)  # it stands in for the progress bar; the log is kept in any case
         trainer.train()
     return model
-
-
-def set_threads_back() -> None:
-    """Undo what a library may have done to the number of threads."""
-    torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from benchmarks.models import Shape, Transformer, next_token_loss
 
 Batch = dict[str, Tensor]
 
-PEAK: Final = 3e-3
+PEAK: Final = 1e-2
 WEIGHT_DECAY: Final = 0.1
 MAX_NORM: Final = 0.25
 """Low enough that nearly every step is clipped, so that an arm which does not clip ends at another loss."""
@@ -60,6 +60,11 @@ class Task:
         """Steps of a whole run: one more than is timed, in which the clock stops."""
         return self.warmup + self.steps + 1
 
+    @property
+    def size(self) -> str:
+        """Say how large a step is."""
+        return f"{self.name}, {self.batch_size} x {self.shape.context} tokens a step"
+
     def model(self) -> Transformer:
         """Build the model with its initial weights."""
         return models.built(self.shape)
@@ -86,7 +91,7 @@ class Task:
 
     def fetched(self) -> Iterator[Batch]:
         """Make the batches, when they are asked for, by the fewest operations."""
-        for part in self.order.split(self.batch_size):
+        for part in torch.split(self.order, self.batch_size):
             yield {"input_ids": self.tokens[part], "labels": self.tokens[part]}
 
     def loss(self, model: nn.Module) -> float:

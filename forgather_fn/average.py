@@ -12,10 +12,10 @@ from forgather_fn.flat import Flat
 class AverageUpdate(Protocol):
     """Move an average towards the parameters."""
 
-    def __call__(self, average: Flat, params: Flat, /, *, good: Tensor, updates: Tensor) -> Flat:
+    def __call__(self, average: Flat, params: Flat, /, *, good: Tensor | float, updates: Tensor) -> Flat:
         """Update ``average`` in place and give it.
 
-        ``good`` is 1.0 on the device, or 0.0 where the step was not finite and nothing must change; ``updates`` counts
+        ``good`` is 1, or 0 where the step was not finite and nothing must change; ``updates`` counts
         the updates so far, this one included.
         """
         ...
@@ -47,11 +47,12 @@ def ema(decay: float) -> Average:
     if not 0 <= decay < 1:
         raise ValueError(f"ema: decay must be in [0, 1), got {decay}")
 
-    def update(average: Flat, params: Flat, *, good: Tensor, updates: Tensor) -> Flat:
+    def update(average: Flat, params: Flat, *, good: Tensor | float, updates: Tensor) -> Flat:
         del updates
+        share = good * (1 - decay) if isinstance(good, float) else good.double() * (1 - decay)
         for mine, current in zip(average.buffers, params.buffers, strict=True):
             if mine.is_floating_point():
-                mine.lerp_(current, good.to(mine.dtype) * (1 - decay))
+                mine.lerp_(current, share if isinstance(share, float) else share.to(mine.dtype))
         return average
 
     return Average(update)

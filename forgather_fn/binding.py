@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from forgather_fn import flat as flat_storage
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
-from forgather_fn.model import Site, Slot, buffer_names, buffer_slots, parameter_anatomy
+from forgather_fn.model import Site, Slot, buffer_names, buffer_slots, check_apart, parameter_anatomy
 
 _bound: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
 
@@ -63,11 +63,15 @@ class Binding:
         self.bind(params, frozen, buffers)
 
     def bind(self, params: Flat, frozen: Mapping[str, Tensor], buffers: Flat) -> None:
-        """Point the module's parameters and buffers at the views of these tensors."""
+        """Point the module's parameters and buffers at the views of these tensors; make its ``state_dict`` safe."""
+        taking_over = _bound.get(self.module) is not self
+        if taking_over:
+            _make_safe_to_save(self.module)
         for sites, tensors in ((self.trainable, params), (self.still, frozen)):
             for site, name in sites:
                 site.tensor.data = tensors[name]
-                site.tensor.requires_grad_(tensors is params)
+                if taking_over:
+                    site.tensor.requires_grad_(tensors is params)
                 site.module._parameters[site.attribute] = site.tensor
         self.bind_buffers(buffers)
         self.params, self.frozen = params, frozen
@@ -114,8 +118,10 @@ class Binding:
 
     def release(self) -> None:
         """Forget the binding: changes from outside are no surprise any more, and ``requires_grad`` is the user's."""
-        for parameter, asked in self._asked.items():
-            parameter.requires_grad_(asked)
+        for sites, ours in ((self.trainable, True), (self.still, False)):
+            for site, _ in sites:
+                if site.tensor.requires_grad is ours:  # not what the user has set in between
+                    site.tensor.requires_grad_(self._asked[site.tensor])
         self.params = self.buffers = None
         self._pointers = ()
         _bound.pop(self.module, None)
@@ -162,7 +168,7 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
 
 
 def attach(module: nn.Module, hypers: Mapping[str, Hyper]) -> Binding:
-    """Prepare a module for binding: plan the storage of what is trained, and make its ``state_dict`` safe to save.
+    """Prepare a module for binding: plan the storage of what is trained.
 
     Args:
         module: On the device where it is to be trained.
@@ -171,9 +177,7 @@ def attach(module: nn.Module, hypers: Mapping[str, Hyper]) -> Binding:
     anatomy = parameter_anatomy(module)
     trained = {name: p for name, p in anatomy.params.items() if name in hypers and not hypers[name].frozen}
     slots = buffer_slots(module)
-    for child in module.modules():
-        if _own_storage not in child._state_dict_hooks.values():
-            child.register_state_dict_post_hook(_own_storage)  # type: ignore[no-untyped-call]
+    check_apart(slots, anatomy)
     return Binding(
         module=module,
         layout=layout_of(trained, {name: hypers[name] for name in trained}),
@@ -194,6 +198,9 @@ def unbind(module: nn.Module) -> None:
     """Take a module away from whatever program it is bound to, and give its tensors memory of their own."""
     if module in _bound:
         _bound[module].release()
+    for child in module.modules():
+        for number in [n for n, hook in child._state_dict_hooks.items() if hook is _own_storage]:
+            del child._state_dict_hooks[number]
     anatomy = parameter_anatomy(module)
     for parameter in anatomy.params.values():
         parameter.data = parameter.data.clone()
@@ -206,6 +213,12 @@ def unbind(module: nn.Module) -> None:
     for slot in slots:
         if slot.tensor is not None:
             slot.held[slot.attribute] = copies[names[slot.name]]
+
+
+def _make_safe_to_save(module: nn.Module) -> None:
+    for child in module.modules():
+        if _own_storage not in child._state_dict_hooks.values():
+            child.register_state_dict_post_hook(_own_storage)  # type: ignore[no-untyped-call]
 
 
 _copies: dict[int, dict[tuple[Any, ...], Tensor]] = {}

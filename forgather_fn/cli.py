@@ -1,25 +1,29 @@
 """The command line: each subcommand is one function, in the package of what it is about."""
 
 import argparse
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-from forgather_fn import demo
-
 
 class Command(Protocol):
-    """A subcommand. What it needs beyond its arguments is imported when it runs."""
+    """A subcommand."""
 
     def __call__(self, parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
         """Add arguments to the parser; give the function that takes them, runs, and returns the exit code."""
         ...
 
 
-COMMANDS: Final[Mapping[str, tuple[str, Command]]] = {
-    "demo": ("train a small language model on text that every machine has", demo.command),
+COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
+    "demo": ("train a small language model on text that every machine has", "forgather_fn.demo:command"),
+    "checkpoint": ("list, verify or show the checkpoints of a run", "forgather_fn.checkpoint.cli:command"),
+    "replay": (
+        "execute one step of a run again, to the bit, and show what it did",
+        "forgather_fn.checkpoint.cli:replay_command",
+    ),
 }
-"""Each subcommand by name, with what it does in one line."""
+"""Each subcommand by name: what it does, in one line, and where its :class:`Command` is, imported when it is chosen."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None for those of the process.
 
     Returns:
-        The exit code: 0, or 2 for an error of the user's, or 130 for Ctrl-C.
+        The exit code: the command's, or 2 for an error of the user's, or 130 for Ctrl-C.
 
     Raises:
         SystemExit: The arguments cannot be parsed (2), or ask for help (0).
     """
-    options = _parser().parse_args(argv)
+    chosen = _parser().parse_args(argv)
+    options = _command_parser(chosen.command).parse_args(chosen.arguments)
     try:
         code: int = options.execute(options)
     except ValueError as error:
@@ -51,13 +56,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="forgather", description="Training as a fold.", allow_abbrev=False)
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (summary, command) in COMMANDS.items():
-        own = subparsers.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
-        )
-        execute = command(own)
-        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        own.set_defaults(execute=execute)
+    """Make the parser of everything up to the command's name; what follows is the command's."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="forgather",
+        usage="%(prog)s COMMAND ...",
+        description="Training as a fold.",
+        epilog=f"commands:\n{commands}\n\nforgather COMMAND --help tells of one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _command_parser(name: str) -> argparse.ArgumentParser:
+    summary, place = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"forgather {name}", description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    command: Command = pkgutil.resolve_name(place)
+    execute = command(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(execute=execute)
     return parser

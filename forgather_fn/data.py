@@ -1,7 +1,6 @@
 """Streams of batches, whose only state is an integer: how many samples were consumed."""
 
 import contextlib
-import itertools
 from collections.abc import Generator, Iterator
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -166,16 +165,16 @@ class Stream:
         return int(seed if self.seed is None else self.seed)  # a numpy integer would print, and hash, as another
 
     def _batches(self, seed: int, samples: int) -> Generator[Batch, None, None]:
-        expected, asked = itertools.tee(self._requests(seed, samples))
+        requests = self._requests(seed, samples)
         fetch = Fetch(self._source.read, keyed if self.random else undrawn)
         pin_memory = self.pin_memory and torch.accelerator.is_available()
         answers = (
-            in_workers(fetch, asked, workers=self.workers, prefetch=self.prefetch, pin_memory=pin_memory, seed=seed)
+            in_workers(fetch, requests, workers=self.workers, prefetch=self.prefetch, pin_memory=pin_memory, seed=seed)
             if self.workers
-            else in_process(fetch, asked, pin_memory=pin_memory)
+            else in_process(fetch, requests, pin_memory=pin_memory)
         )
         with contextlib.closing(answers):
-            for request, data in zip(expected, answers, strict=True):
+            for request, data in answers:
                 count = len(request.indices)
                 yield Batch(data, count, request.indices, ragged=count < self.batch_size)
 

@@ -194,7 +194,7 @@ def _checked(columns: Columns) -> dict[str, Column]:
 def _taken(column: Column, index: Tensor) -> Tensor:
     """Copy rows. A view could be changed by the step, and a worker would share all of the storage behind it."""
     if isinstance(column, Tensor):
-        return column.index_select(0, index.to(column.device))
+        return column.index_select(0, index if column.device.type == "cpu" else index.to(column.device))
     return torch.from_numpy(column[index.numpy()])
 
 

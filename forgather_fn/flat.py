@@ -187,6 +187,10 @@ class Flat(Mapping[str, Tensor]):
             self._views[name] = view
         return view
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the views, which would come back with memory of their own.
+        return Flat, (self.layout, self.buffers)
+
     def alias(self, name: str) -> Tensor:
         """Give the same view with a version counter of its own; always the same object.
 

@@ -1,7 +1,7 @@
 """Gradients as a value, and the transforms that they pass through on their way to the optimizer."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Gradients(Mapping[str, Tensor]):
         samples: How many samples it is of.
         weight: The weight of the objective over them.
         divisor: A scalar that every element is still to be divided by; fused optimizers do it on the way.
-        known_norm: The 2-norm, where it has been computed.
+        known_norm: The 2-norm of the views, where it has been computed.
         reports: Named scalars that transforms report.
     """
 
@@ -61,14 +61,14 @@ class Gradients(Mapping[str, Tensor]):
         """Give tensors that together are the gradient, and nothing else but zeros: as few as there can be."""
         return self.flat.buffers if self.flat is not None else tuple(self.views.values())
 
-    def pieces(self, chunks: tuple[Chunk, ...]) -> Sequence[Tensor]:
+    def pieces(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
         """Cut the gradient as the parameters are cut for an update; see :meth:`~forgather_fn.flat.Flat.pieces`."""
         if self.flat is not None:
             return self.flat.pieces(chunks)
-        return [self.views[str(chunk.name)] for chunk in chunks]
+        return tuple([self.views[str(chunk.name)] for chunk in chunks])
 
     def measured(self) -> "Gradients":
-        """Compute the 2-norm over all elements, a scalar in at least float32, and keep it as ``known_norm``."""
+        """Compute the 2-norm of the views, a scalar in at least float32, and keep it as ``known_norm``."""
         if self.known_norm is not None:
             return self
         whole = self.whole()
@@ -76,13 +76,17 @@ class Gradients(Mapping[str, Tensor]):
             norm = torch.linalg.vector_norm(whole[0], dtype=torch.float32 if whole[0].dtype.itemsize < 4 else None)
         else:
             norm = get_total_norm([t.float() if t.dtype.itemsize < 4 else t for t in whole])
-        return self._with(self.divisor, norm if self.divisor is None else norm / self.divisor.abs(), self.reports)
+        return self._with(self.divisor, norm, self.reports)
+
+    def unmeasured(self) -> "Gradients":
+        """Forget the norm, because the values may be changed in place."""
+        return self if self.known_norm is None else self._with(self.divisor, None, self.reports)
 
     def norm(self) -> Tensor:
-        """Give the 2-norm over all elements."""
+        """Give the 2-norm over all elements, as divided."""
         norm = self.measured().known_norm
         assert norm is not None
-        return norm
+        return norm if self.divisor is None else norm / self.divisor.abs()
 
     def divided(self, divisor: Tensor, **reports: Tensor) -> "Gradients":
         """Divide every element by a scalar on the device, done when the values are next needed.
@@ -91,9 +95,8 @@ class Gradients(Mapping[str, Tensor]):
             divisor: A floating scalar.
             reports: Named scalars, to appear among the step's metrics.
         """
-        norm = None if self.known_norm is None else self.known_norm / divisor.abs()
         divisor = divisor if self.divisor is None else self.divisor * divisor
-        return self._with(divisor, norm, {**self.reports, **reports})
+        return self._with(divisor, self.known_norm, {**self.reports, **reports})
 
     def reporting(self, **reports: Tensor) -> "Gradients":
         """Attach named scalars, to appear among the step's metrics."""
@@ -103,9 +106,10 @@ class Gradients(Mapping[str, Tensor]):
         """Carry out what :meth:`divided` has put off, in place."""
         if self.divisor is None:
             return self
+        norm = self.norm() if self.known_norm is not None else None
         for tensor in self.whole():
             tensor.div_(self.divisor)
-        return self._with(None, self.known_norm, self.reports)
+        return self._with(None, norm, self.reports)
 
     def for_kernel(self) -> "Gradients":
         """Leave to a fused kernel what it can do exactly: it divides by a float32 scalar; any other is carried out."""
@@ -173,11 +177,20 @@ class TransformUpdate(Protocol):
 
 @attrs.frozen(repr=False)
 class Transform:
-    """A pair of pure functions between the gradient and the optimizer. Compose them with :func:`chain`."""
+    """A pair of pure functions between the gradient and the optimizer. Compose them with :func:`chain`.
+
+    Attributes:
+        init: Makes the state.
+        update: Transforms one gradient.
+        description: How it prints.
+        defers: Whether ``update`` leaves values as they are and works by :meth:`Gradients.divided` alone; then what
+            others have put off may stay so.
+    """
 
     init: TransformInit
     update: TransformUpdate
     description: str = ""
+    defers: bool = False
 
     def __repr__(self) -> str:
         return self.description or f"Transform({describe(self.update)})"
@@ -191,6 +204,8 @@ def apply(
     Raises:
         ValueError: It changed names, shapes, or data types.
     """
+    if not transform.defers:
+        gradients = gradients.resolved().unmeasured()
     result, state = transform.update(gradients, state, params=params, step=step, seed=seed)
     if not isinstance(result, Gradients):
         result = gradients.replaced(result, by=repr(transform))
@@ -218,7 +233,7 @@ def chain(*transforms: Transform) -> Transform:
             states.append(held)
         return gradients, tuple(states)
 
-    return Transform(init, update)
+    return Transform(init, update, defers=True)
 
 
 def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
@@ -234,7 +249,7 @@ def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
         del params, step, seed
         return {name: function(gradient) for name, gradient in gradients.items()}, state
 
-    return Transform(_nothing, update, f"stateless({getattr(function, '__qualname__', function)!s})")
+    return Transform(_nothing, update, description=f"stateless({describe(function)})")
 
 
 def _nothing(params: Mapping[str, Tensor]) -> None:
@@ -265,9 +280,14 @@ def clipped(max_norm: float | None) -> Transform:
         norm = gradients.norm()
         if max_norm is None:
             return gradients.reporting(grad_norm=norm), state
+        if norm.device.type == "cpu":  # looking is free here, and one call is faster than three
+            ratio = (norm.item() + 1e-6) / max_norm
+            if ratio <= 1.0:
+                return gradients.reporting(grad_norm=norm), state
+            return gradients.divided(torch.scalar_tensor(ratio, dtype=norm.dtype), grad_norm=norm), state
         return gradients.divided(((norm + 1e-6) / max_norm).clamp(min=1.0), grad_norm=norm), state
 
-    return Transform(_nothing, update)
+    return Transform(_nothing, update, defers=True)
 
 
 @described

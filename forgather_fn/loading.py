@@ -1,5 +1,6 @@
 """Answering requests for batches: in this process or in workers, with random draws that depend on neither."""
 
+import itertools
 import random as python_random
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -135,16 +136,20 @@ class Fetch:
             raise
 
 
-def in_process(fetch: Fetch, requests: Iterable[Request], *, pin_memory: bool) -> Generator[Any, None, None]:
+Answers = Generator[tuple[Request, Any], None, None]
+"""Each request with its answer."""
+
+
+def in_process(fetch: Fetch, requests: Iterable[Request], *, pin_memory: bool) -> Answers:
     """Answer each request when the answer is asked for."""
     finish: Callable[[Any], Any] = pinned if pin_memory else _unchanged
     for request in requests:
-        yield finish(fetch[request])
+        yield request, finish(fetch[request])
 
 
 def in_workers(
     fetch: Fetch, requests: Iterator[Request], *, workers: int, prefetch: int, pin_memory: bool, seed: int
-) -> Generator[Any, None, None]:
+) -> Answers:
     """Answer requests in worker processes, in order, ahead of time. Closing the generator ends the workers.
 
     Torch's loader is given whole requests, one a batch, so that nothing depends on which worker answers; and a
@@ -162,10 +167,11 @@ def in_workers(
         RuntimeError: A worker died, or took longer than ``WORKER_TIMEOUT`` for a batch.
         ConnectionError: A worker died after it had answered, and its answer was lost with it.
     """
+    expected, asked = itertools.tee(requests)
     loader: DataLoader[Any] = DataLoader(
         fetch,  # type: ignore[arg-type]  # torch asks for its base class, and calls only __getitem__
         batch_size=None,
-        sampler=requests,
+        sampler=asked,
         collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=prefetch,
@@ -176,7 +182,7 @@ def in_workers(
     )
     answers: Any = iter(loader)
     try:
-        yield from answers
+        yield from zip(expected, answers, strict=True)
     finally:
         # torch does this when the last reference goes, which the traceback of an error may hold for long.
         answers._shutdown_workers()
@@ -190,3 +196,4 @@ def _default_signals(worker: int) -> None:
     """Leave Ctrl-C to the parent, which ends its workers, and drop the handlers that a forked worker inherits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

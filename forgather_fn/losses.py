@@ -132,6 +132,8 @@ def _mse_total(outputs: Any, batch: Any) -> Tensor:
             f"mse: the prediction's shape {tuple(prediction.shape)} is not the target's {tuple(target.shape)}; "
             "reshape one of them, for example the target with unsqueeze(-1)"
         )
+    if prediction.dtype.itemsize < 4:
+        prediction, target = prediction.float(), target.float()
     return F.mse_loss(prediction, target, reduction="sum")
 
 

@@ -95,6 +95,19 @@ def buffer_slots(module: nn.Module) -> tuple[Slot, ...]:
     return slots
 
 
+def check_apart(slots: Sequence[Slot], anatomy: Anatomy) -> None:
+    """Make sure that no buffer lies in the memory of a parameter, from which binding would cut it off.
+
+    Raises:
+        ValueError: One does.
+    """
+    params = {p.untyped_storage().data_ptr(): name for name, p in anatomy.params.items() if p.numel()}
+    for slot in slots:
+        place = slot.tensor.untyped_storage().data_ptr() if slot.tensor is not None and slot.tensor.numel() else None
+        if place in params:
+            raise ValueError(f"buffer {slot.name} shares the memory of parameter {params[place]}; clone it: .clone()")
+
+
 def buffer_names(slots: Sequence[Slot]) -> dict[str, str]:
     """Name what each slot holds; a tensor that several hold has the first one's name."""
     names: dict[tuple[Any, ...], str] = {}
@@ -119,6 +132,11 @@ def _check_parameter(site: Site) -> None:
     _check_shape(site.name, site.tensor)
     if site.tensor.is_meta:
         raise ValueError(f"{site.name} is on the meta device and has no values; build the model on a real device")
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.max_norm is not None:
+        raise ValueError(
+            f"{site.name} is changed by every forward pass (max_norm={site.module.max_norm}), so that even an "
+            "evaluation would change the state; build the embedding with max_norm=None"
+        )
     if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.sparse:
         raise ValueError(
             f"{site.name} asks for sparse gradients, which flat storage does not hold; build the embedding with "

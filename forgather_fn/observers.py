@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from forgather_fn.loop import Clock, Data, Tick
+from forgather_fn.loop import Clock, Data, Steps, Tick
 from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
 from forgather_fn.stages import Observer
@@ -44,6 +44,7 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
     lifted = [as_sink(sink) for sink in sinks]
     begun = clock()
     before: tuple[float, int, int] | None = None
+    streams = 0
 
     def observe(tick: Tick) -> None:
         nonlocal before
@@ -69,12 +70,21 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         for sink in lifted:
             sink(row)
 
+    def opened(steps: Steps) -> None:
+        nonlocal streams
+        del steps
+        streams += 1
+
     def close() -> None:
+        nonlocal streams
+        streams -= 1
+        if streams:  # the same report stands in a stage downstream too
+            return
         with contextlib.ExitStack() as stack:
             for sink in reversed(lifted):
                 stack.callback(sink.close)
 
-    return Observer(observe, wants=frozenset(wants), close=close)
+    return Observer(observe, wants=frozenset(wants), open=opened, close=close)
 
 
 def _scalar(name: str, value: Any) -> float:

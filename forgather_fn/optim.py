@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from forgather_fn import flat as flat_storage
 from forgather_fn.describe import describe, described
+from forgather_fn.finite import applied
 from forgather_fn.flat import Chunk, Flat, Hyper, listed
 from forgather_fn.gradient import Gradients
 
@@ -218,14 +219,15 @@ def _adam_family(
         count = state["count"]
         together = _counted_alike(gradients, params, count)
         if all(gradients.active):
-            count.add_(1 - found_inf)
+            count.add_(applied(found_inf))
         else:
-            count.addcmul_(torch.tensor(gradients.active, dtype=count.dtype, device=count.device), 1 - found_inf)
+            active = torch.tensor(gradients.active, dtype=count.dtype, device=count.device)
+            count.add_(active * applied(found_inf))
         counts = _unbound(params, count)
         for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
             kernel(
                 part.params,
-                list(gradients.pieces(part.chunks)),
+                gradients.pieces(part.chunks),
                 part.slots[0],
                 part.slots[1],
                 [],
@@ -357,7 +359,7 @@ def sgd(
             kernel = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
             kernel(
                 part.params,
-                list(gradients.pieces(part.chunks)),
+                gradients.pieces(part.chunks),
                 part.slots[0] if momentum else [],
                 weight_decay=part.hyper.weight_decay or 0.0,
                 momentum=momentum,
@@ -380,9 +382,9 @@ def _fused_sgd_is_right(tensor: Tensor) -> bool:
 
 
 def _unfused_sgd(
-    params: list[Tensor],
-    gradients: list[Tensor],
-    momenta: list[Tensor],
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
     *,
     grad_scale: Tensor | None,
     found_inf: Tensor,
@@ -394,8 +396,9 @@ def _unfused_sgd(
     if found_inf.item():
         return
     if grad_scale is not None:
-        torch._foreach_div_(gradients, grad_scale)
-    torch_sgd(params, gradients, list(momenta) or [None] * len(params), foreach=True, **options)
+        torch._foreach_div_(list(gradients), grad_scale)
+    momentum_list: list[Tensor | None] = [*momenta] or [None] * len(params)
+    torch_sgd(list(params), list(gradients), momentum_list, foreach=True, **options)
 
 
 def slots_like(params: Flat) -> Flat:

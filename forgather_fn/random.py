@@ -3,8 +3,11 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import Final
 
 import torch
+
+_PLAIN: Final = (int, str)
 
 
 def key(seed: int, *path: int | str) -> int:
@@ -27,7 +30,7 @@ def key(seed: int, *path: int | str) -> int:
         >>> key(0, 1) == key(1, 0)
         False
     """
-    parts = tuple(part if type(part) is str else int(part) for part in (seed, *path))
+    parts = tuple([part if type(part) in _PLAIN else int(part) for part in (seed, *path)])
     digest = hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

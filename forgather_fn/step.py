@@ -5,7 +5,6 @@ next is called step k. Schedules and random keys read that number.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from forgather_fn import gradient, interrupt, tree
 from forgather_fn.batch import microbatches, placed
 from forgather_fn.binding import Binding
 from forgather_fn.data import Batch
+from forgather_fn.finite import applied, flag_on_device, flag_on_host
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective, named_means
@@ -24,7 +24,7 @@ from forgather_fn.mean import Mean
 from forgather_fn.plan import Metrics, Plan
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
-from forgather_fn.state import Arrays, NonFiniteError, TrainState, nonfinite_message
+from forgather_fn.state import Arrays, TrainState
 from forgather_fn.workspace import Workspace
 
 WANTS = frozenset({"gradient_norms"})
@@ -88,8 +88,12 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
     """
     arrays = state.read()
     built.bound(arrays)
-    placed = Batch(built.place(batch.data), batch.samples, None, batch.ragged)
-    parts = microbatches(placed, built.plan.microbatches)
+    data = built.place(batch.data)
+    parts = (
+        [data]
+        if built.plan.microbatches == 1
+        else microbatches(attrs.evolve(batch, data=data), built.plan.microbatches)
+    )
     before = arrays.buffers.copy() if built.binding.buffer_slots else None
     buffers = arrays.buffers
     built.workspace.clear()
@@ -157,7 +161,7 @@ def _inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) -
     if isinstance(weight, Tensor) and weight.device.type == "cpu":
         weight = weight.item()  # looking is free here, and one call is faster than three
     if not isinstance(weight, Tensor):
-        return torch.tensor(1.0 / weight if weight else 0.0, dtype=dtype, device=device)
+        return torch.scalar_tensor(1.0 / weight if weight else 0.0, dtype=dtype, device=device)
     return weight.to(dtype).reciprocal().nan_to_num_(posinf=0.0)
 
 
@@ -186,7 +190,8 @@ def advance(
         arrays = state.consume(f"step {state.step}")
         arrays = _updated(plan, arrays, gradients, transforms, learning_rate, found_inf)
         arrays = _counted(plan, arrays, gradients, buffers, found_inf)
-        arrays.nonfinite.copy_(nonfinite)
+        if nonfinite is not arrays.nonfinite:
+            arrays.nonfinite.copy_(nonfinite)
     if arrays.buffers is not built.binding.buffers:
         built.binding.bind_buffers(arrays.buffers)
     metrics = {**means, "grad_norm": norm, **gradients.reports, "learning_rate": learning_rate, **extra}
@@ -219,41 +224,6 @@ def _transformed(
     return gradients, tuple(states)
 
 
-def flag_on_host(policy: str, probe: Tensor, nonfinite: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Look at a number on the CPU, where looking costs nothing; see :func:`flag_on_device`.
-
-    Raises:
-        NonFiniteError: It is not finite and the policy is to raise; the state has not been touched.
-    """
-    if math.isfinite(probe.item()):
-        return _FINE, nonfinite
-    if policy == "raise":
-        raise NonFiniteError(nonfinite_message(step))
-    return _BAD, nonfinite
-
-
-_FINE, _BAD = torch.tensor(0.0), torch.tensor(1.0)
-
-
-def flag_on_device(policy: str, probe: Tensor, nonfinite: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Decide on the device whether an update may happen, without waiting for it.
-
-    Args:
-        policy: ``"raise"``: this update and all later ones are blocked; ``"skip"``: this one only.
-        probe: A scalar that is finite if, and only if, the loss and every gradient are.
-        nonfinite: The first step that was not finite, or -1.
-        step: This step.
-
-    Returns:
-        1.0 where the update must not happen, else 0.0; and the new ``nonfinite``.
-    """
-    bad = (probe - probe).ne(0)  # x - x is 0 for every finite x, and nan for every other
-    if policy == "skip":
-        return bad.float(), nonfinite
-    blocked = bad | (nonfinite >= 0)
-    return blocked.float(), torch.where(bad & (nonfinite < 0), step, nonfinite)
-
-
 def _updated(
     plan: Plan,
     arrays: Arrays,
@@ -263,8 +233,8 @@ def _updated(
     found_inf: Tensor,
 ) -> Arrays:
     opt = plan.optimizer.update(gradients, arrays.opt, arrays.params, learning_rate=learning_rate, found_inf=found_inf)
-    good = 1 - found_inf
-    arrays.updates.add_(good.long())
+    good = applied(found_inf)
+    arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
     ema = arrays.ema
     if plan.average is not None:
         assert ema is not None

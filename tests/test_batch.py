@@ -9,7 +9,7 @@ from forgather_fn.batch import as_batch, microbatches, placed
 from forgather_fn.data import Batch
 
 CPU = torch.device("cpu")
-Pair = namedtuple("Pair", ["one", "other"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["one", "other"])
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.booleans())

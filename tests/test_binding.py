@@ -117,6 +117,12 @@ class TestStatesAndPrograms:
         assert_equal(second, ff.fold(other.step, begun, labelled_batches(3)))
         assert ("body.0.weight" in second.params) is (frozen_by != "second")
 
+    def test_what_the_user_froze_after_one_program_is_frozen_in_the_next(self):
+        module = classifier()
+        program(module).init(0)
+        module[0].requires_grad_(False)
+        assert sorted(program(module).init(0).frozen) == ["0.bias", "0.weight"]
+
     def test_a_second_init_leaves_the_first_state_alone(self):
         for changes in ({}, {"init": "by_name"}):
             module = Noisy()
@@ -204,6 +210,20 @@ class TestChangesFromOutside:
         module.body[3].weight.requires_grad_(False)
         state, _ = made.step(state, labelled(6))
         assert torch.equal(state.params["body.3.weight"], before)
+
+    def test_whether_a_parameter_is_trained_does_not_depend_on_which_states_were_stepped(self, bound):
+        made, module, state = bound
+        other, before = state.copy(), state.params["body.3.weight"].clone()
+        module.body[3].weight.requires_grad_(False)
+        moved = []
+        for each in (state, other):
+            try:
+                after, _ = made.step(each, labelled(6))
+            except ValueError as error:
+                assert "body.3.weight" in str(error)  # noqa: PT017
+            else:
+                moved.append(not torch.equal(after.params["body.3.weight"], before))
+        assert len(set(moved)) <= 1
 
     @pytest.mark.parametrize("viewed_elements", [VIEWED, 0])
     @pytest.mark.parametrize("clear", [True, False])
@@ -344,6 +364,16 @@ class TestExport:
         made, _, state = bound
         with pytest.raises(ValueError, match="keeps no average"):
             made.export(state, params="ema")
+
+    def test_it_can_be_read_without_this_library(self, bound):
+        made, _, state = bound
+        stream = io.BytesIO()
+        torch.save(made.export(state), stream)
+        assert b"forgather" not in stream.getvalue()
+        # And training goes on, with a state_dict that is safe to save.
+        made.step(state, labelled(6))
+        saved = made.plan.model.state_dict()
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in saved.values())
 
     def test_it_can_be_trained_by_hand(self, bound):
         made, _, state = bound

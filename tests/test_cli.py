@@ -85,6 +85,11 @@ def test_arguments_that_cannot_be_parsed_exit_with_two(arguments, capsys):
     assert capsys.readouterr().err.startswith("usage: forgather")
 
 
+def test_the_exit_code_is_the_commands_own(monkeypatch):
+    monkeypatch.setattr("forgather_fn.demo.command", lambda parser: lambda options: 7)
+    assert main(["demo"]) == 7
+
+
 def interrupting(times: int):
     """What shows an evaluation, and the Ctrl-C of a user who sees the first one."""
 
@@ -122,6 +127,14 @@ def test_the_package_runs_as_a_module():
     done = python("-m", "forgather_fn", "demo", "--steps", "0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "forgather: error: steps=0: expected an integer of at least 1\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_tells_of_itself(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    assert f"usage: forgather {name} " in capsys.readouterr().out
 
 
 def test_help_needs_nothing_heavy_and_tells_of_every_command():

@@ -68,10 +68,10 @@ def test_wrong_arguments_fail_as_those_of_the_function_itself():
         ("adamw", "'adamw'"),
         (torch.nn.Linear, "torch.nn.modules.linear.Linear"),
         (describe, "forgather_fn.describe.describe"),
-        (functools.partial(torch.optim.SGD, [1], lr=0.1), "torch.optim.sgd.SGD((1), lr=0.1)"),
+        (functools.partial(torch.optim.SGD, [1], lr=0.1), "torch.optim.sgd.SGD([1], lr=0.1)"),
         (functools.partial(describe, torch.optim.SGD), "forgather_fn.describe.describe(torch.optim.sgd.SGD)"),
         ((ff.clipped(1.0), ff.noise(0.5)), "(clipped(max_norm=1.0), noise(std=0.5))"),
-        ([1, (2, 3)], "(1, (2, 3))"),
+        ([1, (2, 3), ()], "[1, (2, 3), ()]"),
     ],
 )
 def test_parts_are_named_by_what_they_are(part, text):
@@ -115,7 +115,7 @@ def test_a_plan_describes_every_part():
     assert set(whole) == {field.name for field in attrs.fields(ff.Plan)}
     assert whole["loss"] == "cross_entropy"
     assert whole["average"] == "ema(decay=0.9)"
-    assert whole["transforms"] == "(clipped(max_norm=1.0))"
+    assert whole["transforms"] == "(clipped(max_norm=1.0),)"
     assert whole["model"] == "torch.nn.modules.linear.Linear"
     assert "weight_decay=0.1" in whole["optimizer"]
     assert description() == whole

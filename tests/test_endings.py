@@ -68,7 +68,9 @@ class TestUntil:
         with pytest.raises(ValueError, match=r"until\(epochs=...\) needs a stream of known length"):
             ff.until(epochs=1)(made.steps(made.init(0), labelled_batches(3)))
 
-    @pytest.mark.parametrize("ends", [{}, {"steps": -1}, {"epochs": -0.5}, {"seconds": math.nan}, {"steps": 3, "tokens": -1}])
+    @pytest.mark.parametrize(
+        "ends", [{}, {"steps": -1}, {"epochs": -0.5}, {"seconds": math.nan}, {"steps": 3, "tokens": -1}]
+    )
     def test_an_end_is_needed_and_none_may_be_negative(self, ends):
         with pytest.raises(ValueError, match="until: give at least one end, none of them negative"):
             ff.until(**ends)

@@ -1,4 +1,4 @@
-"""Each thing that a user can get wrong has one clear ``ValueError``: what was given, what was expected, where, the fix."""
+"""What a user can get wrong has one clear ``ValueError``: what was given, what was expected, where, the fix."""
 
 import pytest
 import toolz
@@ -128,7 +128,9 @@ CASES = {
         r"cannot be indexed, or has no length",
     ),
     "epochs of data without a length": (
-        lambda: toolz.pipe((made := program(classifier())).steps(made.init(0), labelled_batches(1)), ff.until(epochs=1)),
+        lambda: toolz.pipe(
+            (made := program(classifier())).steps(made.init(0), labelled_batches(1)), ff.until(epochs=1)
+        ),
         r"until\(epochs=\.\.\.\) needs a stream of known length",
     ),
 }

@@ -10,7 +10,13 @@ import forgather_fn as ff
 from tests.toys import VIEWED, by_hand, decaying, program
 
 WORDS = 23
-SMALL = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "vocab_size": WORDS,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 STORAGES = pytest.mark.parametrize("viewed_elements", [VIEWED, 0], ids=["views", "own"])
 
 
@@ -108,7 +114,9 @@ def test_ragged_microbatches_equal_one_batch(kind, loss, viewed_elements):
 
 def test_the_number_of_items_reaches_a_model_that_takes_it():
     model, seen = llama(), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs.get("num_items_in_batch")), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("num_items_in_batch")), with_kwargs=True
+    )
     made = program(model, loss=ff.losses.from_output(weight="next_tokens"), microbatches=2)
     state, _ = made.step(made.init(0), text(6, ragged=False))
     assert [int(items) for items in seen] == [18, 18]

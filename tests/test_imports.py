@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
-BASE = {"describe", "flat", "interrupt", "mean", "random", "state", "tree"}
+BASE = {"describe", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
 RECIPE = {"average", "from_torch", "gradient", "losses", "optim", "schedules"}
 DATA = {"data", "fetch", "loading", "order", "permutation"}
 STEP = {"batch", "binding", "evaluation", "model", "plan", "step", "workspace"}
@@ -31,9 +31,9 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
     "strategy": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
-    "testing": {"base", "recipe", "data", "step", "loop", "strategy"},
+    "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "demo": {"base", "report", "public"},
-    "command": {"demo"},
+    "command": {"checkpoint", "demo"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 

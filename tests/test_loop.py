@@ -113,7 +113,9 @@ class TestStreams:
 
     def test_another_stream_than_before_is_refused_with_both_sides(self, made):
         state = toolz.pipe(made.steps(made.init(0), data()), ff.until(steps=2), ff.last)
-        with pytest.raises(ValueError, match=r"(?s)another stream.*the state: .*shuffled.*the stream: .*sequential.*evolve"):
+        with pytest.raises(
+            ValueError, match=r"(?s)another stream.*the state: .*shuffled.*the stream: .*sequential.*evolve"
+        ):
             made.steps(state, data(order="sequential"))
         moved = attrs.evolve(state, data=None, samples=0)
         assert toolz.pipe(made.steps(moved, data(order="sequential")), ff.until(steps=3), ff.last).samples == 6
@@ -161,7 +163,9 @@ class TestStreams:
 
 class TestDemands:
     def test_wants_are_joined_and_the_earliest_end_counts(self):
-        demand = Demand().wanting(lambda step: frozenset({"a"} if step % 2 else ())).wanting(lambda step: frozenset({"b"}))
+        demand = (
+            Demand().wanting(lambda step: frozenset({"a"} if step % 2 else ())).wanting(lambda step: frozenset({"b"}))
+        )
         assert demand.at(1) == {"a", "b"}
         assert demand.at(2) == {"b"}
         assert Demand().ending(None).horizon is None

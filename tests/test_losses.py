@@ -14,7 +14,7 @@ LOGITS = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.randint(0, 5, (4, 6), generator=torch.Generator().manual_seed(1))
 LABELS[0, 3:] = -100
 LABELS[2, :2] = -100
-Outputs = namedtuple("Outputs", ["loss", "logits"])  # noqa: PYI024
+Outputs = namedtuple("Outputs", ["loss", "logits"])
 
 
 class TestFinding:
@@ -102,8 +102,15 @@ class TestLosses:
         mean = ff.losses.mse(prediction, (None, target))
         assert float(mean) == pytest.approx(F.mse_loss(prediction, target).item(), rel=1e-6)
 
+    def test_mse_does_not_sum_in_half_precision(self):
+        prediction, target = (tensor.bfloat16() for tensor in (LOGITS.repeat(9, 1, 1), LOGITS.roll(1).repeat(9, 1, 1)))
+        expected = F.mse_loss(prediction.double(), target.double()).item()
+        assert float(ff.losses.mse(prediction, (None, target))) == pytest.approx(expected, rel=1e-5)
+
     def test_mse_does_not_broadcast(self):
-        with pytest.raises(ValueError, match=r"mse: the prediction's shape \(6, 1\) is not the target's \(6,\).*unsqueeze"):
+        with pytest.raises(
+            ValueError, match=r"mse: the prediction's shape \(6, 1\) is not the target's \(6,\).*unsqueeze"
+        ):
             ff.losses.mse(torch.zeros(6, 1), (None, torch.zeros(6)))
 
     @pytest.mark.parametrize("loss", [ff.losses.causal_lm, ff.losses.cross_entropy, ff.losses.mse], ids=repr)
@@ -224,7 +231,10 @@ class TestNamedMeans:
             ({"loss": ff.Mean(torch.tensor(1.0), 1), "accuracy": 0.5}, "returned float for 'accuracy'"),
             ({"nll": ff.Mean(torch.tensor(1.0), 1)}, r"\['nll'\]; the objective must be named 'loss'"),
             (ff.Mean(torch.ones(3), 3), r"'loss': the total of a Mean must be a scalar, got shape \(3,\)"),
-            (ff.Mean(torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)), "weight of the objective depends on the model"),
+            (
+                ff.Mean(torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)),
+                "weight of the objective depends on the model",
+            ),
         ],
     )
     def test_what_is_no_mean_is_refused(self, result, message):

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 import forgather_fn as ff
-from forgather_fn.model import build, call_arguments, enter_training, evaluation_mode, initialise_by_name, parameter_anatomy
+from forgather_fn.model import (
+    build,
+    call_arguments,
+    enter_training,
+    evaluation_mode,
+    initialise_by_name,
+    parameter_anatomy,
+)
 from tests.toys import classifier, labelled, program
 
 
@@ -65,7 +72,10 @@ class TestRefusals:
         ("module", "message"),
         [
             (nn.Sequential(nn.LazyLinear(3)), r"0\.weight is .*lazy.*run the model once"),
-            (nn.Sequential(nn.Linear(5, 3), nn.LazyBatchNorm1d(affine=False)), r"1\.running_mean.*lazy|lazy.*1\.running_mean"),
+            (
+                nn.Sequential(nn.Linear(5, 3), nn.LazyBatchNorm1d(affine=False)),
+                r"1\.running_mean.*lazy|lazy.*1\.running_mean",
+            ),
             (nn.Sequential(nn.Linear(5, 3, device="meta")), r"0\.weight is on the meta device"),
             (nn.Sequential(nn.Embedding(5, 3, sparse=True)), r"0\.weight asks for sparse gradients.*sparse=False"),
             (nn.Sequential(nn.EmbeddingBag(5, 3, sparse=True)), r"0\.weight asks for sparse gradients.*sparse=False"),
@@ -241,7 +251,13 @@ class TestCalls:
             (Calls(), plain, {"features": 5, "mask": 6, "index": 7}, (), {"features": 5, "mask": 6}),
             (CallsAny(), plain, {"features": 5, "labels": 6}, (), {"features": 5, "labels": 6}),
             (CallsAny(), ff.losses.cross_entropy, {"features": 5, "labels": 6, "y": 7}, (), {"features": 5}),
-            (CallsAny(), ff.losses.from_output(weight="samples"), {"features": 5, "labels": 6}, (), {"features": 5, "labels": 6}),
+            (
+                CallsAny(),
+                ff.losses.from_output(weight="samples"),
+                {"features": 5, "labels": 6},
+                (),
+                {"features": 5, "labels": 6},
+            ),
         ],
     )
     def test_a_batch_becomes_arguments(self, module, loss, batch, args, kwargs):
@@ -249,5 +265,7 @@ class TestCalls:
         assert (tuple(given), named) == (args, kwargs)
 
     def test_a_dict_without_any_argument_is_refused_with_both_sides(self):
-        with pytest.raises(ValueError, match=r"no key of the batch.*Calls\.forward.*'inputs', 'labels'.*'features', 'mask'"):
+        with pytest.raises(
+            ValueError, match=r"no key of the batch.*Calls\.forward.*'inputs', 'labels'.*'features', 'mask'"
+        ):
             call_arguments(Calls(), plain)({"inputs": 1, "labels": 2})

@@ -16,13 +16,13 @@ from tests.toys import (
     assert_equal,
     assert_same_tensors,
     by_hand,
-    classifier,
     decaying,
     fused_adamw,
     labelled,
     labelled_batches,
     program,
     trained,
+    unchanged,
 )
 
 STORAGES = pytest.mark.parametrize("viewed_elements", [VIEWED, 0], ids=["views", "own"])
@@ -456,3 +456,54 @@ def test_a_buffer_registered_in_forward_is_part_of_the_state_or_refused():
     else:
         assert state.buffers["body.seen"].item() == 1.0
         assert_equal(state, kept)
+
+
+class Renormalised(nn.Module):
+    """Changes a parameter in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Embedding(9, 3, max_norm=0.5)
+
+    def forward(self, index):
+        return self.body(index)
+
+
+def test_a_parameter_that_forward_changes_is_a_part_of_the_step_or_refused():
+    batch = (torch.arange(6), torch.zeros(6, dtype=torch.long))
+    made = program(make(Renormalised))
+    try:
+        state = made.init(0)
+    except ValueError as error:
+        assert "body.weight" in str(error)  # noqa: PT017
+        return
+    with unchanged(state):
+        made.evaluate(state, [batch])
+        made.gradients(state, batch)
+    state, _ = made.step(state, batch)
+    model = make(Renormalised)
+    by_hand(model, [batch], fused_adamw(model))
+    assert_same_tensors(state, model)
+
+
+class Overlaid(nn.Module):
+    """A buffer over the memory of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 3)
+        self.register_buffer("view", self.body.weight.detach())
+
+    def forward(self, features):
+        return self.body(features) + features @ self.view.t()
+
+
+def test_a_buffer_over_a_parameter_stays_so_or_is_refused():
+    model = make(Overlaid)
+    by_hand(model, labelled_batches(3), fused_adamw(model))
+    try:
+        state = trained(make(Overlaid), labelled_batches(3))
+    except ValueError as error:
+        assert "view" in str(error)  # noqa: PT017
+    else:
+        assert_same_tensors(state, model, atol=1e-6)

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import toolz
 import torch
 
 import forgather_fn as ff
+from forgather_fn.report import jsonl
 from tests.toys import classifier, labelled, labelled_batches, program
 
 
@@ -61,7 +64,9 @@ class TestReport:
 
     def test_every_sink_gets_every_row_in_order(self):
         seen = []
-        reported(ff.every(2, ff.report(lambda row: seen.append(("a", row.step)), lambda row: seen.append(("b", row.step)))))
+        reported(
+            ff.every(2, ff.report(lambda row: seen.append(("a", row.step)), lambda row: seen.append(("b", row.step))))
+        )
         assert seen == [("a", 2), ("b", 2), ("a", 4), ("b", 4)]
 
     def test_it_asks_for_what_its_sinks_want(self):
@@ -91,6 +96,15 @@ class TestReport:
         with pytest.raises(OSError, match="disk"):
             reported(ff.every(2, ff.report(Closing(closed, "a", failing=True), Closing(closed, "b"))))
         assert sorted(closed) == ["a", "b"]
+
+    @pytest.mark.parametrize("ending", [[], [ff.until(steps=3)]], ids=["data", "until"])
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_one_report_may_look_every_so_often_and_at_the_end(self, tmp_path, ending, place):
+        report = ff.report(jsonl(tmp_path / "metrics.jsonl"))
+        looks = [ff.every(2, report), ff.at_end(report)]
+        reported(*(looks + ending if place == "before" else [looks[0], *ending, looks[1]]), data=labelled_batches(3))
+        rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [2, 3]
 
     def test_a_step_that_was_not_finite_is_raised_at_the_next_row(self):
         made, rows = program(classifier()), []

@@ -52,13 +52,21 @@ OPTIMIZERS = pytest.mark.parametrize(("ours", "theirs", "weight_decay"), PAIRS.v
 RATE = ff.schedules.cosine(peak=3e-2, warmup=4, total=25)
 
 
+def unfused(optimizer):
+    for options in optimizer.param_groups:
+        options.update(fused=False, foreach=True)
+
+
 @STORAGES
 @OPTIMIZERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_twenty_steps_are_those_of_torch(ours, theirs, weight_decay, viewed_elements, dtype):
     batches = labelled_batches(20, dtype=dtype)
     model = classifier(dtype)
-    by_hand(model, batches, theirs(decaying(model, weight_decay)), learning_rate=RATE)
+    optimizer = theirs(decaying(model, weight_decay))
+    if dtype == torch.bfloat16 and isinstance(optimizer, torch.optim.SGD):
+        unfused(optimizer)  # torch 2.13's fused one is wrong by the size of an update
+    by_hand(model, batches, optimizer, learning_rate=RATE)
     state = trained(classifier(dtype), batches, optimizer=ours, schedule=RATE, viewed_elements=viewed_elements)
     rounding = {torch.float32: 3e-7, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     assert_same_tensors(state, model, atol=0.0 if viewed_elements == 0 else rounding)
@@ -86,10 +94,8 @@ def test_gradients_that_come_and_go(ours, theirs, weight_decay, viewed_elements,
     batches = [branching(*on, seed=i, dtype=torch.float64) for i, on in enumerate(which)]
     model = Branches().double()
     optimizer = theirs(decaying(model, weight_decay))
-    for options in optimizer.param_groups:
-        # torch's fused SGD cannot have momentum for some parameters only: "expected Tensor ... but got NoneType".
-        options["fused"] = isinstance(optimizer, torch.optim.Adam)
-        options["foreach"] = False
+    if isinstance(optimizer, torch.optim.SGD):
+        unfused(optimizer)  # the fused one fails where some parameters have momentum and others have none yet
     by_hand(model, batches, optimizer, learning_rate=RATE)
     changes = {"optimizer": ours, "schedule": RATE, "viewed_elements": viewed_elements}
     state = trained(Branches().double(), batches, **changes)
@@ -126,7 +132,11 @@ def test_a_parameter_that_never_gets_a_gradient_is_untouched(ours, theirs, weigh
 @STORAGES
 def test_padding_stays_zero(viewed_elements):
     state = trained(
-        classifier(), labelled_batches(3), average=ff.ema(0.9), transforms=[ff.noise(0.1)], viewed_elements=viewed_elements
+        classifier(),
+        labelled_batches(3),
+        average=ff.ema(0.9),
+        transforms=[ff.noise(0.1)],
+        viewed_elements=viewed_elements,
     )
     for flat in (state.params, state.ema, state.opt["exp_avg"], state.opt["exp_avg_sq"]):
         inside = sum(int(tensor.count_nonzero()) for tensor in flat.values())
@@ -158,9 +168,18 @@ class TestGroups:
         assert_same_tensors(state, model, atol=1e-12)
 
     def test_the_first_group_that_matches_counts(self):
-        groups = [ff.group("0.bias", learning_rate=2.0), ff.group("0.*", learning_rate=3.0), ff.group("*", learning_rate=4.0)]
+        groups = [
+            ff.group("0.bias", learning_rate=2.0),
+            ff.group("0.*", learning_rate=3.0),
+            ff.group("*", learning_rate=4.0),
+        ]
         hypers = ff.adamw(groups=groups).groups(dict(classifier().named_parameters()))
-        assert [hypers[name].learning_rate for name in ("0.weight", "0.bias", "2.weight", "2.bias")] == [3.0, 2.0, 4.0, 4.0]
+        assert [hypers[name].learning_rate for name in ("0.weight", "0.bias", "2.weight", "2.bias")] == [
+            3.0,
+            2.0,
+            4.0,
+            4.0,
+        ]
 
     def test_matrices_decay_and_others_do_not(self):
         hypers = ff.adamw(weight_decay=0.3).groups({"w": torch.zeros(2, 2), "b": torch.zeros(2), "s": torch.zeros(())})
@@ -186,7 +205,9 @@ class TestGroups:
 
     def test_a_group_that_matches_nothing_is_refused(self):
         for groups in ([ff.group("1.*")], [ff.group("*"), ff.group(lambda name, tensor: False)]):
-            with pytest.raises(ValueError, match=r"group .* matches no parameter; the parameters are '0.bias', '0.weight'"):
+            with pytest.raises(
+                ValueError, match=r"group .* matches no parameter; the parameters are '0.bias', '0.weight'"
+            ):
                 program(classifier(), optimizer=ff.adamw(groups=groups)).init(0)
 
     def test_a_group_that_matches_only_what_the_user_froze_is_refused(self):

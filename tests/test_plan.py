@@ -19,7 +19,10 @@ class TestChecks:
             ({"microbatches": 0}, "Plan: microbatches must be an integer of at least 1, got 0"),
             ({"microbatches": True}, "microbatches must be an integer of at least 1, got True"),
             ({"microbatches": 1.5}, "microbatches must be an integer of at least 1, got 1.5"),
-            ({"precision": "float16"}, "precision='float16' is not one of 'as_built', 'float32', 'float64', 'bfloat16'"),
+            (
+                {"precision": "float16"},
+                "precision='float16' is not one of 'as_built', 'float32', 'float64', 'bfloat16'",
+            ),
             ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is not one of 'raise', 'skip'"),
             ({"init": "zeros"}, "init='zeros' is not one of 'as_built', 'by_name'"),
             ({"device": "quantum"}, "device 'quantum' cannot be used here"),
@@ -57,18 +60,17 @@ class TestChecks:
         ids=["nan", "inf", "negative", "none"],
     )
     def test_a_schedule_that_gives_no_rate_is_refused_with_the_step_and_consumes_nothing(self, schedule, message):
-        made = program(classifier(), schedule=schedule)
-        state = made.init(0)
+        made, seen = program(classifier(), schedule=schedule), []
+        steps = made.steps(made.init(0), labelled_batches(3))
+        seen.append(steps.state)
         with pytest.raises(ValueError, match=message):
-            for batch in labelled_batches(3):
-                state, _ = made.step(state, batch)
-        assert not state.consumed
+            seen.extend(tick.state for tick in steps)
+        assert not seen[-1].consumed
 
     @pytest.mark.parametrize("schedule", [float("nan"), -1.0, float("inf")])
     def test_a_constant_that_is_no_rate_is_refused(self, schedule):
         with pytest.raises(ValueError, match=f"{schedule}.*step 0"):
-            made = program(classifier(), schedule=schedule)
-            made.step(made.init(0), labelled(6))
+            trained(classifier(), [labelled(6)], schedule=schedule)
 
 
 class TestProgram:

@@ -148,7 +148,12 @@ class TestComposition:
             return lambda tick: seen.append((tick.state.step, name))
 
         toolz.pipe(
-            steps, ff.every(1, named("a"), named("b")), ff.every(2, named("c")), ff.every(1, named("d")), ff.until(steps=2), ff.last
+            steps,
+            ff.every(1, named("a"), named("b")),
+            ff.every(2, named("c")),
+            ff.every(1, named("d")),
+            ff.until(steps=2),
+            ff.last,
         )
         assert seen == [(1, "a"), (1, "b"), (1, "d"), (2, "a"), (2, "b"), (2, "c"), (2, "d")]
 
@@ -193,7 +198,9 @@ class TestComposition:
         assert seen == [2, 2]
 
     def test_a_loop_of_ones_own_over_stages(self, steps):
-        losses = [float(tick.metrics["loss"]) for tick in toolz.pipe(steps, ff.every(2, lambda tick: None), ff.until(steps=4))]
+        losses = [
+            float(tick.metrics["loss"]) for tick in toolz.pipe(steps, ff.every(2, lambda tick: None), ff.until(steps=4))
+        ]
         assert len(losses) == 4
 
 
@@ -330,6 +337,13 @@ class TestLife:
             toolz.pipe(steps, ff.every(1, *(life.observer() for life in lives)), ff.until(steps=1), ff.last)
         assert sorted(seen[-3:]) == ["a.close", "b.close", "c.close"]
 
+    def test_one_that_fails_at_the_end_keeps_no_other_from_closing(self, steps):
+        seen = []
+        lives = [Life(seen, name, failing={"end"} if name == "b." else ()) for name in ("a.", "b.", "c.")]
+        with pytest.raises(RuntimeError, match="end failed"):
+            toolz.pipe(steps, ff.every(1, *(life.observer() for life in lives)), ff.until(steps=1), ff.last)
+        assert sorted(seen[-3:]) == ["a.close", "b.close", "c.close"]
+
     def test_one_that_fails_to_open_has_no_step_made(self):
         made, seen = program(classifier()), []
         state = made.init(0)
@@ -355,7 +369,12 @@ def test_evaluated_names_its_results():
     made, seen = program(classifier(), loss=with_accuracy), []
     toolz.pipe(
         made.steps(made.init(0), labelled_batches(1)),
-        ff.every(1, ff.evaluated([labelled(7)]), ff.evaluated([labelled(7)], name="test"), lambda tick: seen.append(tick.results)),
+        ff.every(
+            1,
+            ff.evaluated([labelled(7)]),
+            ff.evaluated([labelled(7)], name="test"),
+            lambda tick: seen.append(tick.results),
+        ),
         ff.last,
     )
     assert sorted(seen[0]) == ["eval_accuracy", "eval_loss", "test_accuracy", "test_loss"]

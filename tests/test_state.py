@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import attrs
 import pytest
 import torch
@@ -132,7 +135,21 @@ def leaves(state):
 def test_a_state_is_data_only(made):
     state, _ = made.step(made.init(0), labelled(6))
     assert {type(leaf) for _, leaf in leaves(state)} <= {torch.Tensor, int, float, str, type(None)}
-    assert set(state.as_tree()) == {"step", "samples", "seed", "data", *(f.name for f in attrs.fields(Arrays))}
+    assert set(state.as_tree()) >= {"step", "samples", "seed", "data", *(f.name for f in attrs.fields(Arrays))}
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("optimizer", [ff.adamw(), ff.from_torch(lambda rows: torch.optim.RMSprop(rows))], ids=repr)
+def test_a_state_that_was_sent_elsewhere_goes_on_to_the_bit(twin, optimizer):
+    made = program(norm_classifier(), optimizer=optimizer, average=ff.ema(0.9))
+    state, _ = made.step(made.init(0), labelled(6))
+    sent = twin(state)
+    assert ff.difference(sent, state) is None
+    after = ff.fold(made.step, state, labelled_batches(2))
+    assert not sent.consumed
+    assert ff.difference(ff.fold(made.step, sent, labelled_batches(2)), after) is None
 
 
 def test_a_state_is_frozen(made):
@@ -195,6 +212,6 @@ def test_the_flag_of_the_device_is_raised_with_the_first_bad_step(made):
     state = made.init(0)
     raise_if_nonfinite(state)
     state.nonfinite.fill_(5)
-    with pytest.raises(ff.NonFiniteError, match="step 5: .*not finite") as caught:
+    with pytest.raises(ff.NonFiniteError, match=r"step 5: .*not finite") as caught:
         raise_if_nonfinite(state)
     assert 'on_nonfinite="skip"' in str(caught.value)

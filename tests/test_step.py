@@ -69,9 +69,7 @@ class TestAgainstAPlainLoop:
         rate = ff.schedules.cosine(peak=1e-2, warmup=3, total=12)
         model = Noisy().double()
         by_hand(model, batches, fused_adamw(model), learning_rate=rate, max_norm=0.1, seed=3)
-        made = program(
-            Noisy().double(), schedule=rate, transforms=[ff.clipped(0.1)], viewed_elements=viewed_elements
-        )
+        made = program(Noisy().double(), schedule=rate, transforms=[ff.clipped(0.1)], viewed_elements=viewed_elements)
         assert_same_tensors(ff.fold(made.step, made.init(3), batches), model, atol=1e-12)
 
     @STORAGES
@@ -320,7 +318,9 @@ def fail(failure):
 
 class TestFailures:
     @STORAGES
-    @pytest.mark.parametrize("failure", [RuntimeError("boom"), torch.OutOfMemoryError("boom"), KeyboardInterrupt("boom")])
+    @pytest.mark.parametrize(
+        "failure", [RuntimeError("boom"), torch.OutOfMemoryError("boom"), KeyboardInterrupt("boom")]
+    )
     @pytest.mark.parametrize("where", [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2)], ids=str)
     def test_a_pass_that_fails_consumes_nothing_and_can_be_tried_again(self, viewed_elements, where, failure):
         # Calls are counted from the second step on, which has two microbatches.
@@ -369,7 +369,7 @@ class TestFailures:
         kept = state.copy()
         broken.append(part)
         wants = frozenset({"wants"} if part == "wants" else ())
-        with unchanged(state), pytest.raises(ValueError, match="is broken|asked for"):
+        with unchanged(state), pytest.raises(ValueError, match=r"is broken|asked for"):
             made.step(state, labelled(6, seed=1), wants=wants)
         broken.clear()
         assert_equal(made.step(state, labelled(6, seed=1))[0], made.step(kept, labelled(6, seed=1))[0])
@@ -672,7 +672,9 @@ class TestPrecision:
             dtypes.append(outputs.dtype)
             return ff.losses.cross_entropy(outputs, batch)
 
-        low = trained(classifier(), labelled_batches(5), precision="bfloat16", loss=loss, viewed_elements=viewed_elements)
+        low = trained(
+            classifier(), labelled_batches(5), precision="bfloat16", loss=loss, viewed_elements=viewed_elements
+        )
         full = trained(classifier(), labelled_batches(5), viewed_elements=viewed_elements)
         assert set(dtypes) == {torch.bfloat16}
         for name, tensor in full.params.items():

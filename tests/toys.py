@@ -12,7 +12,7 @@ import forgather_fn as ff
 from forgather_fn.random import key
 
 VIEWED = 10**9
-"""``viewed_elements`` of a plan whose gradients are views of a flat buffer, whatever the size of the model; 0 for none."""
+"""``viewed_elements`` of a plan whose gradients are views of a flat buffer, however large the model; 0 for none."""
 
 Rows = tuple[Tensor, Tensor]
 

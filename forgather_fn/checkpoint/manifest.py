@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -36,6 +37,8 @@ class Manifest:
         files: Each file's size in bytes and sha256.
         metrics: Results known at the time of the save.
         pinned: Whether rotation must leave it.
+
+    The file has a checksum of its own content besides, so that a changed order or name is not believed.
     """
 
     step: int
@@ -51,16 +54,16 @@ class Manifest:
 
 def dump(manifest: Manifest) -> bytes:
     """Write a manifest as JSON; numbers that JSON has no word for become strings."""
-    record = attrs.asdict(manifest)
+    record = {"format": FORMAT, "version": VERSION, **attrs.asdict(manifest)}
     record["metrics"] = {name: _number(value) for name, value in manifest.metrics.items()}
-    return json.dumps({"format": FORMAT, "version": VERSION, **record}, indent=1, allow_nan=False).encode("utf-8")
+    return json.dumps({**record, "checksum": _checksum(record)}, indent=1, allow_nan=False).encode("utf-8")
 
 
 def parse(text: bytes, where: str) -> Manifest:
     """Read a manifest.
 
     Raises:
-        CheckpointError: It is not one, or of a newer version.
+        CheckpointError: It is not one, its content was changed, or it is of a newer version.
     """
     try:
         record = json.loads(text)
@@ -71,9 +74,12 @@ def parse(text: bytes, where: str) -> Manifest:
                 f"{where}: written in version {record['version']} of the format; this library reads up to {VERSION}. "
                 "Use a newer one."
             )
-        files = {str(name): Written(int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()}
-        if any(Path(name).name != name or name in (".", "..") for name in files):
-            raise CheckpointError(f"{where}: a file name leaves the directory")
+        if record.pop("checksum") != _checksum(record):
+            raise CheckpointError(f"{where}: its content was changed (its checksum differs)")
+        files = {name: Written(int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()}
+        odd = [name for name in files if not _is_plain(name)]
+        if odd:
+            raise CheckpointError(f"{where}: {odd[0]!r} is not the name of a file in its directory")
         return Manifest(
             step=int(record["step"]),
             samples=int(record["samples"]),
@@ -87,7 +93,7 @@ def parse(text: bytes, where: str) -> Manifest:
         )
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where} is not a manifest: {type(error).__name__}: {error}") from None
 
 
@@ -113,12 +119,14 @@ def faults(directory: Path, manifest: Manifest) -> list[str]:
     found = []
     for name, written in manifest.files.items():
         try:
-            size = (directory / name).stat().st_size
+            status = (directory / name).stat()
         except OSError:
             found.append(f"{name} is missing")
             continue
-        if size != written.size:
-            found.append(f"{name} has {size} bytes instead of {written.size}")
+        if not stat.S_ISREG(status.st_mode):
+            found.append(f"{name} is not a file")
+        elif status.st_size != written.size:
+            found.append(f"{name} has {status.st_size} bytes instead of {written.size}")
     return found
 
 
@@ -127,17 +135,27 @@ def hash_faults(directory: Path, manifest: Manifest) -> list[str]:
     found = faults(directory, manifest)
     if found:
         return found
-    return [
-        f"{name}: its content was changed (sha256 differs)"
-        for name, written in manifest.files.items()
-        if sha256(directory / name) != written.sha256
-    ]
+    for name, written in manifest.files.items():
+        try:
+            if sha256(directory / name) != written.sha256:
+                found.append(f"{name}: its content was changed (sha256 differs)")
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror}")
+    return found
 
 
 def sha256(path: Path) -> str:
     """Hash a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(record: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode("utf-8")).hexdigest()
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and name not in ("", "..") and name.isprintable()
 
 
 def _number(value: float) -> float | str:

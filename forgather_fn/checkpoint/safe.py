@@ -27,8 +27,12 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
 }
-
 
 HEADER_LIMIT = 100_000_000
 """Bytes that a header may have, as in the library."""
@@ -112,5 +116,5 @@ def fault(path: Path) -> str | None:
         return None if size == expected else f"{path.name} has {size} bytes instead of {expected}"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         return f"{path.name} has no header that can be read: {type(error).__name__}"

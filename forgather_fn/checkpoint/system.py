@@ -3,6 +3,7 @@
 Everything that a checkpoint writes, moves or removes goes through here, so that a test can stop a save at any of them.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -15,6 +16,16 @@ CHUNK = 1 << 24
 def make_directory(path: Path) -> None:
     """Make a new directory, for its owner alone."""
     os.mkdir(path, 0o700)
+
+
+def make_path(path: Path) -> None:
+    """Make a directory, and those above it that are missing, each on the disk before anything comes into it."""
+    if path.is_dir():
+        return
+    make_path(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    sync_directory(path.parent)
 
 
 def create(path: Path) -> int:

@@ -51,7 +51,19 @@ def test_the_same_seed_gives_the_same_weights_and_the_same_sample(settings, line
     assert [line for line in again if "written to" not in line] == [line for line in lines if "written to" not in line]
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"learning_rate": 3.1e-3}, {"steps": 20}, {"batch_size": 5}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"steps": 20},
+        {"batch_size": 5},
+        {"context": 15},
+        {"width": 20},
+        {"layers": 2},
+        {"heads": 4},
+        {"learning_rate": 3.1e-3},
+    ],
+)
 def test_another_setting_gives_other_weights(settings, lines, directory, changed):
     other = trained(attrs.evolve(settings, run=directory / "other", **changed))
     assert other[-1] != lines[-1]

@@ -1,0 +1,60 @@
+"""The ``memory`` row: the most memory that torch holds at one time while an arm trains.
+
+Every allocation and release of torch's CPU allocator is recorded by torch's profiler, from before the model is built to
+the end of the run. The peak of their running sum is exact to the byte, and the same in every run. Resident memory is
+neither: it begins with 300 MB of libraries, and keeps what the C library does not give back. Not seen is what does not
+pass through that allocator: Python's own objects, and scratch memory of kernels, which are the same in every arm.
+"""
+
+import gc
+import itertools
+from collections.abc import Iterator
+from typing import Final
+
+import attrs
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.arms import LOADED, OURS, PEERS_LOADED, installed, left_out
+from benchmarks.measure import Arm, Clock, check_losses
+from benchmarks.overhead import DEEP, LARGE, SMALL
+from benchmarks.table import Reach, Table
+from benchmarks.task import Task
+
+LIMIT: Final = 1.02
+
+
+def run(quick: bool) -> Iterator[Table]:
+    """Measure each model; quick: the smallest, without peers."""
+    for task in (SMALL,) if quick else (SMALL, DEEP, LARGE):
+        short = attrs.evolve(task, warmup=2, steps=3)
+        arms = LOADED if quick else (*LOADED, *installed(PEERS_LOADED))
+        held = [(arm, *peak(arm, short)) for arm in arms]
+        check_losses((arm, short.loss(model)) for arm, _, model in held)
+        base = held[0][1]
+        ours = next(peak for arm, peak, _ in held if arm.name == OURS)
+        yield Table(
+            title=f"Peak memory: {task.size}",
+            notes=(
+                "Of torch's CPU allocator, as its profiler records it: exact, and the same in every run.",
+                *left_out(),
+            ),
+            columns=("loop", "data loading", "MB", "ratio"),
+            lines=tuple((arm.name, arm.data, f"{peak / 1e6:.3f}", f"{peak / base:.3f}") for arm, peak, _ in held),
+            reach=(Reach(f"{OURS}, peak memory", ours / base, LIMIT),),
+            results=tuple({"arm": arm.name, "data": arm.data, "bytes": peak} for arm, peak, _ in held),
+        )
+
+
+def peak(arm: Arm, task: Task) -> tuple[int, nn.Module]:
+    """Train, and give the largest number of bytes that were allocated at one time, and the model."""
+    shared = (task.batches, task.held_out)  # what all arms use is not counted
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = arm.train(task, Clock(task))
+    del shared
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events = enumerate(recorded.profiler.kineto_results.events())
+    changes = sorted((event.start_ns(), i, event.nbytes()) for i, event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, _, change in changes)), model

@@ -1,0 +1,121 @@
+"""``forgather checkpoint list | verify | show`` and ``forgather replay``."""
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, verify
+from forgather_fn.checkpoint.manifest import CheckpointError
+from forgather_fn.checkpoint.replaying import Replay, replay
+from forgather_fn.checkpoint.snapshot import STATE
+from forgather_fn.data import Stream
+from forgather_fn.plan import Program
+
+
+def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
+    """Add the actions to a parser, and give what runs one."""
+    actions = {"list": _list, "verify": _verify, "show": _show}
+    parser.add_argument("action", choices=actions, help="what to do with the checkpoints")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one checkpoint of it")
+    parser.epilog = "example: forgather checkpoint verify runs/demo"
+
+    def execute(options: argparse.Namespace) -> int:
+        return actions[options.action](_entries(options.run))
+
+    return execute
+
+
+def _entries(path: Path) -> list[Entry]:
+    found = [entry for entry in list_checkpoints(path.parent) if entry.path == path] or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(f"{path} has no checkpoints: expected a run directory, or a checkpoint-<step> in one")
+    return found
+
+
+def _list(entries: list[Entry]) -> int:
+    print(f"{'step':>10} {'samples':>12} {'committed':19} {'size':>9}  state")
+    for entry in entries:
+        manifest = entry.manifest
+        samples = manifest.samples if manifest else "?"
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time)) if manifest else "?"
+        size = sum(file.size for file in manifest.files.values()) / 1e6 if manifest else 0.0
+        results = " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) if manifest else ""
+        state = "; ".join(entry.faults) or ("pinned" if manifest and manifest.pinned else "whole")
+        print(f"{entry.step:>10} {samples:>12} {when:19} {size:>7.1f}MB  {state} {results}".rstrip())
+    return 0
+
+
+def _verify(entries: list[Entry]) -> int:
+    """Read every byte; the exit code is 1 if anything is wrong."""
+    wrong = 0
+    for entry in entries:
+        faults = verify(entry.path) if entry.manifest or entry.faults else []
+        wrong += bool(faults)
+        others = f" (files that are not its own: {', '.join(added(entry))})" if entry.manifest and added(entry) else ""
+        print(f"{entry.path.name}: {'; '.join(faults) or 'whole'}{others}")
+    return 1 if wrong else 0
+
+
+def _show(entries: list[Entry]) -> int:
+    """Print what the newest whole one says of itself."""
+    whole = [entry for entry in entries if entry.whole and entry.manifest]
+    if not whole:
+        raise CheckpointError(f"{entries[-1].path}: {'; '.join(entries[-1].faults)}")
+    entry = whole[-1]
+    record = json.loads((entry.path / STATE).read_bytes())
+    print(entry.path)
+    for name in ("step", "samples", "seed", "data", "batch_size", "stream"):
+        print(f"  {name}: {record[name]}")
+    for group in ("counters", "plan", "versions", "metrics"):
+        print(f"  {group}:")
+        for name, value in record[group].items():
+            print(f"    {name}: {value}")
+    assert entry.manifest is not None
+    for name, file in entry.manifest.files.items():
+        print(f"  {name}: {file.size:,} bytes, sha256 {file.sha256}")
+    return 0
+
+
+def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
+    """Add the arguments of ``forgather replay`` to a parser, and give what runs it."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="the step: 0 is the first")
+    parser.add_argument(
+        "--program",
+        metavar="MODULE:FUNCTION",
+        help="a function of the run directory that gives (program, stream); known for runs of forgather demo",
+    )
+    parser.epilog = "example: forgather replay runs/demo --step 400"
+
+    def execute(options: argparse.Namespace) -> int:
+        program, data = _target(options.program or "forgather_fn.demo.train:rebuilt")(options.run)
+        _tell(replay(program, options.run, data, step=options.step))
+        return 0
+
+    return execute
+
+
+def _target(name: str) -> Callable[[Path], tuple[Program, Stream]]:
+    module, _, function = name.partition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--program {name}: expected MODULE:FUNCTION that can be imported; {error}") from None
+    target: Callable[[Path], tuple[Program, Stream]] = found
+    return target
+
+
+def _tell(result: Replay) -> None:
+    print(f"step {result.step}, from {result.restored.name}")
+    for name, value in result.metrics.items():
+        if not name.startswith("grad_norm/"):
+            print(f"  {name}: {value!r}")
+    print("  gradient norms, largest first:")
+    norms = {name: value for name, value in result.metrics.items() if name.startswith("grad_norm/")}
+    for name, value in sorted(norms.items(), key=lambda item: -item[1]):
+        print(f"    {value:12.6g}  {name.removeprefix('grad_norm/')}")
+    print(f"  samples: {' '.join(map(str, result.indices))}")

@@ -1,0 +1,56 @@
+"""Replay: any step of a run, executed again to the bit, to look at what happened there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from forgather_fn.checkpoint.catalog import list_checkpoints
+from forgather_fn.checkpoint.manifest import CheckpointError
+from forgather_fn.data import Stream
+from forgather_fn.endings import until
+from forgather_fn.plan import Program
+from forgather_fn.stages import Observer, at
+
+
+@attrs.frozen
+class Replay:
+    """What one step did.
+
+    Attributes:
+        step: Its number: how many batches had been consumed before it.
+        restored: The checkpoint from which it was reached.
+        indices: Which samples of the dataset it consumed.
+        metrics: Its loss, norms and learning rate, with the norm of each parameter's gradient.
+    """
+
+    step: int
+    restored: Path
+    indices: tuple[int, ...]
+    metrics: Mapping[str, float]
+
+
+def replay(program: Program, run: str | Path, data: Stream, *, step: int) -> Replay:
+    """Execute a step of a run again: from the nearest earlier checkpoint, over the same batches, to the bit.
+
+    Args:
+        program: Of the plan that the run was made by.
+        run: The run directory.
+        data: The stream that it was trained on.
+        step: How many batches had been consumed before the step: 0 is the first.
+
+    Raises:
+        CheckpointError: No whole checkpoint is that early.
+        ValueError: The stream ends before.
+    """
+    entries = [e for e in list_checkpoints(run) if e.whole and e.manifest and e.step <= step]
+    if not entries:
+        raise CheckpointError(f"{run} has no whole checkpoint at step {step} or before")
+    nearest = max(entries, key=lambda entry: entry.step)
+    state = program.restore(nearest.path)
+    look = at(step + 1, Observer(lambda tick: None, wants=frozenset({"gradient_norms"})))
+    for tick in until(steps=step + 1)(look(program.steps(state, data))):
+        if tick.state.step == step + 1:
+            metrics = {name: float(value) for name, value in tick.metrics.items()}
+            return Replay(step, nearest.path, tuple(int(i) for i in tick.batch.indices), metrics)
+    raise ValueError(f"{run}: the stream ends before step {step}")
