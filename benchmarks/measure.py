@@ -100,8 +100,6 @@ def interleaved(task: Task, arms: Sequence[Arm], rounds: int) -> list[Result]:
             result.wall.append(clock.wall)
             result.cpu.append(clock.cpu)
             result.losses.append(task.loss(model))
-            del model
-            gc.collect()
     check_losses((result.arm, loss) for result in results for loss in result.losses)
     return results
 

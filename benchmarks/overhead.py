@@ -33,7 +33,7 @@ def run(quick: bool) -> Iterator[Table]:
     """Measure each model; quick: the smallest, a few steps of it."""
     arms = (*LOADED, *installed(PEERS_LOADED), *ALONE, *installed(PEERS_ALONE))
     for task in (SMALL,) if quick else (SMALL, DEEP, LARGE):
-        rounds, timed = (2, attrs.evolve(task, warmup=2, steps=3)) if quick else (ROUNDS, task)
+        rounds, timed = (1, attrs.evolve(task, warmup=2, steps=3)) if quick else (ROUNDS, task)
         results = interleaved(timed, arms, rounds)
         loaded = [result for result in results if result.arm.data != NO_DATA]
         alone = [result for result in results if result.arm.data == NO_DATA]

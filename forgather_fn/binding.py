@@ -142,6 +142,14 @@ class Binding:
             )
         self._looked = True
 
+    def restore_ties(self, copied: nn.Module) -> None:
+        """Make the parameters of a copy of the module share memory, and ask for gradients, as its own did."""
+        params = dict(copied.named_parameters(remove_duplicate=False))
+        for site, name in (*self.trainable, *self.still):
+            params[site.name].data = params[name].data
+            params[site.name].requires_grad_(self._asked[site.tensor])
+            params[site.name].grad = None
+
     def read_buffers(self) -> Flat:
         """Copy the buffers as a forward pass left them; adopt what it reassigned, resized, made, or removed."""
         buffers = self.buffers

@@ -1,6 +1,7 @@
 """Streams of batches, whose only state is an integer: how many samples were consumed."""
 
 import contextlib
+import math
 from collections.abc import Generator, Iterator
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -133,6 +134,23 @@ class Stream:
         """
         return look_up(self.order, start, stop, n=self.length, epoch_length=self.epoch_length, seed=self._seed(seed))
 
+    def count(self, start: int, stop: float) -> int:
+        """Count the batches that lead from one position to another, or first beyond it.
+
+        Example:
+            >>> batches(range(10), batch_size=4, last="ragged").count(0, 20)
+            6
+        """
+        if stop <= start:
+            return 0
+        if self.last != "ragged" or start // self.length == stop // self.length:
+            return math.ceil((stop - start) / self.batch_size)
+        first, rest = self.length - start % self.length, stop % self.length
+        epochs = int(stop // self.length) - start // self.length - 1
+        return sum(math.ceil(part / self.batch_size) for part in (first, rest)) + epochs * math.ceil(
+            self.length / self.batch_size
+        )
+
     def fingerprint(self, seed: int) -> str:
         """Name everything that decides which samples come when, and what they draw, in one line.
 
@@ -252,6 +270,7 @@ def batches(
             its columns differ in length; or ``last="drop"`` leaves nothing.
 
     Example:
+        >>> import itertools
         >>> stream = batches({"x": torch.arange(10)}, batch_size=4, order="sequential")
         >>> [batch.data["x"].tolist() for batch in itertools.islice(stream.start(seed=0, samples=4), 2)]
         [[4, 5, 6, 7], [8, 9, 0, 1]]

@@ -73,14 +73,7 @@ def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
     """Tell at which step so many epochs will be over."""
     if epochs is None or not isinstance(data, Stream):
         return None
-    size, length = data.batch_size, data.epoch_length
-    start, stop = state.samples, epochs * length
-    if data.last != "ragged" or start // length == stop // length:
-        return state.step + math.ceil((stop - start) / size)
-    first, whole = length - start % length, stop // length - start // length - 1
-    return (
-        state.step + math.ceil(first / size) + int(whole) * math.ceil(length / size) + math.ceil(stop % length / size)
-    )
+    return state.step + data.count(state.samples, epochs * data.epoch_length)
 
 
 def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater: bool = False) -> Stage:
@@ -88,15 +81,15 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
 
     Args:
         metric: The name of a result of an observer upstream.
-        patience: How many looks without improvement are borne; the stream ends at the next.
+        patience: After how many looks without improvement in a row the stream ends.
         min_delta: By how much a result must be better than the best to count.
         greater: Whether greater is better.
 
     Raises:
-        ValueError: ``patience`` is negative.
+        ValueError: ``patience`` is less than 1, or ``min_delta`` negative.
     """
-    if patience < 0 or min_delta < 0:
-        raise ValueError(f"early_stopped: patience and min_delta must be at least 0; got {patience} and {min_delta}")
+    if patience < 1 or not min_delta >= 0:
+        raise ValueError(f"early_stopped: expected patience >= 1 and min_delta >= 0; got {patience} and {min_delta}")
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
@@ -110,7 +103,7 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
                     value = tick.results[metric] * (1 if greater else -1)
                     improved = value > best + min_delta
                     best, poor = (value, 0) if improved else (best, poor + 1)
-                    if poor > patience:
+                    if poor >= patience:
                         return
 
         return attrs.evolve(steps, open=opened)

@@ -154,6 +154,8 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
 
     for batch in data: state, metrics = step(state, batch); yield the tick
     """
+    if isinstance(data, Stream) and data.total_samples is not None:
+        demand = demand.ending(state.step + data.count(state.samples, data.total_samples))
     run = Run(program, data, state.step, demand.horizon)
     batches = data.start(state.seed, state.samples) if isinstance(data, Stream) else iter(data)
     with closing(batches), contextlib.suppress(interrupt.Interrupted):

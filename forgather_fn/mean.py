@@ -18,6 +18,7 @@ class Mean:
         weight: What it is a sum over (tokens, samples), a scalar tensor or a number.
 
     Example:
+        >>> import torch
         >>> float(Mean(torch.tensor(6.0), 2) + Mean(torch.tensor(1.0), 5))
         1.0
     """
@@ -64,6 +65,7 @@ def of(values: Tensor) -> Mean:
     """Take the mean over all elements of a tensor, of any shape.
 
     Example:
+        >>> import torch
         >>> float(of(torch.tensor([1.0, 3.0])))
         2.0
     """

@@ -40,11 +40,30 @@ def _at_least_one(instance: Any, attribute: "attrs.Attribute[int]", value: int) 
 
 
 def _transforms(value: Iterable[Transform]) -> tuple[Transform, ...]:
+    if isinstance(value, Transform):
+        raise ValueError(f"Plan: transforms takes a sequence of them: transforms=({value!r},)")
     given = tuple(value)
     for one in given:
         if not isinstance(one, Transform):
             raise ValueError(f"Plan: transforms takes Transforms such as ff.clipped(1.0), got {one!r}")
     return given
+
+
+def _is_optimizer(instance: Any, attribute: "attrs.Attribute[Optimizer]", value: Any) -> None:
+    if not isinstance(value, Optimizer):
+        raise ValueError(
+            f"Plan: optimizer={describe(value)} is not one of this library's: use ff.adamw(), ff.adam(), ff.sgd(), or "
+            "adapt one of torch with ff.from_torch(lambda groups: torch.optim.RMSprop(groups))"
+        )
+
+
+def _is_loss(instance: Any, attribute: "attrs.Attribute[Loss]", value: Any) -> None:
+    foreign = isinstance(value, nn.Module) or getattr(value, "__module__", "") == "torch.nn.functional"
+    if foreign or not callable(value):
+        raise ValueError(
+            f"Plan: loss={describe(value)} is not a function of (outputs, batch) that gives a Mean: use one of "
+            "ff.losses, such as ff.losses.cross_entropy, or write one"
+        )
 
 
 def _device(value: str | torch.device) -> torch.device:
@@ -77,12 +96,13 @@ class Plan:
         donate: Let a step update its state in place. False copies first: the same bits, slower, and old states stay
             readable.
         device: Where it runs.
-        viewed_elements: Up to how many parameters gradients are views of a flat buffer; a matter of speed alone.
+        viewed_elements: Up to how many parameters gradients are views of a flat buffer: a matter of speed, and of the
+            last bits, since sums are taken in another order.
     """
 
     model: nn.Module | ModelFactory
-    loss: Loss
-    optimizer: Optimizer
+    loss: Loss = attrs.field(validator=_is_loss)
+    optimizer: Optimizer = attrs.field(validator=_is_optimizer)
     schedule: Schedule | float
     transforms: tuple[Transform, ...] = attrs.field(default=(), converter=_transforms)
     average: Average | None = None
@@ -202,7 +222,10 @@ class Export(Protocol):
     """Take the model out of the training."""
 
     def __call__(self, state: TrainState, /, *, params: Literal["params", "ema"] = "params") -> nn.Module:
-        """Give the module with the state's values in memory of its own, no longer bound to any state."""
+        """Give a copy of the module with the state's values, bound to no state.
+
+        ``requires_grad`` is as the plan has it.
+        """
         ...
 
 

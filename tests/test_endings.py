@@ -125,28 +125,28 @@ class TestEarlyStopped:
     @pytest.mark.parametrize(
         ("values", "options", "expected"),
         [
-            ([3, 2, 1, 1, 1, 1], {"patience": 0}, 4),
-            ([3, 2, 1, 1, 1, 1], {"patience": 1}, 5),
-            ([3, 2, 1, 2, 0.5, 1, 1], {"patience": 1}, 7),
-            ([1, 2, 3, 3, 3], {"patience": 0, "greater": True}, 4),
-            ([3, 2.95, 2.9, 2.85], {"patience": 1, "min_delta": 0.1}, 3),
-            ([3, 2.85, 2.7], {"patience": 0, "min_delta": 0.1}, 3),
-            ([3, None, None, None, 2, 2], {"patience": 0}, 6),
-            ([math.nan, math.nan, 1, 1], {"patience": 1}, 2),
-            ([1, math.nan, 0.5, math.nan, math.nan], {"patience": 1}, 5),
-            ([-1.0, -2.0, -2.0], {"patience": 0}, 3),
-            ([0.0, -1.0, 1.0], {"patience": 0, "greater": True}, 2),
+            ([3, 2, 1, 1, 1, 1], {"patience": 1}, 4),
+            ([3, 2, 1, 1, 1, 1], {"patience": 2}, 5),
+            ([3, 2, 1, 2, 0.5, 1, 1], {"patience": 2}, 7),
+            ([1, 2, 3, 3, 3], {"patience": 1, "greater": True}, 4),
+            ([3, 2.95, 2.9, 2.85], {"patience": 2, "min_delta": 0.1}, 3),
+            ([3, 2.85, 2.7], {"patience": 1, "min_delta": 0.1}, 3),
+            ([3, None, None, None, 2, 2], {"patience": 1}, 6),
+            ([math.nan, math.nan, 1, 1], {"patience": 2}, 2),
+            ([1, math.nan, 0.5, math.nan, math.nan], {"patience": 2}, 5),
+            ([-1.0, -2.0, -2.0], {"patience": 1}, 3),
+            ([0.0, -1.0, 1.0], {"patience": 1, "greater": True}, 2),
         ],
     )
     def test_it_ends_after_so_many_looks_without_improvement(self, made, values, options, expected):
         assert stopped_at(made, values, **options) == expected
 
     def test_other_results_are_not_looked_at(self, made):
-        assert stopped_at(made, [1, 1, 1, 1], metric="eval_accuracy", patience=0) == 4
+        assert stopped_at(made, [1, 1, 1, 1], metric="eval_accuracy", patience=1) == 4
 
-    @pytest.mark.parametrize("options", [{"patience": -1}, {"patience": 1, "min_delta": -0.1}])
+    @pytest.mark.parametrize("options", [{"patience": 0}, {"patience": 2, "min_delta": -0.1}])
     def test_negative_numbers_are_refused(self, options):
-        with pytest.raises(ValueError, match="early_stopped: patience and min_delta must be at least 0"):
+        with pytest.raises(ValueError, match="early_stopped: expected patience >= 1 and min_delta >= 0"):
             ff.early_stopped(**options)
 
 
@@ -163,7 +163,7 @@ def test_stopped_by_ends_after_the_tick_that_it_is_told(made):
 
 @pytest.mark.parametrize(
     "ending",
-    [ff.until(steps=2), ff.stopped_by(lambda tick: tick.state.step == 2), ff.early_stopped("x", patience=0)],
+    [ff.until(steps=2), ff.stopped_by(lambda tick: tick.state.step == 2), ff.early_stopped("x", patience=1)],
     ids=["until", "stopped_by", "early_stopped"],
 )
 def test_the_last_tick_is_seen_downstream(made, ending):

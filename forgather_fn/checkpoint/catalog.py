@@ -48,18 +48,29 @@ def list_checkpoints(run: str | Path) -> list[Entry]:
     """List what looks like a checkpoint of a run, oldest first, in the order in which they were committed.
 
     Those that other tools wrote have no manifest: their place is by modification time, and they are checked as far as
-    their files allow.
+    their files allow. Those whose manifest cannot be read stand last: any of them may be the newest.
 
     Args:
         run: The run directory, or the directory that the checkpoints lie in.
     """
-    entries = [entry(path) for path in _candidates(root(run)) if _matched(path)]
+    entries = [entry(path) for path in _candidates(root(run)) if matched(path)]
     found = sorted((e for e in entries if e.manifest), key=lambda e: e.manifest.order if e.manifest else 0)
-    for other in sorted((e for e in entries if not e.manifest), key=lambda e: (e.path.stat().st_mtime, e.step)):
-        time = other.path.stat().st_mtime
-        older = [i for i, e in enumerate(found) if (e.manifest.time if e.manifest else e.path.stat().st_mtime) <= time]
+    unread = [e for e in entries if not e.manifest and (e.path / manifests.NAME).exists()]
+    foreign = [e for e in entries if not e.manifest and e not in unread]
+    for other in sorted(foreign, key=lambda e: (_time(e), e.step)):
+        older = [i for i, e in enumerate(found) if _time(e) <= _time(other)]
         found.insert(max(older, default=-1) + 1, other)
-    return found
+    return found + sorted(unread, key=lambda e: e.step)
+
+
+def _time(entry: Entry) -> float:
+    """Tell when a checkpoint was written: by its manifest, or by the file system."""
+    if entry.manifest:
+        return entry.manifest.time
+    try:
+        return entry.path.stat().st_mtime
+    except OSError:  # it was removed just now
+        return 0.0
 
 
 def latest(run: str | Path) -> Entry | None:
@@ -83,7 +94,7 @@ def verify(path: str | Path) -> list[str]:
     path = Path(path)
     try:
         manifest = manifests.read(path)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return [str(error)]
     return ["it has no manifest: the save did not end"] if manifest is None else manifests.hash_faults(path, manifest)
 
@@ -111,13 +122,14 @@ def _candidates(directory: Path) -> list[Path]:
         return []
 
 
-def _matched(path: Path) -> re.Match[str] | None:
+def matched(path: Path) -> re.Match[str] | None:
+    """Tell whether a path has the name of a checkpoint; the match's first group is the step."""
     return _NAME.fullmatch(path.name) or ASIDE.fullmatch(path.name)
 
 
 def entry(path: Path) -> Entry:
     """Look at one directory that has the name of a checkpoint."""
-    match = _matched(path)
+    match = matched(path)
     step = int(match[1]) if match else 0
     try:
         manifest = manifests.read(path)
@@ -132,11 +144,11 @@ def _foreign_faults(path: Path) -> tuple[str, ...]:
     """Check a directory that another tool wrote, as transformers.Trainer does: its state file, and the weights."""
     try:
         json.loads((path / "trainer_state.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return (f"it has no manifest and no trainer_state.json that can be read: {type(error).__name__}",)
     try:
         index = path / "model.safetensors.index.json"
         shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         return tuple(fault for name in sorted(shards) if (fault := safe.fault(path / name)))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return (f"its weights' index cannot be read: {error}",)

@@ -9,20 +9,28 @@ one aside is found as well, so that there is no instant without a whole one.
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import attrs
 
 from forgather_fn.checkpoint import catalog, system
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import Manifest
+from forgather_fn.checkpoint.rotation import Policy, superseded
 from forgather_fn.checkpoint.safe import Written, write_file, write_tensors
 from forgather_fn.checkpoint.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+WRITERS: Final = 2
+"""Files that are written at the same time: hashing one and writing another take different parts of the machine."""
 
 
 @attrs.frozen
@@ -47,7 +55,8 @@ def open_session(run: Path) -> Session:
         OSError: The directory cannot be made, or written to.
     """
     directory = run / catalog.DIRECTORY
-    directory.mkdir(parents=True, exist_ok=True)
+    system.make_path(directory)
+    system.sync_directory(run)
     entries = catalog.list_checkpoints(directory)
     known = [entry.manifest.run for entry in entries if entry.manifest]
     sweep(directory)
@@ -55,17 +64,24 @@ def open_session(run: Path) -> Session:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what saves that did not end have left; a checkpoint that was moved aside for one comes back."""
+    """Remove what saves that did not end have left; a checkpoint that was moved aside for one comes back.
+
+    What cannot be removed is reported by a warning of the logger: it takes space, and is in nobody's way.
+    """
     for path in sorted(directory.iterdir()):
-        if catalog.TEMPORARY.fullmatch(path.name):
-            system.remove_tree(path)
-        elif aside := catalog.ASIDE.fullmatch(path.name):
-            home = directory / f"checkpoint-{aside[1]}"
-            if not home.exists():
-                system.rename(path, home)
-                system.sync_directory(directory)
-            elif not catalog.entry(home).faults:
-                discard(path)
+        with _tolerated(path):
+            if catalog.TEMPORARY.fullmatch(path.name):
+                system.remove_tree(path)
+            elif aside := catalog.ASIDE.fullmatch(path.name):
+                _settle(path, directory / f"checkpoint-{aside[1]}")
+
+
+def _settle(aside: Path, home: Path) -> None:
+    if not home.exists():
+        system.rename(aside, home)
+        system.sync_directory(home.parent)
+    elif not catalog.entry(home).faults:
+        discard(aside)
 
 
 def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Path:
@@ -82,6 +98,7 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
     Raises:
         OSError: It could not be written; what was there before is as it was.
     """
+    sweep(session.directory)
     check_space(session.directory, snapshot)
     token = secrets.token_hex(4)
     home = session.directory / f"checkpoint-{snapshot.step}"
@@ -101,13 +118,12 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
 
 
 def _write_files(directory: Path, snapshot: Snapshot) -> dict[str, Written]:
-    """Write all files, several at a time: hashing one and writing another take different parts of the machine."""
     tasks: dict[str, Callable[[], Written]] = {}
     for name, tensors in snapshot.tensors.items():
         tasks[name] = lambda name=name, tensors=tensors: write_tensors(directory / name, tensors)  # type: ignore[misc]
     for name, text in snapshot.texts.items():
         tasks[name] = lambda name=name, text=text: write_file(directory / name, iter([memoryview(text)]))  # type: ignore[misc]
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint") as pool:
+    with ThreadPoolExecutor(max_workers=WRITERS, thread_name_prefix="checkpoint") as pool:
         futures = {name: pool.submit(task) for name, task in tasks.items()}
         return {name: future.result() for name, future in futures.items()}
 
@@ -140,14 +156,32 @@ def _move_in(directory: Path, temporary: Path, home: Path, token: str) -> None:
         raise
     system.sync_directory(directory)
     if replaces:
-        discard(aside)
+        with _tolerated(aside):
+            discard(aside)
+
+
+def rotate(directory: Path, policy: Policy) -> None:
+    """Remove the checkpoints that a policy does not keep; one that cannot be removed is tried again the next time."""
+    for entry in superseded(catalog.list_checkpoints(directory), policy):
+        with _tolerated(entry.path):
+            discard(entry.path)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint: first from what is found, in one step, then file by file."""
+    """Remove a checkpoint: first from what is found, in one step that is on the disk, then file by file."""
     trash = path.parent / f".trash-checkpoint-0-{secrets.token_hex(4)}"
     system.rename(path, trash)
+    system.sync_directory(path.parent)
     system.remove_tree(trash)
+
+
+@contextlib.contextmanager
+def _tolerated(path: Path) -> Iterator[None]:
+    """Report that something could not be removed; what was saved is saved all the same."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not be removed, and will be tried again: %s", path, error)
 
 
 def check_space(directory: Path, snapshot: Snapshot) -> None:

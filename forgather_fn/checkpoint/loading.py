@@ -1,8 +1,9 @@
 """Reading checkpoints: whole ones only, into a state that fits them."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +17,8 @@ from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.record import decode, fill
-from forgather_fn.checkpoint.snapshot import STATE, VERSION
-from forgather_fn.flat import Flat, filled, layout_of
+from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
+from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.plan import Plan
 from forgather_fn.state import Arrays, Ownership, TrainState, counter
 
@@ -56,15 +57,10 @@ def load(path: str | Path) -> Loaded:
         CheckpointError: There is none, it is damaged, or of a newer version.
     """
     path = Path(path)
-    if (path / manifests.NAME).exists():
+    if (path / manifests.NAME).exists() or (catalog.matched(path) and not (path / catalog.DIRECTORY).exists()):
         return _load(path)
-    if path.name.startswith("checkpoint-"):
-        raise CheckpointError(f"{path}: no {manifests.NAME} there: not a checkpoint, or its save did not end")
     problems = []
     for entry in reversed(catalog.list_checkpoints(path)):
-        if entry.manifest is None and entry.whole:
-            problems.append(f"{entry.path.name}: written by another tool")
-            continue
         try:
             return _load(entry.path)
         except CheckpointError as error:
@@ -74,10 +70,25 @@ def load(path: str | Path) -> Loaded:
     raise CheckpointError(f"{path} has no checkpoint that can be loaded{':' if reasons else ''}{reasons}")
 
 
+UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading something raises that is not what it should be."""
+
+
 def _load(path: Path) -> Loaded:
+    try:
+        return _read(path)
+    except CheckpointError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path) -> Loaded:
     manifest = manifests.read(path)
     if manifest is None:
-        raise CheckpointError(f"{path} has no manifest: its save did not end")
+        raise CheckpointError(
+            f"{path} has no {manifests.NAME}: another tool wrote it, its save did not end, or it is not there"
+        )
     faults = manifests.faults(path, manifest)
     if faults:
         raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
@@ -103,7 +114,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, *UNREADABLE) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
@@ -119,22 +130,29 @@ def restored(
     _check_names("without", without, PARTS)
     loaded = load(path)
     record = loaded.record
-    _check_plan(plan, record["plan"], loaded.path, allow)
-    state = fresh(int(record["seed"]))
+    with _explained(loaded.path):
+        _check_plan(plan, record["plan"], loaded.path, allow)
+        seed = int(record["seed"])
+    state = fresh(seed)
+    with _explained(loaded.path):
+        state = attrs.evolve(state, arrays=_arrays(plan, state.read(), loaded, without))
+        if "progress" in without:
+            return state
+        return attrs.evolve(
+            state,
+            step=int(record["step"]),
+            samples=int(record["samples"]),
+            data=None if "data" in allow else record["data"],
+            batch_size=None if "batch_size" in allow else record["batch_size"],
+        )
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        arrays = _arrays(state.read(), loaded, without, plan.device)
+        yield
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{loaded.path}: {STATE} cannot be read: {type(error).__name__}: {error}") from None
-    state = attrs.evolve(state, arrays=arrays)
-    if "progress" in without:
-        return state
-    return attrs.evolve(
-        state,
-        step=int(record["step"]),
-        samples=int(record["samples"]),
-        data=None if "data" in allow else record["data"],
-        batch_size=None if "batch_size" in allow else record["batch_size"],
-    )
+        raise CheckpointError(f"{path}: {STATE} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _check_names(what: str, given: Collection[str], known: frozenset[str]) -> None:
@@ -154,31 +172,53 @@ def _check_plan(plan: Plan, saved: Mapping[str, str], path: Path, allow: Collect
         )
 
 
-def _arrays(fresh: Arrays, loaded: Loaded, without: Collection[str], device: torch.device) -> Arrays:
+def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str]) -> Arrays:
+    """Put what was read into the storage of a fresh state: what a module stands on last, when nothing can fail."""
+    device, record = plan.device, loaded.record
     model = dict(loaded.tensors["model"])
-    buffers = _buffers(fresh.buffers, loaded, model, device)
-    _fill_model(fresh, model)
-    record = loaded.record
-    if "progress" not in without:
-        for name, value in record["counters"].items():
-            getattr(fresh, name).copy_(counter(int(value), device))
-    structure, kept = record["structure"], {}
-    for name, group in (("opt", "optimizer"), ("transforms", "other"), ("controls", "other")):
-        if {"opt": "optimizer"}.get(name, name) not in without:
+    buffers = _buffer_values(loaded, model)
+    kept: dict[str, Any] = {}
+    for name, part, group in _SLOTS:
+        if part not in without:
             found = loaded.tensors.get(group, {})
-            kept[name] = decode(structure[name], found, getattr(fresh, name), device, f"{loaded.path}: {name}")
+            kept[name] = decode(
+                record["structure"][name], found, getattr(fresh, name), device, f"{loaded.path}: {name}"
+            )
     if "ema" not in without and fresh.ema is not None:
         if not record["ema"]:
             raise CheckpointError(f"{loaded.path} holds no average of the parameters; leave it out: without={{'ema'}}")
-        fill(fresh.ema, loaded.tensors["ema"], "ema")
-    return attrs.evolve(fresh, buffers=buffers, **kept)
+        fill(fresh.ema, loaded.tensors["ema"], f"{loaded.path}: ema")
+    _check_model(fresh, model, loaded.path)
+    if "progress" not in without:
+        for name in COUNTERS:
+            getattr(fresh, name).copy_(counter(int(record["counters"][name]), device))
+    fill(fresh.params, {name: model[name] for name in fresh.params}, f"{loaded.path}: params")
+    if fresh.ema is not None and "ema" in without:
+        fresh.ema.assign(fresh.params)
+    if "optimizer" in without:
+        kept["opt"] = plan.optimizer.init(fresh.params)
+    if "transforms" in without:
+        kept["transforms"] = tuple(transform.init(fresh.params) for transform in plan.transforms)
+    frozen = {name: _shared(tensor, model[name]) for name, tensor in fresh.frozen.items()}
+    return attrs.evolve(fresh, frozen=frozen, buffers=_buffers(fresh.buffers, buffers, device), **kept)
 
 
-def _buffers(fresh: Flat, loaded: Loaded, model: dict[str, Tensor], device: torch.device) -> Flat:
-    """Take the buffers out of what was read, in the shapes that they had when they were saved."""
+_SLOTS: Final = (
+    ("opt", "optimizer", "optimizer"),
+    ("transforms", "transforms", "other"),
+    ("controls", "controls", "other"),
+)
+"""Parts of a state that are trees: the field, what ``without`` calls it, and the group of files with its tensors."""
+
+
+def _buffer_values(loaded: Loaded, model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the buffers out of what was read; persistent ones lie beside the weights."""
     aside = loaded.tensors.get("buffers", {})
-    names = loaded.record["buffers"]
-    values = {name: model.pop(name) if name in model else aside[name] for name in names}
+    return {name: model.pop(name) if name in model else aside[name] for name in loaded.record["buffers"]}
+
+
+def _buffers(fresh: Flat, values: Mapping[str, Tensor], device: torch.device) -> Flat:
+    """Store buffers, in the shapes that they had when they were saved."""
     same = {n: (t.shape, t.dtype) for n, t in values.items()} == {n: (t.shape, t.dtype) for n, t in fresh.items()}
     if same:
         fill(fresh, values, "buffers")
@@ -186,42 +226,66 @@ def _buffers(fresh: Flat, loaded: Loaded, model: dict[str, Tensor], device: torc
     return filled(layout_of(values), values, device)
 
 
-def _fill_model(fresh: Arrays, model: Mapping[str, Tensor]) -> None:
-    unknown = sorted(set(model) - set(fresh.params) - set(fresh.frozen))
-    missing = sorted({*fresh.params, *fresh.frozen} - set(model))
+def _check_model(fresh: Arrays, model: Mapping[str, Tensor], path: Path) -> None:
+    here = {**fresh.params, **fresh.frozen}
+    unknown, missing = sorted(set(model) - set(here)), sorted(set(here) - set(model))
     if unknown or missing:
         raise CheckpointError(
-            f"the checkpoint is of another model: it lacks {missing[:5]} and has {unknown[:5]} besides"
+            f"{path} was made by another model: it lacks {listed(missing)}, and has {listed(unknown)} besides"
         )
-    fill(fresh.params, {name: model[name] for name in fresh.params}, "params")
-    for name, tensor in fresh.frozen.items():
-        if (tensor.shape, tensor.dtype) != (model[name].shape, model[name].dtype):
-            raise CheckpointError(f"frozen/{name}: expected {tuple(tensor.shape)}, got {tuple(model[name].shape)}")
-        tensor.copy_(model[name])
+    _check_kinds(here, model, path)
+
+
+def _check_kinds(here: Mapping[str, Tensor], model: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in here.items():
+        found = model[name]
+        if (tensor.shape, tensor.dtype) != (found.shape, found.dtype):
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(found.shape)} {found.dtype} there, and {tuple(tensor.shape)} {tensor.dtype} "
+                "in this model"
+            )
+
+
+def _shared(mine: Tensor, found: Tensor) -> Tensor:
+    """Keep a frozen parameter, which other states share, unless the checkpoint has other values."""
+    same = torch.equal(mine.cpu().reshape(-1).view(torch.uint8), found.reshape(-1).view(torch.uint8))
+    return mine if same else torch.empty_like(mine).copy_(found)
 
 
 def load_weights(
     state: TrainState, path: str | Path, *, select: Callable[[str], bool] = lambda name: True
 ) -> TrainState:
-    """Take weights, and nothing else, out of a checkpoint: to start a new run from them.
+    """Take the model out of a checkpoint, and nothing else: to start a new run from its weights.
 
     Args:
-        state: A fresh state, which is consumed.
+        state: A fresh state, which is consumed. An average that it keeps starts from the weights.
         path: As in :func:`load`.
-        select: Which parameters, by name; others keep their values.
+        select: Which parameters, frozen ones among them, and which persistent buffers, by name; others keep their
+            values.
 
     Returns:
         The state with these weights.
 
     Raises:
-        CheckpointError: A selected parameter is missing there, or has another shape; or none is selected.
+        CheckpointError: A selected one is missing there, or has another shape; or none is selected. The state is not
+            consumed then.
     """
-    model = load(path).tensors["model"]
-    chosen = [name for name in state.params if select(name)]
-    missing = [name for name in chosen if name not in model]
+    loaded = load(path)
+    model, arrays = loaded.tensors["model"], state.read()
+    aside = set(loaded.tensors.get("buffers", ()))
+    held = {**arrays.params, **arrays.frozen, **{n: t for n, t in arrays.buffers.items() if n not in aside}}
+    chosen = {name: tensor for name, tensor in held.items() if select(name)}
+    missing = sorted(set(chosen) - set(model))
     if missing or not chosen:
-        reason = f"{path} has no {missing[:5]}" if missing else "select chose no parameter"
-        raise CheckpointError(f"load_weights: {reason}")
+        reason = f"{loaded.path} has no {listed(missing)}" if missing else "select chose nothing"
+        raise CheckpointError(f"load_weights: {reason}. The model here has {listed(sorted(held))}")
+    _check_kinds(chosen, model, loaded.path)
     arrays = state.consume("load_weights")
-    fill(arrays.params, {**arrays.params, **{name: model[name] for name in chosen}}, "params")
-    return attrs.evolve(state, arrays=arrays, ownership=Ownership())
+    averages = arrays.ema if arrays.ema is not None else {}
+    with torch.no_grad():
+        for name in chosen:
+            for flat in (arrays.params, arrays.buffers, averages):
+                if name in flat:
+                    flat[name].copy_(model[name])
+    frozen = {n: _shared(t, model[n]) if n in chosen else t for n, t in arrays.frozen.items()}
+    return attrs.evolve(state, arrays=attrs.evolve(arrays, frozen=frozen), ownership=Ownership())

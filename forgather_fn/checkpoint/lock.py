@@ -9,7 +9,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from forgather_fn.checkpoint import system
+
 NAME = ".lock"
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """Close, in a child that was just forked, the locks of its parent: a worker must not outlive it as their holder."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class RunLockedError(ValueError):
@@ -27,8 +40,9 @@ def locked(run: Path) -> Iterator[None]:
         RunLockedError: Another process holds it; which one, is said.
         OSError: The directory cannot be made or written to.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    system.make_path(run)
     file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _held.add(file)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,7 +53,9 @@ def locked(run: Path) -> Iterator[None]:
         os.pwrite(file, json.dumps(holder).encode("utf-8"), 0)
         yield
     finally:
-        os.close(file)
+        if file in _held:
+            _held.remove(file)
+            os.close(file)
 
 
 def _holder(file: int) -> str:

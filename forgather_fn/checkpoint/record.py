@@ -20,7 +20,7 @@ def encode(tree: Any, prefix: str, keep: Callable[[str, Tensor | Flat], None]) -
         keep: Takes each tensor, and each flat storage as a whole, with its path.
 
     Raises:
-        ValueError: A leaf is none of these.
+        ValueError: A leaf is none of these, or a key is not a string.
     """
     if isinstance(tree, Tensor):
         keep(prefix, tree)
@@ -29,15 +29,25 @@ def encode(tree: Any, prefix: str, keep: Callable[[str, Tensor | Flat], None]) -
         keep(prefix, tree)
         return {"flat": prefix}
     if isinstance(tree, Mapping):
+        _check_keys(tree, prefix)
         return {"mapping": {name: encode(child, f"{prefix}/{name}", keep) for name, child in tree.items()}}
     if isinstance(tree, tuple | list):
-        return {"sequence": [encode(child, f"{prefix}/{i}", keep) for i, child in enumerate(tree)]}
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return {"value": repr(tree) if isinstance(tree, float) else tree, "kind": type(tree).__name__}
+        parts = [encode(child, f"{prefix}/{i}", keep) for i, child in enumerate(tree)]
+        return {"sequence": parts, "kind": "tuple" if isinstance(tree, tuple) else "list"}
+    if isinstance(tree, float):
+        return {"value": repr(float(tree)), "kind": "float"}
+    if tree is None or isinstance(tree, bool | int | str):
+        return {"value": tree, "kind": type(tree).__name__}
     raise ValueError(
         f"{prefix}: a checkpoint holds tensors, numbers, strings, None, and mappings and sequences of them; got "
         f"{type(tree).__name__}"
     )
+
+
+def _check_keys(tree: Mapping[Any, Any], prefix: str) -> None:
+    odd = [name for name in tree if not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"{prefix}: a checkpoint holds mappings whose keys are strings; got {odd[0]!r}")
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor], like: Any, device: torch.device, path: str) -> Any:
@@ -82,7 +92,9 @@ def _decode(structure: Any, tensors: Mapping[str, Tensor], like: Any, device: to
         expected = like if fits else [None] * len(parts)
         pairs = enumerate(zip(parts, expected, strict=True))
         items = [_decode(child, tensors, known, device, f"{path}/{i}") for i, (child, known) in pairs]
-        return rebuilt(like, items) if isinstance(like, tuple | list) else items
+        if fits:
+            return rebuilt(like, items)
+        return tuple(items) if structure["kind"] == "tuple" else items
     return float(structure["value"]) if structure["kind"] == "float" else structure["value"]
 
 

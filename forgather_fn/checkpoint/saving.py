@@ -9,10 +9,9 @@ from typing import Final
 import attrs
 
 from forgather_fn.checkpoint import catalog
-from forgather_fn.checkpoint.catalog import list_checkpoints
-from forgather_fn.checkpoint.commit import Session, commit, discard, open_session
+from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
 from forgather_fn.checkpoint.lock import locked
-from forgather_fn.checkpoint.rotation import Best, Policy, superseded
+from forgather_fn.checkpoint.rotation import Best, Policy
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.loop import Steps, Tick
 from forgather_fn.plan import Program
@@ -72,24 +71,34 @@ def saved(
         keep: How many of the newest are kept; None for all.
         best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
         greater: Whether greater is better.
-        resumed_from: A checkpoint that is never removed: that which this run goes on from.
+        resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
         async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
         failures: How many saves in a row may fail before the run does.
 
     Raises:
         RunLockedError: When the stream begins: another process writes to the run.
         SaveError: At a later tick or at the end: saves have failed.
-        ValueError: ``keep`` is less than 1.
+        ValueError: ``keep`` or ``failures`` is less than 1, or ``resumed_from`` is not there.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"saved: keep must be at least 1, or None to keep all; got {keep}")
+    if failures < 1:
+        raise ValueError(f"saved: failures must be at least 1; got {failures}")
     policy = Policy(
         keep=keep,
         best=Best(best, greater) if best else None,
-        resumed_from=Path(resumed_from).absolute() if resumed_from else None,
+        resumed_from=_resumed(resumed_from) if resumed_from else None,
     )
-    writer = _Writer(Path(run).absolute(), policy, async_, failures)
+    writer = _Writer(Path(run).resolve(), policy, async_, failures)
     return Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close)
+
+
+def _resumed(path: str | Path) -> Path:
+    entry = catalog.entry(Path(path).resolve())
+    found = entry if entry.manifest else catalog.latest(Path(path).resolve())
+    if found is None:
+        raise ValueError(f"saved: resumed_from={str(path)!r}: there is no checkpoint")
+    return found.path
 
 
 @attrs.define(eq=False)
@@ -109,8 +118,11 @@ class _Writer:
 
     def open(self, steps: Steps) -> None:
         del steps
-        self.stack.enter_context(locked(self.run))
-        self.session = open_session(self.run)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.run))
+            self.session = open_session(self.run)
+            self.stack = stack.pop_all()
+        self.errors, self.last = [], None
 
     def observe(self, tick: Tick) -> Mapping[str, float]:
         self.settle()
@@ -146,8 +158,7 @@ class _Writer:
         assert self.session is not None
         commit(self.session, taken)
         self.errors.clear()
-        for entry in superseded(list_checkpoints(self.session.directory), self.policy):
-            discard(entry.path)
+        rotate(self.session.directory, self.policy)
 
     def settle(self) -> None:
         """Wait for the save that is going on."""
@@ -165,8 +176,10 @@ class _Writer:
             raise self._failed()
 
     def close(self) -> None:
-        self.settle()
-        self.stack.close()
+        try:
+            self.settle()
+        finally:
+            self.stack.close()
 
     def _failed(self) -> SaveError:
         last, newest = self.errors[-1], catalog.latest(self.run)

@@ -18,6 +18,7 @@ from forgather_fn.state import TrainState
 
 VERSION: Final = 1
 STATE: Final = "state.json"
+COUNTERS: Final = ("updates", "skipped", "tokens", "nonfinite")
 SHARD_BYTES: Final = 5 * 10**9
 """Above this size the weights are split into several files."""
 
@@ -71,11 +72,19 @@ def snapshot(
 
     Returns:
         The snapshot, whose tensors have their values when the function has been called; and the function.
+
+    Raises:
+        ValueError: Something in the state is not what a checkpoint can hold.
     """
     arrays = state.read()
     copies: list[tuple[Tensor, Tensor]] = []
 
+    paths: set[str] = set()
+
     def later(path: str, tensor: Tensor) -> Tensor:
+        if path in paths:
+            raise ValueError(f"{path}: two tensors of the state have this name; rename one")
+        paths.add(path)
         host = memory.like(path, tensor)
         copies.append((host, tensor.detach()))
         return host
@@ -119,7 +128,7 @@ def snapshot(
             "seed": state.seed,
             "data": state.data,
             "batch_size": state.batch_size,
-            "counters": {name: int(getattr(arrays, name)) for name in ("updates", "skipped", "tokens", "nonfinite")},
+            "counters": {name: int(getattr(arrays, name)) for name in COUNTERS},
             "structure": structure,
             "buffers": list(arrays.buffers),
             "ema": arrays.ema is not None,

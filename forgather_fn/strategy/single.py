@@ -1,5 +1,6 @@
 """Training on one device."""
 
+import copy
 import operator
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -180,7 +181,15 @@ def _export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Mod
     built.bound(arrays)
     if params == "ema":
         built.binding.bind(evaluation.average_of(arrays), arrays.frozen, arrays.buffers)
-    unbind(built.module)
-    for parameter in built.module.parameters():
-        parameter.grad = None
-    return built.module
+    try:
+        exported = copy.deepcopy(built.module)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(built.module).__name__} cannot be copied ({error}); take its weights instead: "
+            "program.module().state_dict()"
+        ) from error
+    finally:
+        built.bound(arrays)
+    built.binding.restore_ties(exported)
+    unbind(exported)
+    return exported
