@@ -27,11 +27,11 @@ class Shape:
     context: int
 
 
-SMALL = Shape(vocabulary=256, width=32, layers=2, heads=4, context=32)
+SMALL = Shape(vocabulary=256, width=32, layers=2, heads=4, context=16)
 """43 k parameters in 30 tensors: what is not the model's arithmetic counts most."""
 
-DEEP = Shape(vocabulary=256, width=30, layers=12, heads=3, context=32)
-"""151 k parameters in 150 tensors: what is done tensor by tensor counts most."""
+DEEP = Shape(vocabulary=256, width=30, layers=12, heads=3, context=16)
+"""150 k parameters in 150 tensors: what is done tensor by tensor counts most."""
 
 LARGE = Shape(vocabulary=256, width=256, layers=4, heads=4, context=32)
 """3.3 M parameters in 54 tensors: memory traffic counts most."""

@@ -1,5 +1,8 @@
 """Training as a fold of a pure step over a stream of batches."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from forgather_fn import losses as losses
 from forgather_fn import schedules as schedules
 from forgather_fn.average import ema as ema
@@ -41,3 +44,18 @@ from forgather_fn.state import NonFiniteError as NonFiniteError
 from forgather_fn.state import TrainState as TrainState
 from forgather_fn.state import difference as difference
 from forgather_fn.strategy.single import single as single
+
+if TYPE_CHECKING:
+    from forgather_fn import checkpoint as checkpoint
+    from forgather_fn import testing as testing
+    from forgather_fn.checkpoint.saving import saved as saved
+
+_WHEN_USED = {"checkpoint": "", "testing": "", "saved": "checkpoint.saving"}
+"""Names whose modules are imported when they are first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_WHEN_USED[name] or name}")
+    return getattr(module, name) if _WHEN_USED[name] else module

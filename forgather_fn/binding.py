@@ -49,18 +49,22 @@ class Binding:
     _pointers: tuple[tuple[dict[str, Any], str, nn.Parameter, int], ...] = ()
     _looked: bool = False
 
-    def ensure(self, params: Flat, frozen: Mapping[str, Tensor], buffers: Flat) -> None:
+    def ensure(self, params: Flat, frozen: Mapping[str, Tensor], buffers: Flat) -> bool:
         """Make the module stand on these tensors, whatever it stood on.
+
+        Returns:
+            Whether it was found as it had been left; if not, its gradients may lie elsewhere too.
 
         Raises:
             ValueError: The module's parameters were changed from outside in a way that would be lost.
         """
         intact = self._intact()
         if intact and params is self.params and buffers is self.buffers and frozen is self.frozen:
-            return
+            return True
         if not intact and self.params is not None and _bound.get(self.module) is self:
             self._explain(self.params)
         self.bind(params, frozen, buffers)
+        return intact
 
     def bind(self, params: Flat, frozen: Mapping[str, Tensor], buffers: Flat) -> None:
         """Point the module's parameters and buffers at the views of these tensors; make its ``state_dict`` safe."""

@@ -244,6 +244,8 @@ def named_means(result: Any) -> dict[str, Mean]:
                 f"the loss returned {given} for {name!r}; expected a Mean(total, weight), so that parts of a batch can "
                 "be added. Return Mean(losses.sum(), losses.numel()), or use losses.from_output(weight=...)."
             )
+        if not isinstance(mean.total, Tensor):
+            raise ValueError(f"{name!r}: the total of a Mean must be a scalar tensor, got {mean.total!r}")
         if mean.total.dim() != 0:
             raise ValueError(f"{name!r}: the total of a Mean must be a scalar, got shape {tuple(mean.total.shape)}")
     if len(means) > 1 and not means.keys().isdisjoint(RESERVED):
@@ -253,6 +255,13 @@ def named_means(result: Any) -> dict[str, Mean]:
     if "loss" not in means:
         raise ValueError(f"the loss returned {sorted(means)}; the objective must be named 'loss'")
     weight = means["loss"].weight
-    if isinstance(weight, torch.Tensor) and weight.requires_grad:
+    if not isinstance(weight, Tensor):
+        if not isinstance(weight, int | float) or not weight >= 0:
+            raise ValueError(
+                f"the weight of the objective must be a number of at least 0, or a scalar tensor: {weight!r}"
+            )
+    elif weight.dim() != 0:
+        raise ValueError(f"the weight of the objective must be a scalar, got shape {tuple(weight.shape)}; sum it up")
+    elif weight.requires_grad:
         raise ValueError("the weight of the objective depends on the model; it must be a function of the batch alone")
     return means

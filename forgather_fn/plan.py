@@ -66,6 +66,11 @@ def _is_loss(instance: Any, attribute: "attrs.Attribute[Loss]", value: Any) -> N
         )
 
 
+def _is_average(instance: Any, attribute: "attrs.Attribute[Average | None]", value: Any) -> None:
+    if not isinstance(value, Average | None):
+        raise ValueError(f"Plan: average takes one such as ff.ema(0.999), got {value!r}")
+
+
 def _device(value: str | torch.device) -> torch.device:
     try:
         device = torch.device(value)
@@ -105,7 +110,7 @@ class Plan:
     optimizer: Optimizer = attrs.field(validator=_is_optimizer)
     schedule: Schedule | float
     transforms: tuple[Transform, ...] = attrs.field(default=(), converter=_transforms)
-    average: Average | None = None
+    average: Average | None = attrs.field(default=None, validator=_is_average)
     microbatches: int = attrs.field(default=1, validator=_at_least_one)
     precision: Precision = attrs.field(
         default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16")

@@ -12,12 +12,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from forgather_fn import flat as flat_storage
 from forgather_fn import gradient, interrupt, tree
 from forgather_fn.batch import microbatches, placed
 from forgather_fn.binding import Binding
 from forgather_fn.data import Batch
 from forgather_fn.finite import applied, flag_on_device, flag_on_host
-from forgather_fn.flat import Flat
+from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective, named_means
 from forgather_fn.mean import Mean
@@ -43,6 +44,7 @@ class Built:
         arguments: ``batch -> (positional, keyword)``: how the module is called.
         floating: The type that floating inputs are brought to, if any.
         dtype: In which scalars are computed: float64 if a parameter is, else float32.
+        slots: What the optimizer keeps from the beginning.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class Built:
     arguments: Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]
     floating: torch.dtype | None
     dtype: torch.dtype
+    slots: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -59,8 +62,30 @@ class Built:
         return self.plan.device
 
     def bound(self, arrays: Arrays) -> None:
-        """Make the module stand on a state's tensors."""
-        self.binding.ensure(arrays.params, arrays.frozen, arrays.buffers)
+        """Make the module stand on a state's tensors.
+
+        Raises:
+            ValueError: The state is of another model or plan.
+        """
+        if arrays.params.kept.get("fits") is not self:
+            self._check_fits(arrays)
+            arrays.params.kept["fits"] = self
+        if not self.binding.ensure(arrays.params, arrays.frozen, arrays.buffers):
+            self.workspace.renew()
+
+    def _check_fits(self, arrays: Arrays) -> None:
+        check_layout("this state", arrays.params.layout, self.binding.layout)
+        missing = sorted(self.slots - set(arrays.opt))
+        sides = {
+            "an average of the parameters": (arrays.ema is not None, self.plan.average is not None),
+            "the number of transforms": (len(arrays.transforms), len(self.plan.transforms)),
+            "optimizer slots that are missing": (len(missing), 0),
+        }
+        for what, (has, wants) in sides.items():
+            if has != wants:
+                raise ValueError(
+                    f"this state was made by another plan: {what}: {has} there, {wants} here {missing or ''}"
+                )
 
     def forward(self, data: Any) -> tuple[Any, dict[str, Mean]]:
         """Run the model and the loss on one microbatch."""
@@ -78,6 +103,19 @@ class Built:
     def place(self, data: Any) -> Any:
         """Bring a batch's data to the device and the precision of the plan."""
         return placed(data, self.device, self.floating)
+
+
+def check_layout(what: str, given: Layout, expected: Layout) -> None:
+    """Make sure that flat storage is laid out as this program's.
+
+    Raises:
+        ValueError: It is of another model, or grouped otherwise; the first difference is shown.
+    """
+    if given is expected or (given.leaves, given.groups) == (expected.leaves, expected.groups):
+        return
+    names = set(given.index) ^ set(expected.index)
+    odd = flat_storage.listed(sorted(names)) if names else "in shapes, data types or parameter groups"
+    raise ValueError(f"{what} is of another model or plan than this program: they differ in {odd}")
 
 
 def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
@@ -178,6 +216,7 @@ def advance(
     The state is consumed when nothing can fail any more: after the transforms, and on a CPU after the look.
     """
     plan, arrays = built.plan, state.read()
+    check_layout("this gradient", gradients.layout, built.binding.layout)
     learning_rate = rate(plan.schedule, state.step)
     with torch.no_grad():
         extra = _wanted(gradients, wants) if wants else {}

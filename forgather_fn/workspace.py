@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn import flat as flat_storage
-from forgather_fn.flat import Flat, Layout
+from forgather_fn.flat import Layout
 from forgather_fn.gradient import Gradients
 
 VIEWED_ELEMENTS = 1_000_000
@@ -36,11 +36,14 @@ class Workspace:
     Attributes:
         clear: Make ready: no gradient is there.
         collect: Read what came.
+        renew: Make new storage. A module that was moved (``.to()``, ``.double()``) has moved its gradients too: the
+            tensors are the same, their memory is not.
         release: Let go of memory that is not needed until the next step.
     """
 
     clear: Callable[[], None]
     collect: Collect
+    renew: Callable[[], None]
     release: Callable[[], None]
 
 
@@ -56,17 +59,24 @@ def workspace(
         viewed_elements: Up to how many elements gradients are views of flat buffers.
     """
     if layout.elements <= viewed_elements:
-        return _viewed(layout, parameters, flat_storage.zeros(layout, device))
+        return _viewed(layout, parameters, device)
     return _owned(layout, parameters)
 
 
-def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], flat: Flat) -> Workspace:
-    # A version counter of its own tells of each view whether a backward pass wrote to it.
-    views = [flat.alias(leaf.name) for leaf in layout.leaves]
-    named = {leaf.name: view for leaf, view in zip(layout.leaves, views, strict=True)}
-    pairs = [(p, view) for ps, view in zip(parameters, views, strict=True) for p in ps]
+def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> Workspace:
+    flat = flat_storage.zeros(layout, device)
+    everything = (True,) * len(layout.leaves)
     versions: list[int] = []
-    everything = (True,) * len(views)
+    named: dict[str, Tensor] = {}
+    pairs: list[tuple[nn.Parameter, Tensor]] = []
+
+    def renew() -> None:
+        nonlocal flat
+        flat = flat_storage.zeros(layout, device)
+        # A version counter of its own tells of each view whether a backward pass wrote to it.
+        named.clear()
+        named.update({leaf.name: flat.alias(leaf.name) for leaf in layout.leaves})
+        pairs[:] = [(p, view) for ps, view in zip(parameters, named.values(), strict=True) for p in ps]
 
     def clear() -> None:
         for buffer in flat.buffers:
@@ -74,14 +84,15 @@ def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], flat: 
         for parameter, view in pairs:
             if parameter.grad is not view:
                 parameter.grad = view
-        versions[:] = [view._version for view in views]
+        versions[:] = [view._version for view in named.values()]
 
     def collect(samples: int, weight: Tensor | float, /) -> Gradients:
-        active = tuple([view._version != before for view, before in zip(views, versions, strict=True)])
+        active = tuple([view._version != before for view, before in zip(named.values(), versions, strict=True)])
         present = named if active == everything else {name: named[name] for name in itertools.compress(named, active)}
         return Gradients(layout, active, present, flat, samples, weight)
 
-    return Workspace(clear, collect, release=lambda: None)
+    renew()
+    return Workspace(clear, collect, renew, release=lambda: None)
 
 
 def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Workspace:
@@ -100,7 +111,7 @@ def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Work
         active = tuple(leaf.name in tensors for leaf in layout.leaves)
         return Gradients(layout, active, tensors, None, samples, weight)
 
-    return Workspace(clear, collect, release=clear)
+    return Workspace(clear, collect, renew=clear, release=clear)
 
 
 def _dense(name: str, found: list[Tensor], stride: tuple[int, ...]) -> Tensor:

@@ -41,7 +41,7 @@ def test_every_row_runs_and_writes_json(tmp_path: Path) -> None:
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
         assert all(cpu > 0 for result in table["results"] for cpu in result["cpu"])
     assert all(result["bytes"] > 1e6 for result in memory["results"])
-    assert len(started["results"]) == 2
+    assert len(started["results"]) == 3
 
 
 def test_an_unknown_row_is_named_by_the_command() -> None:
@@ -52,7 +52,7 @@ def test_an_unknown_row_is_named_by_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "parameters", "tensors"), [(SMALL, 43_136, 30), (DEEP, 150_916, 150), (LARGE, 3_299_072, 54)]
+    ("task", "parameters", "tensors"), [(SMALL, 42_624, 30), (DEEP, 150_436, 150), (LARGE, 3_299_072, 54)]
 )
 def test_models_are_as_large_as_the_tables_say(task: Task, parameters: int, tensors: int) -> None:
     sizes = [p.numel() for p in task.model().parameters()]
@@ -147,6 +147,6 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert left_out() == ("Left out, because not installed: Lightning Fabric, Lightning Trainer.",)
 
 
-def test_a_statement_that_fails_has_no_time() -> None:
-    with pytest.raises(ValueError, match=r"`raise SystemExit.3.` ended with status 3"):
-        startup.cpu_seconds("raise SystemExit(3)")
+def test_an_import_that_fails_has_no_time() -> None:
+    with pytest.raises(ValueError, match=r"(?s)import not_there failed: .*No module named 'not_there'"):
+        startup.cpu_seconds("not_there")

@@ -5,6 +5,8 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import forgather_fn as ff
@@ -161,21 +163,23 @@ class TestChangesFromOutside:
         ],
         ids=["double_float", "assign", "replaced"],
     )
-    def test_moves_that_keep_the_values_are_undone_with_a_notice(self, bound, move):
-        made, module, state = bound
-        kept = state.copy()
+    @pytest.mark.parametrize("viewed_elements", [VIEWED, 0])
+    def test_moves_that_keep_the_values_are_undone_with_a_notice(self, viewed_elements, move):
+        module = Noisy()
+        made = program(module, viewed_elements=viewed_elements)
+        state, _ = made.step(made.init(0), labelled(6))
         move(module)
         with pytest.warns(UserWarning, match="bound to the state again"):
-            state, _ = made.step(state, labelled(6))
-        assert_equal(state, made.step(kept, labelled(6))[0])
+            state, _ = made.step(state, labelled(6, seed=1))
+        state, _ = made.step(state, labelled(6, seed=2))
+        assert_equal(state, trained(Noisy(), labelled_batches(3), viewed_elements=viewed_elements))
 
     def test_a_move_of_the_buffers_alone_is_undone_too(self, bound):
         made, module, state = bound
-        kept = state.copy()
         module.seen = module.seen.clone()
         module.body[1].running_mean = module.body[1].running_mean.clone()
-        state, _ = made.step(state, labelled(6))
-        assert_equal(state, made.step(kept, labelled(6))[0])
+        state, _ = made.step(state, labelled(6, seed=2))
+        assert_equal(state, trained(Noisy(), labelled_batches(3)))
 
     @pytest.mark.parametrize(
         "change",
@@ -385,3 +389,86 @@ class TestExport:
         by_hand(plain, labelled_batches(2), fused_adamw(plain))
         for one, other in zip(exported.parameters(), plain.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+class Histories(nn.Module):
+    """Every kind of buffer at once: batch statistics, one that grows, one that comes and one that goes, and a tie."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.drop = nn.Linear(5, 3, bias=False), nn.BatchNorm1d(3), nn.Dropout(0.2)
+        self.tied, self.frozen = nn.Linear(5, 3), nn.Linear(5, 3).requires_grad_(False)
+        self.tied.weight = nn.Parameter(self.body.weight.detach())
+        self.register_buffer("history", torch.zeros(0))
+        self.register_buffer("latest", None)
+        self.register_buffer("first", torch.ones(3))
+
+    def forward(self, features):
+        self.history = torch.cat([self.history, features.detach().sum()[None]])
+        self.latest = features.detach()[0, :3]
+        outputs = self.drop(self.norm(self.body(features))) + self.tied(features) + self.frozen(features)
+        if self.first is not None:
+            outputs = outputs * self.first
+            self.first = None
+        return outputs + self.history.sum()
+
+
+def made_from(viewed_elements):
+    changes = {"average": ff.ema(0.9), "transforms": [ff.clipped(0.5)], "microbatches": 2}
+    return program(Histories(), viewed_elements=viewed_elements, **changes)
+
+
+OPERATIONS = {
+    "evaluate": lambda made, state: made.evaluate(state, [labelled(5)]),
+    "average": lambda made, state: made.evaluate(state, [labelled(5)], params="ema"),
+    "apply": lambda made, state: made.apply(state, labelled(5)[0]),
+    "gradients": lambda made, state: made.gradients(state, labelled(6)),
+    "export": lambda made, state: made.export(state),
+    "export_average": lambda made, state: made.export(state, params="ema"),
+    "fail": lambda made, state: failing(made, state),
+    "move": lambda made, state: made.plan.model.double().float(),
+    "copy": lambda made, state: copy.deepcopy(made.plan.model),
+    "save": lambda made, state: made.plan.model.state_dict(),
+    "clear": lambda made, state: made.plan.model.zero_grad(set_to_none=True),
+}
+
+
+def failing(made, state):
+    features, labels = labelled(6)
+    with pytest.raises(ff.NonFiniteError):
+        made.step(state, (features * float("nan"), labels))
+
+
+operations = st.one_of(
+    st.tuples(st.just("step"), st.integers(0, 5)),
+    st.tuples(st.just("update"), st.integers(0, 5)),
+    st.tuples(st.just("fork"), st.just(0)),
+    st.tuples(st.sampled_from(sorted(OPERATIONS)), st.just(0)),
+)
+
+
+@pytest.mark.filterwarnings("ignore:the bound module's parameters were moved:UserWarning")
+@pytest.mark.parametrize("viewed_elements", [VIEWED, 0], ids=["views", "own"])
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 1), operations), min_size=3, max_size=12))
+def test_whatever_is_done_in_whatever_order_states_are_those_of_runs_of_their_own(viewed_elements, tape):
+    made = made_from(viewed_elements)
+    begun = made.init(0)
+    states, histories = [begun, begun.copy()], [[], []]
+    for which, (name, seed) in tape:
+        state, batch = states[which], labelled(6, seed=seed)
+        if name == "step":
+            states[which], _ = made.step(state, batch)
+            histories[which].append(seed)
+        elif name == "update":
+            gradients, buffers, _ = made.gradients(state, batch)
+            states[which], _ = made.update(state, gradients, buffers)
+            histories[which].append(seed)
+        elif name == "fork":
+            states[1 - which], histories[1 - which] = state.copy(), list(histories[which])
+        else:
+            OPERATIONS[name](made, state)
+    for state, history in zip(states, histories, strict=True):
+        alone = made_from(viewed_elements)
+        assert_equal(state, ff.fold(alone.step, alone.init(0), [labelled(6, seed=seed) for seed in history]))

@@ -103,6 +103,25 @@ class TestClipping:
         _, metrics = made.step(made.init(0), labelled(6))
         assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-6)
 
+    @pytest.mark.parametrize("max_norm", [0.01, None])
+    def test_the_norm_that_is_reported_is_not_that_of_later_transforms(self, max_norm):
+        made = program(classifier())
+        _, plain = made.step(made.init(0), labelled(6))
+        later = [ff.clipped(max_norm), ff.stateless(lambda gradient: gradient * 10)]
+        made = program(classifier(), transforms=later)
+        _, metrics = made.step(made.init(0), labelled(6))
+        assert float(metrics["grad_norm"]) == pytest.approx(float(plain["grad_norm"]), rel=1e-6)
+
+    @STORAGES
+    @pytest.mark.parametrize("factor", [1.001, 1.3, 1.9, 4.0])
+    def test_a_gradient_below_the_threshold_is_left_as_it_is(self, viewed_elements, factor):
+        changes = {"optimizer": ff.sgd(), "viewed_elements": viewed_elements}
+        made = program(classifier(), **changes)
+        plain, metrics = made.step(made.init(0), labelled(6))
+        made = program(classifier(), transforms=[ff.clipped(factor * float(metrics["grad_norm"]))], **changes)
+        state, _ = made.step(made.init(0), labelled(6))
+        assert same_weights(state, plain)
+
     def test_the_gradient_is_as_long_as_the_threshold_afterwards(self):
         made = program(classifier(), optimizer=ff.sgd(), schedule=1.0, transforms=[ff.clipped(0.01)])
         state = made.init(0)

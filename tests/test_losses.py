@@ -241,6 +241,30 @@ class TestNamedMeans:
         with pytest.raises(ValueError, match=message):
             named_means(result)
 
+    @pytest.mark.parametrize(
+        "weight",
+        [torch.tensor([6.0]), torch.ones(6), None, -6.0, torch.ones(6, 1)],
+        ids=["one", "six", "none", "negative", "column"],
+    )
+    def test_a_weight_that_is_no_number_is_refused_and_consumes_nothing(self, weight):
+        def loss(outputs, batch):
+            return ff.Mean(F.cross_entropy(outputs, batch[1], reduction="sum"), weight)
+
+        made = program(classifier(), loss=loss)
+        state = made.init(0)
+        with pytest.raises(ValueError, match="weight"):
+            made.step(state, labelled(6))
+        assert not state.consumed
+
+    def test_a_metric_may_be_a_plain_number_or_is_refused_by_name(self):
+        total = torch.tensor(1.0)
+        try:
+            means = named_means({"loss": ff.Mean(total, 1), "accuracy": ff.Mean(0.5, 1)})
+        except ValueError as error:
+            assert "accuracy" in str(error)  # noqa: PT017
+        else:
+            assert float(means["accuracy"].detach()) == 0.5
+
     def test_the_fix_for_a_plain_tensor_is_shown(self):
         with pytest.raises(ValueError, match=r"Return Mean\(losses.sum\(\), losses.numel\(\)\)"):
             named_means(torch.tensor(1.0))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import forgather_fn as ff
-from tests.toys import classifier, labelled, labelled_batches, program, trained
+from tests.toys import classifier, labelled, labelled_batches, program, trained, unchanged
 
 
 def plan(**changes):
@@ -25,6 +25,12 @@ class TestChecks:
             ),
             ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is not one of 'raise', 'skip'"),
             ({"init": "zeros"}, "init='zeros' is not one of 'as_built', 'by_name'"),
+            ({"average": 0.9}, r"average.*0\.9"),
+            ({"optimizer": torch.optim.AdamW}, r"optimizer=torch\.optim\.adamw\.AdamW is not one.*from_torch"),
+            ({"loss": nn.CrossEntropyLoss()}, r"loss=CrossEntropyLoss\(\) is not a function of \(outputs, batch\)"),
+            ({"loss": nn.functional.cross_entropy}, r"loss=torch\.nn\.functional\.cross_entropy is not a function"),
+            ({"transforms": [1.0]}, r"transforms takes Transforms such as ff\.clipped\(1\.0\), got 1\.0"),
+            ({"transforms": ff.clipped(1.0)}, r"transforms takes a sequence of them"),
             ({"device": "quantum"}, "device 'quantum' cannot be used here"),
             ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ],
@@ -101,6 +107,42 @@ class TestProgram:
         assert not calls
         made.init(0)
         assert calls == [1]
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda: program(nn.Linear(5, 3)),
+            lambda: program(classifier(hidden=8)),
+            lambda: program(classifier(), optimizer=ff.sgd(momentum=0.9)),
+            lambda: program(classifier(), average=ff.ema(0.9)),
+            lambda: program(classifier(), transforms=[ff.clipped(1.0)]),
+        ],
+        ids=["model", "shapes", "optimizer", "average", "transforms"],
+    )
+    def test_a_state_of_another_program_is_refused_and_not_consumed(self, other):
+        mine, theirs = program(classifier()), other()
+        mine.init(0)
+        state = theirs.init(0)
+        with pytest.raises(ValueError, match=r"\w"):
+            mine.step(state, labelled(6))
+        assert not state.consumed
+        theirs.step(state, labelled(6))
+
+    def test_a_state_of_an_equal_program_is_taken(self):
+        mine, theirs = program(classifier()), program(classifier())
+        mine.init(0)
+        state = ff.fold(theirs.step, theirs.init(0), labelled_batches(2))
+        expected = trained(classifier(), labelled_batches(3))
+        assert ff.difference(mine.step(state, labelled(6, seed=2))[0], expected) is None
+
+    @pytest.mark.parametrize("viewed_elements", [0, 10**9])
+    @pytest.mark.parametrize("model", [lambda: nn.Linear(5, 3), lambda: classifier(hidden=8)], ids=["names", "shapes"])
+    def test_gradients_of_another_model_are_refused(self, model, viewed_elements):
+        mine, theirs = program(classifier(), viewed_elements=viewed_elements), program(model())
+        state = mine.init(0)
+        gradients, _, _ = theirs.gradients(theirs.init(0), labelled(6))
+        with unchanged(state), pytest.raises(ValueError, match=r"gradient"):
+            mine.update(state, gradients)
 
     def test_a_schedule_may_be_a_number(self):
         ours = trained(classifier(), labelled_batches(3), schedule=2e-3)

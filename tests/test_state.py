@@ -86,6 +86,14 @@ def test_an_update_refuses_a_consumed_state(made):
     assert after.step == 1
 
 
+def test_a_state_can_be_consumed_once_only(made):
+    state = made.init(0)
+    state.consume("a test")
+    with pytest.raises(ff.ConsumedStateError, match="consumed by a test"):
+        state.consume("another")
+    assert repr(state).endswith("consumed by a test)")
+
+
 @pytest.mark.parametrize("stepped", ["original", "alias"])
 def test_an_alias_of_a_consumed_state_is_refused_too(made, stepped):
     original = made.init(0)

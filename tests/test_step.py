@@ -279,6 +279,19 @@ class TestAccumulation:
         assert float(metrics["grad_norm"]) == 0.0
         assert all(torch.equal(state.params[name], before.params[name]) for name in before.params)
 
+    @pytest.mark.parametrize("microbatches", [1, 2])
+    @pytest.mark.parametrize("number", [float, lambda weight: weight], ids=["number", "tensor"])
+    def test_a_weight_of_zero_takes_its_part_out(self, microbatches, number):
+        def masked(outputs, batch):
+            mask = batch[1] >= 0
+            return ff.Mean((outputs.square().sum(-1) * mask).sum(), number(mask.sum()))
+
+        features, labels = labelled(6)
+        made = program(classifier(), optimizer=ff.sgd(), loss=masked, microbatches=microbatches)
+        state, metrics = made.step(made.init(0), (features, torch.full_like(labels, -100)))
+        assert_same_tensors(state, classifier())
+        assert math.isnan(float(metrics["loss"]))
+
     def test_a_weight_that_is_a_tensor_is_left_as_it_is(self):
         weight = torch.tensor(6.0)
 
@@ -572,6 +585,22 @@ class TestNonFinite:
         state, metrics = made.step(made.init(0), poison(labelled(6)))
         assert math.isfinite(float(metrics["grad_norm"]))
         assert all(tensor.isfinite().all() for tensor in state.params.values())
+
+    @pytest.mark.parametrize("policy", ["raise", "skip"])
+    def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(self, policy):
+        def loss(outputs, batch):
+            mean = summed_cross_entropy(outputs, batch)
+            return ff.Mean(mean.total + math.inf, mean.weight)
+
+        made = program(classifier(), loss=loss, on_nonfinite=policy)
+        state = made.init(0)
+        if policy == "raise":
+            with unchanged(state), pytest.raises(ff.NonFiniteError, match="step 0"):
+                made.step(state, labelled(6))
+        else:
+            state, _ = made.step(state, labelled(6))
+            assert_same_tensors(state, classifier())
+            assert state.skipped.item() == 1
 
     def test_an_update_with_a_bad_gradient_raises_too(self):
         made = guarded()

@@ -104,7 +104,7 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
     home = session.directory / f"checkpoint-{snapshot.step}"
     temporary = session.directory / f".tmp-checkpoint-{snapshot.step}-{token}"
     try:
-        system.make_directory(temporary)
+        system.make_directory(temporary, 0o700)
         files = _write_files(temporary, snapshot)
         manifest = _manifest(session, snapshot, files, pinned)
         write_file(temporary / manifests.NAME, iter([memoryview(manifests.dump(manifest))]))
@@ -146,12 +146,12 @@ def _manifest(session: Session, snapshot: Snapshot, files: dict[str, Written], p
 def _move_in(directory: Path, temporary: Path, home: Path, token: str) -> None:
     aside = directory / f".replaced-{home.name}-{token}"
     replaces = home.exists()
-    if replaces:
-        system.rename(home, aside)
     try:
-        system.rename(temporary, home)
-    except OSError:
         if replaces:
+            system.rename(home, aside)
+        system.rename(temporary, home)
+    except OSError:  # which may come although the entry was moved
+        if replaces and not home.exists():
             system.rename(aside, home)
         raise
     system.sync_directory(directory)

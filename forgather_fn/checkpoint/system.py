@@ -13,9 +13,9 @@ CHUNK = 1 << 24
 """Bytes that one write takes at most, so that hashing and writing a large tensor go on side by side."""
 
 
-def make_directory(path: Path) -> None:
-    """Make a new directory, for its owner alone."""
-    os.mkdir(path, 0o700)
+def make_directory(path: Path, mode: int) -> None:
+    """Make a new directory."""
+    os.mkdir(path, mode)
 
 
 def make_path(path: Path) -> None:
@@ -24,7 +24,7 @@ def make_path(path: Path) -> None:
         return
     make_path(path.parent)
     with contextlib.suppress(FileExistsError):
-        os.mkdir(path)
+        make_directory(path, 0o777)
     sync_directory(path.parent)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +54,10 @@ def single(plan: Plan) -> Program:
         module = _prepared(plan, seed)
         if not held:
             held.append(_build(plan, module))
-        return _first_state(held[0], module, seed)
+        state = _first_state(held[0], module, seed)
+        if not held[0].slots:
+            held[0] = attrs.evolve(held[0], slots=frozenset(state.opt))
+        return state
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
