@@ -19,6 +19,7 @@ from forgather_fn.gradient import chain as chain
 from forgather_fn.gradient import clipped as clipped
 from forgather_fn.gradient import noise as noise
 from forgather_fn.gradient import stateless as stateless
+from forgather_fn.groups import group as group
 from forgather_fn.interrupt import Preempted as Preempted
 from forgather_fn.loop import Steps as Steps
 from forgather_fn.loop import Tick as Tick
@@ -30,7 +31,6 @@ from forgather_fn.observers import report as report
 from forgather_fn.optim import Optimizer as Optimizer
 from forgather_fn.optim import adam as adam
 from forgather_fn.optim import adamw as adamw
-from forgather_fn.optim import group as group
 from forgather_fn.optim import sgd as sgd
 from forgather_fn.plan import Plan as Plan
 from forgather_fn.plan import Program as Program

@@ -8,13 +8,13 @@ import torch
 
 from forgather_fn import interrupt
 from forgather_fn.batch import as_batch
+from forgather_fn.built import Built
 from forgather_fn.data import Stream
 from forgather_fn.flat import Flat
 from forgather_fn.mean import Mean
 from forgather_fn.model import evaluation_mode
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Arrays, TrainState, raise_if_nonfinite
-from forgather_fn.step import Built
 
 Which = Literal["params", "ema"]
 

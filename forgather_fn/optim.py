@@ -1,9 +1,7 @@
 """Optimizers: thin pairs of pure functions over torch's own maths."""
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import attrs
@@ -14,11 +12,12 @@ from torch.optim.sgd import sgd as torch_sgd
 from forgather_fn import flat as flat_storage
 from forgather_fn.describe import describe, described
 from forgather_fn.finite import applied
-from forgather_fn.flat import Chunk, Flat, Hyper, listed
+from forgather_fn.flat import Flat, Hyper
 from forgather_fn.gradient import Gradients
+from forgather_fn.groups import Group, Predicate, assigner, matrices
+from forgather_fn.parts import parts
 
 OptState = Mapping[str, Any]
-Predicate = Callable[[str, Tensor], bool]
 
 
 class OptimizerInit(Protocol):
@@ -61,139 +60,6 @@ class Optimizer:
 
     def __repr__(self) -> str:
         return self.description or f"Optimizer({describe(self.update)})"
-
-
-@attrs.frozen
-class Group:
-    """Which parameters have hyperparameters of their own: made by :func:`group`."""
-
-    match: str | Predicate = attrs.field(repr=describe)
-    learning_rate: float
-    weight_decay: float | None
-    frozen: bool
-
-
-def group(
-    match: str | Predicate, *, learning_rate: float = 1.0, weight_decay: float | None = None, frozen: bool = False
-) -> Group:
-    """Give some parameters hyperparameters of their own. Where several groups match, the first counts.
-
-    Args:
-        match: A pattern for the qualified name (``"encoder.*"``, ``"*.bias"``), or a predicate of name and tensor.
-        learning_rate: Factor on the scheduled learning rate.
-        weight_decay: The coefficient; None for the optimizer's default.
-        frozen: Do not train them.
-
-    Raises:
-        ValueError: A number is negative or not finite; or, when a state is made, the group matches no parameter.
-
-    Example:
-        >>> adamw(groups=[group("head.*", learning_rate=10.0), group("embed.*", frozen=True)]).groups(
-        ...     {"embed.weight": torch.zeros(2, 2), "head.weight": torch.zeros(2, 2)}
-        ... )["embed.weight"].frozen
-        True
-    """
-    _check_numbers(learning_rate=learning_rate, weight_decay=weight_decay)
-    return Group(match, learning_rate, weight_decay, frozen)
-
-
-def matrices(name: str, tensor: Tensor) -> bool:
-    """Say that tensors of two or more dimensions decay, and others (biases, norms' gains) do not."""
-    del name
-    return tensor.dim() >= 2
-
-
-def assigner(
-    groups: Sequence[Group], weight_decay: float | None, decays: Predicate
-) -> Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]:
-    """Make the function that names each parameter's hyperparameters.
-
-    Raises:
-        ValueError: A number is out of range; or, when called, a group matches no parameter.
-    """
-    _check_numbers(weight_decay=weight_decay)
-
-    def matches(one: Group, name: str, tensor: Tensor) -> bool:
-        return fnmatchcase(name, one.match) if isinstance(one.match, str) else bool(one.match(name, tensor))
-
-    def assign(params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
-        chosen: dict[str, Hyper] = {}
-        used: set[int] = set()
-        for name, tensor in params.items():
-            decay = weight_decay if weight_decay is None or decays(name, tensor) else 0.0
-            own = [i for i, one in enumerate(groups) if matches(one, name, tensor)]
-            used.update(own)
-            if not own:
-                chosen[name] = Hyper(weight_decay=decay)
-                continue
-            first = groups[own[0]]
-            decay = decay if first.weight_decay is None else first.weight_decay
-            chosen[name] = Hyper(first.learning_rate, decay, first.frozen)
-        for i, one in enumerate(groups):
-            if i not in used:
-                raise ValueError(
-                    f"group {describe(one.match)} matches no parameter; the parameters are {listed(sorted(params))}"
-                )
-        return chosen
-
-    return assign
-
-
-def _check_numbers(**numbers: float | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {number}")
-
-
-@attrs.frozen(eq=False)
-class Part:
-    """The tensors of one group and data type that one kernel call updates.
-
-    Attributes:
-        hyper: The hyperparameters of the group.
-        chunks: Where they lie.
-        params: Parts of the parameters.
-        slots: Parts of each slot.
-    """
-
-    hyper: Hyper
-    chunks: tuple[Chunk, ...]
-    params: list[Tensor]
-    slots: tuple[list[Tensor], ...]
-
-
-def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = True) -> list[Part]:
-    """Sort what an element-wise update works on by group: one call of a fused kernel each.
-
-    The lists are made once and shared by later steps as long as the same parameters get gradients.
-
-    Args:
-        gradients: Of this step.
-        params: To be updated.
-        slots: In the layout of the parameters.
-        together: Whether neighbours of one group may be updated as one tensor. The bits are the same either way.
-    """
-    layout, active = gradients.layout, gradients.active
-    cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
-    chunks = cut(active)
-    found = params.kept.get("parts")
-    if found is None or found[0] is not chunks or not _same(found[1], slots):
-        found = params.kept["parts"] = (chunks, slots, _parts(chunks, params, slots))
-    result: list[Part] = found[2]
-    return result
-
-
-def _same(ones: Sequence[Flat], others: Sequence[Flat]) -> bool:
-    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
-
-
-def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[Part]:
-    result = []
-    for buffer, group in dict.fromkeys((chunk.buffer, chunk.group) for chunk in chunks):
-        own = tuple(chunk for chunk in chunks if (chunk.buffer, chunk.group) == (buffer, group))
-        lists = tuple(list(flat.pieces(own)) for flat in (params, *slots))
-        result.append(Part(params.layout.groups[group], own, lists[0], lists[1:]))
-    return result
 
 
 def _adam_family(

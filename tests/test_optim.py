@@ -7,7 +7,8 @@ from torch import nn
 
 import forgather_fn as ff
 from forgather_fn.flat import Hyper
-from forgather_fn.optim import matrices, slots_like
+from forgather_fn.groups import matrices
+from forgather_fn.optim import slots_like
 from tests.toys import (
     VIEWED,
     Branches,

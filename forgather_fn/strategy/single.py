@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from forgather_fn import evaluation, flat
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
+from forgather_fn.built import Built
 from forgather_fn.flat import Flat, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, Steps, open_steps
@@ -27,7 +28,7 @@ from forgather_fn.model import (
 )
 from forgather_fn.plan import Metrics, Plan, Program
 from forgather_fn.state import Arrays, TrainState, counter
-from forgather_fn.step import Built, advance, take_gradients
+from forgather_fn.step import advance, take_gradients
 from forgather_fn.workspace import workspace
 
 

@@ -1,0 +1,105 @@
+"""A plan whose model stands on a device, ready to run."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from forgather_fn import flat as flat_storage
+from forgather_fn.batch import placed
+from forgather_fn.binding import Binding
+from forgather_fn.flat import Layout
+from forgather_fn.losses import named_means
+from forgather_fn.mean import Mean
+from forgather_fn.plan import Plan
+from forgather_fn.state import Arrays
+from forgather_fn.workspace import Workspace
+
+
+@attrs.frozen(eq=False)
+class Built:
+    """A plan whose model stands on a device, ready to run.
+
+    Attributes:
+        plan: What it was built from.
+        module: The real module.
+        binding: Which state the module stands on.
+        workspace: Where its gradients go.
+        arguments: ``batch -> (positional, keyword)``: how the module is called.
+        floating: The type that floating inputs are brought to, if any.
+        dtype: In which scalars are computed: float64 if a parameter is, else float32.
+        slots: What the optimizer keeps from the beginning.
+    """
+
+    plan: Plan
+    module: nn.Module
+    binding: Binding
+    workspace: Workspace
+    arguments: Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]
+    floating: torch.dtype | None
+    dtype: torch.dtype
+    slots: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.plan.device
+
+    def bound(self, arrays: Arrays) -> None:
+        """Make the module stand on a state's tensors.
+
+        Raises:
+            ValueError: The state is of another model or plan.
+        """
+        if arrays.params.kept.get("fits") is not self:
+            self._check_fits(arrays)
+            arrays.params.kept["fits"] = self
+        if not self.binding.ensure(arrays.params, arrays.frozen, arrays.buffers):
+            self.workspace.renew()
+
+    def _check_fits(self, arrays: Arrays) -> None:
+        check_layout("this state", arrays.params.layout, self.binding.layout)
+        missing = sorted(self.slots - set(arrays.opt))
+        sides = {
+            "an average of the parameters": (arrays.ema is not None, self.plan.average is not None),
+            "the number of transforms": (len(arrays.transforms), len(self.plan.transforms)),
+            "optimizer slots that are missing": (len(missing), 0),
+        }
+        for what, (has, wants) in sides.items():
+            if has != wants:
+                raise ValueError(
+                    f"this state was made by another plan: {what}: {has} there, {wants} here {missing or ''}"
+                )
+
+    def forward(self, data: Any) -> tuple[Any, dict[str, Mean]]:
+        """Run the model and the loss on one microbatch."""
+        args, kwargs = self.arguments(data)
+        with self.autocast():
+            outputs = self.module(*args, **kwargs)
+            return outputs, named_means(self.plan.loss(outputs, data))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision in which forward and loss run."""
+        if self.plan.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def place(self, data: Any) -> Any:
+        """Bring a batch's data to the device and the precision of the plan."""
+        return placed(data, self.device, self.floating)
+
+
+def check_layout(what: str, given: Layout, expected: Layout) -> None:
+    """Make sure that flat storage is laid out as this program's.
+
+    Raises:
+        ValueError: It is of another model, or grouped otherwise; the first difference is shown.
+    """
+    if given is expected or (given.leaves, given.groups) == (expected.leaves, expected.groups):
+        return
+    names = set(given.index) ^ set(expected.index)
+    odd = flat_storage.listed(sorted(names)) if names else "in shapes, data types or parameter groups"
+    raise ValueError(f"{what} is of another model or plan than this program: they differ in {odd}")
