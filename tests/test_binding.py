@@ -1,6 +1,8 @@
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import safetensors.torch
@@ -151,6 +153,24 @@ class TestStatesAndPrograms:
         made.step(first, labelled(6))
         assert made.init(4).params["0.weight"].ne(kept.params["0.weight"]).any()
         assert_equal(made.init(3), kept)
+
+    @pytest.mark.parametrize("viewed_elements", [VIEWED, 0], ids=["views", "own"])
+    def test_what_is_not_used_any_more_is_freed(self, viewed_elements):
+        optimizer = ff.from_torch(lambda rows: torch.optim.RMSprop(rows))
+        module = Noisy()
+        made = program(module, optimizer=optimizer, average=ff.ema(0.9), viewed_elements=viewed_elements)
+        state = ff.fold(made.step, made.init(0), labelled_batches(2))
+        kept = state.copy()
+        held = [weakref.ref(kept.params.buffers[0]), weakref.ref(kept.ema.buffers[0])]
+        made.step(kept, labelled(6))
+        made.step(state, labelled(6))
+        del kept
+        gc.collect()
+        assert [reference() for reference in held] == [None, None]
+        held = [weakref.ref(module), weakref.ref(state)]
+        del made, module, state, optimizer
+        gc.collect()
+        assert [reference() for reference in held] == [None, None]
 
 
 class TestChangesFromOutside:

@@ -1,6 +1,7 @@
 from collections import namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -255,6 +256,19 @@ class TestNamedMeans:
         with pytest.raises(ValueError, match="weight"):
             made.step(state, labelled(6))
         assert not state.consumed
+
+    @pytest.mark.parametrize(
+        "weight", [6, 6.0, np.int64(6), np.float32(6), torch.tensor(6), torch.tensor(6.0).double()]
+    )
+    def test_any_number_may_be_a_weight(self, weight):
+        def loss(outputs, batch):
+            return ff.Mean(F.cross_entropy(outputs, batch[1], reduction="sum"), weight)
+
+        made = program(classifier(), loss=loss)
+        state, metrics = made.step(made.init(0), labelled(6))
+        features, labels = labelled(6)
+        assert float(metrics["loss"]) == pytest.approx(F.cross_entropy(classifier()(features), labels).item(), rel=1e-6)
+        assert state.tokens.item() == 6
 
     def test_a_metric_may_be_a_plain_number_or_is_refused_by_name(self):
         total = torch.tensor(1.0)

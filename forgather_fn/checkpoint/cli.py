@@ -110,7 +110,7 @@ def _target(name: str) -> Callable[[Path], tuple[Program, Stream]]:
 
 
 def _tell(result: Replay) -> None:
-    print(f"step {result.step}, from {result.restored.name}")
+    print(f"step {result.step}, from {result.restored.name if result.restored else 'the beginning'}")
     for name, value in result.metrics.items():
         if not name.startswith("grad_norm/"):
             print(f"  {name}: {value!r}")

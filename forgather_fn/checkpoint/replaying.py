@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
+from torch import nn
 
 from forgather_fn.checkpoint.catalog import list_checkpoints
+from forgather_fn.checkpoint.loading import load
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.data import Stream
 from forgather_fn.endings import until
@@ -19,13 +21,13 @@ class Replay:
 
     Attributes:
         step: Its number: how many batches had been consumed before it.
-        restored: The checkpoint from which it was reached.
+        restored: The checkpoint from which it was reached; None for the first state, which a factory's model has anew.
         indices: Which samples of the dataset it consumed.
         metrics: Its loss, norms and learning rate, with the norm of each parameter's gradient.
     """
 
     step: int
-    restored: Path
+    restored: Path | None
     indices: tuple[int, ...]
     metrics: Mapping[str, float]
 
@@ -40,17 +42,22 @@ def replay(program: Program, run: str | Path, data: Stream, *, step: int) -> Rep
         step: How many batches had been consumed before the step: 0 is the first.
 
     Raises:
-        CheckpointError: No whole checkpoint is that early.
+        CheckpointError: No whole checkpoint is that early, and the plan's model is no factory.
         ValueError: The stream ends before.
     """
-    entries = [e for e in list_checkpoints(run) if e.whole and e.manifest and e.step <= step]
-    if not entries:
+    whole = [entry for entry in list_checkpoints(run) if entry.whole and entry.manifest]
+    earlier = [entry for entry in whole if entry.step <= step]
+    if earlier:
+        nearest = max(earlier, key=lambda entry: entry.step)
+        state = program.restore(nearest.path)
+    elif whole and not isinstance(program.plan.model, nn.Module):
+        nearest = whole[0]
+        state = program.init(int(load(nearest.path).record["seed"]))  # a factory's first state depends on that alone
+    else:
         raise CheckpointError(f"{run} has no whole checkpoint at step {step} or before")
-    nearest = max(entries, key=lambda entry: entry.step)
-    state = program.restore(nearest.path)
     look = at(step + 1, Observer(lambda tick: None, wants=frozenset({"gradient_norms"})))
     for tick in until(steps=step + 1)(look(program.steps(state, data))):
         if tick.state.step == step + 1:
             metrics = {name: float(value) for name, value in tick.metrics.items()}
-            return Replay(step, nearest.path, tuple(int(i) for i in tick.batch.indices), metrics)
+            return Replay(step, nearest.path if earlier else None, tuple(int(i) for i in tick.batch.indices), metrics)
     raise ValueError(f"{run}: the stream ends before step {step}")

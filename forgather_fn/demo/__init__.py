@@ -69,7 +69,7 @@ class Settings:
         default=0, validator=_integer(0), metadata=_option(int, "N", "root of all randomness (default: %(default)s)")
     )
     steps: int = attrs.field(
-        default=800, validator=_integer(1), metadata=_option(int, "N", "optimizer steps (default: %(default)s)")
+        default=900, validator=_integer(1), metadata=_option(int, "N", "optimizer steps (default: %(default)s)")
     )
     batch_size: int = attrs.field(
         default=8, validator=_integer(1), metadata=_option(int, "N", "windows in a step (default: %(default)s)")

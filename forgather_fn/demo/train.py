@@ -3,31 +3,39 @@
 import functools
 import hashlib
 import importlib.metadata
+import json
 import math
 import platform
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
+import attrs
 import toolz
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import forgather_fn as ff
+from forgather_fn.checkpoint import CheckpointError, latest
 from forgather_fn.demo import Settings
 from forgather_fn.demo.model import Transformer
-from forgather_fn.demo.text import labelled, read, windows
+from forgather_fn.demo.text import Text, labelled, read, windows
 from forgather_fn.random import key
 from forgather_fn.report import bar, curve, jsonl, tensorboard
 from forgather_fn.report.path import naming
+
+RECORD: Final = "run.json"
+"""Where, in the run directory, its settings are written down."""
 
 
 def train(settings: Settings) -> str:
     """Train a language model, telling how it goes on the terminal and in the run directory.
 
-    Written there are TensorBoard events, ``metrics.jsonl`` and ``curve.svg``. Nothing is trained, and nothing written,
+    Written there are checkpoints, TensorBoard events, ``metrics.jsonl`` and ``curve.svg``. A run that was stopped, in
+    whatever way, goes on where it was last saved, and ends at the same bits. Nothing is trained, and nothing written,
     before all settings were found to be usable.
 
     Returns:
@@ -40,10 +48,14 @@ def train(settings: Settings) -> str:
     state = program.init(settings.seed)
     text = read(settings.data, settings.context)
     prepare(settings.run)
-    training = ff.batches(windows(text.training, settings.context), batch_size=settings.batch_size, collate=labelled)
+    training = stream(settings, text)
     held_out = ff.batches(windows(text.held_out, settings.context).spread(256), batch_size=64, collate=labelled)
     print(f"text   {text.description}")
     print(f"model  {sum(map(torch.numel, state.params.values())):,} parameters")
+    if latest(settings.run):
+        state = restored(program, settings.run)
+        print(f"found  {settings.run} at step {state.step}: going on from there (another --run starts anew)")
+    remember(settings, text)
 
     state = toolz.pipe(
         program.steps(state, training),
@@ -52,6 +64,7 @@ def train(settings: Settings) -> str:
             {1, *range(10, settings.steps, 10), settings.steps},
             ff.report(bar("demo"), tensorboard(settings.run), jsonl(settings.run / "metrics.jsonl")),
         ),
+        ff.every(100, ff.saved(settings.run)),
         ff.until(steps=settings.steps),
         ff.last,
     )
@@ -59,7 +72,8 @@ def train(settings: Settings) -> str:
     curve(settings.run / "metrics.jsonl", settings.run / "curve.svg", title="Loss, nats per byte")
     print(f"\n{readable(sample(program, state, length=200, context=settings.context))}\n")
     print(
-        f"written to {settings.run}: metrics.jsonl, curve.svg, TensorBoard events (tensorboard --logdir {settings.run})"
+        f"written to {settings.run}: checkpoints, metrics.jsonl, curve.svg, TensorBoard events "
+        f"(tensorboard --logdir {settings.run})"
     )
     print(f"{versions()}, device {settings.device}, text {text.digest}, step {state.step}")
     weights = fingerprint(state.params)
@@ -83,6 +97,57 @@ def plan(settings: Settings) -> ff.Plan:
         precision="bfloat16" if settings.device.startswith("cuda") else "as_built",
         device=settings.device,
     )
+
+
+def restored(program: ff.Program, run: Path) -> ff.TrainState:
+    """Read the latest checkpoint of the run.
+
+    Raises:
+        ValueError: It was made with other settings, or none is whole.
+    """
+    try:
+        return program.restore(run)
+    except CheckpointError as error:
+        reason = str(error).partition("Use the plan")[0].rstrip()
+        raise ValueError(f"{reason}\nChoose another directory with --run, or remove {run}") from None
+
+
+def stream(settings: Settings, text: Text) -> ff.Stream:
+    """Say in what order the model sees the text."""
+    return ff.batches(windows(text.training, settings.context), batch_size=settings.batch_size, collate=labelled)
+
+
+def remember(settings: Settings, text: Text) -> None:
+    """Write down what the run is made of, for whoever goes on with it or replays a step.
+
+    Raises:
+        ValueError: The directory holds a run with another seed or text.
+    """
+    path = settings.run / RECORD
+    chosen = attrs.asdict(settings, filter=lambda field, value: field.name not in ("run", "device"))
+    record = {**chosen, "data": str(settings.data) if settings.data else None, "text": text.digest}
+    if path.exists():
+        found = json.loads(path.read_text())
+        unlike = [name for name in ("seed", "text") if found.get(name) != record[name]]
+        if unlike and latest(settings.run):
+            raise ValueError(
+                f"{settings.run} holds a run with another {' and '.join(unlike)}; choose another directory with --run, "
+                "or remove it"
+            )
+    path.write_text(json.dumps(record, indent=1))
+
+
+def rebuilt(run: Path) -> tuple[ff.Program, ff.Stream]:
+    """Make the program and the stream of a run again, for ``forgather replay``.
+
+    Raises:
+        ValueError: The directory holds no demonstration.
+    """
+    with naming(run / RECORD, "the run of a demonstration"):
+        record = json.loads((run / RECORD).read_text())
+    del record["text"]
+    settings = Settings(run=run, **record)
+    return ff.single(plan(settings)), stream(settings, read(settings.data, settings.context))
 
 
 def bits_per_byte(tick: ff.Tick) -> dict[str, float]:
