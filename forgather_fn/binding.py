@@ -18,7 +18,13 @@ from forgather_fn import flat as flat_storage
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
 from forgather_fn.model import Site, Slot, buffer_names, buffer_slots, check_apart, parameter_anatomy
 
-_bound: "weakref.WeakKeyDictionary[nn.Module, Binding]" = weakref.WeakKeyDictionary()
+_bound: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Binding]]" = weakref.WeakKeyDictionary()
+"""Which binding a module follows. Neither is kept alive by it: a binding lives as long as its program."""
+
+
+def _binding_of(module: nn.Module) -> "Binding | None":
+    reference = _bound.get(module)
+    return None if reference is None else reference()
 
 
 @attrs.define(eq=False)
@@ -61,14 +67,14 @@ class Binding:
         intact = self._intact()
         if intact and params is self.params and buffers is self.buffers and frozen is self.frozen:
             return True
-        if not intact and self.params is not None and _bound.get(self.module) is self:
+        if not intact and self.params is not None and _binding_of(self.module) is self:
             self._explain(self.params)
         self.bind(params, frozen, buffers)
         return intact
 
     def bind(self, params: Flat, frozen: Mapping[str, Tensor], buffers: Flat) -> None:
         """Point the module's parameters and buffers at the views of these tensors; make its ``state_dict`` safe."""
-        taking_over = _bound.get(self.module) is not self
+        taking_over = _binding_of(self.module) is not self
         if taking_over:
             _make_safe_to_save(self.module)
         for sites, tensors in ((self.trainable, params), (self.still, frozen)):
@@ -83,7 +89,7 @@ class Binding:
             (site.module._parameters, site.attribute, site.tensor, site.tensor.data_ptr())
             for site, _ in (*self.trainable, *self.still)
         )
-        _bound[self.module] = self
+        _bound[self.module] = weakref.ref(self)
 
     def bind_buffers(self, buffers: Flat) -> None:
         """Point the module's buffers at the views of these; slots that have none become None."""
@@ -203,13 +209,14 @@ def attach(module: nn.Module, hypers: Mapping[str, Hyper]) -> Binding:
 
 def bound(module: nn.Module) -> bool:
     """Tell whether a module stands on a state of some program."""
-    return module in _bound
+    return _binding_of(module) is not None
 
 
 def unbind(module: nn.Module) -> None:
     """Take a module away from whatever program it is bound to, and give its tensors memory of their own."""
-    if module in _bound:
-        _bound[module].release()
+    binding = _binding_of(module)
+    if binding is not None:
+        binding.release()
     for child in module.modules():
         for number in [n for n, hook in child._state_dict_hooks.items() if hook is _own_storage]:
             del child._state_dict_hooks[number]

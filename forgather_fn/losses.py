@@ -1,6 +1,7 @@
 """Objectives: functions of (outputs, batch) that give a sum and its weight."""
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import attrs
@@ -256,7 +257,7 @@ def named_means(result: Any) -> dict[str, Mean]:
         raise ValueError(f"the loss returned {sorted(means)}; the objective must be named 'loss'")
     weight = means["loss"].weight
     if not isinstance(weight, Tensor):
-        if not isinstance(weight, int | float) or not weight >= 0:
+        if not isinstance(weight, Real) or not float(weight) >= 0:
             raise ValueError(
                 f"the weight of the objective must be a number of at least 0, or a scalar tensor: {weight!r}"
             )

@@ -158,6 +158,7 @@ def at_end(*observers: Observer | Observe) -> Stage:
 
     def look(tick: Tick) -> None:
         _observed(tick, lifted)
+        _ended(tick, lifted)
 
     def opened(steps: Steps) -> None:
         for observer in lifted:

@@ -128,8 +128,11 @@ class _Writer:
         self.settle()
         if len(self.errors) >= self.allowed:
             raise self._failed()
+        failures = len(self.errors)
         self._save(tick)
-        return {"save_failures": float(len(self.errors))} if self.errors else {}
+        if not self.background:
+            failures = len(self.errors)
+        return {"save_failures": float(failures)} if failures else {}
 
     def _save(self, tick: Tick) -> None:
         state = tick.state

@@ -112,7 +112,7 @@ def everything(**changes: Any) -> ff.Program:
 
 def drawing(**changes: Any) -> ff.Stream:
     """Make the stream in which whatever can make a resumed run differ is switched on."""
-    plain: dict[str, Any] = {"batch_size": 4, "collate": jittered, "random": True}
+    plain: dict[str, Any] = {"batch_size": 6, "collate": jittered, "random": True}
     return ff.batches(Drawing(), **(plain | changes))
 
 
