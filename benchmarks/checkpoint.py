@@ -37,6 +37,7 @@ WRITTEN_LIMIT: Final = 0.8
 LOADED_LIMIT: Final = 1.0
 
 TORCH: Final = "torch.save, fsync"
+SAVED: Final = "saved(keep=2)"
 BLOCKED: Final = "saved: training is blocked"
 WRITTEN: Final = "saved: until it is committed, nothing else going on"
 STEP: Final = "a step"
@@ -159,7 +160,7 @@ class Both:
     def tick(self) -> ff.Tick:
         """Make a step, so that the next checkpoint is a new one, and room for it."""
         self.state, self.metrics = self.program.step(self.state, self.batch)
-        _remove(self.run.parent.glob("*/checkpoints/checkpoint-*/*"))
+        _remove(self.run.parent.glob("*/checkpoints/checkpoint-*"))
         return ff.Tick(self.state, self.metrics, self.batch, Run(self.program, [], 0, None))
 
     def torch_load(self) -> Mapping[str, Spent]:
@@ -194,9 +195,13 @@ class Both:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.read_bytes()
-        path.unlink()
+    """Remove files, and directories of files."""
+    for path in list(paths):
+        for file in path.iterdir() if path.is_dir() else (path,):
+            file.read_bytes()
+            file.unlink()
+        if path.is_dir():
+            path.rmdir()
     os.sync()
 
 
@@ -241,7 +246,7 @@ def _training(task: Task, directory: Path, rounds: int) -> Table:
     """Compare whole trainings; what is timed begins and ends just after a save, so that it holds whole intervals."""
     arms = (
         Arm("no saves", NO_DATA, lambda task, clock: _trained(task, clock)),
-        Arm("saved(keep=2)", NO_DATA, lambda task, clock: _trained(task, clock, saved(directory / "run", keep=2))),
+        Arm(SAVED, NO_DATA, lambda task, clock: _trained(task, clock, saved(tempfile.mkdtemp(dir=directory), keep=2))),
         Arm(TORCH, NO_DATA, lambda task, clock: _trained(task, clock, _torch_saved(directory / "state.pt"))),
     )
     results = interleaved(task, arms, rounds)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import re
+import signal
 import struct
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 import forgather_fn as ff
 from forgather_fn.demo import Settings
-from forgather_fn.demo.train import bits_per_byte, fingerprint, prepare, readable, sample, train, versions
+from forgather_fn.demo.train import bits_per_byte, fingerprint, prepare, readable, rebuilt, sample, train, versions
 from forgather_fn.report import read
 
 
@@ -64,8 +65,8 @@ def test_the_same_seed_gives_the_same_weights_and_the_same_sample(settings, line
         {"learning_rate": 3.1e-3},
     ],
 )
-def test_another_setting_gives_other_weights(settings, lines, directory, changed):
-    other = trained(attrs.evolve(settings, run=directory / "other", **changed))
+def test_another_setting_gives_other_weights(settings, lines, tmp_path, changed):
+    other = trained(attrs.evolve(settings, run=tmp_path, **changed))
     assert other[-1] != lines[-1]
 
 
@@ -102,15 +103,72 @@ def test_the_run_directory_has_the_numbers_the_picture_and_the_events(settings, 
     assert "train loss" in picture
     assert "eval loss" in picture
     assert [path.stat().st_size > 500 for path in settings.run.glob("events.out.tfevents.*")] == [True]
-    assert len(list(settings.run.iterdir())) == 3
+    others = {path.name for path in settings.run.iterdir() if not path.name.startswith(("events.", "."))}
+    assert others == {"metrics.jsonl", "curve.svg", "checkpoints", "run.json"}
 
 
-def test_a_second_run_in_the_same_directory_takes_the_place_of_the_first(settings, directory):
-    here = attrs.evolve(settings, run=directory / "twice", steps=11)
+def interrupted_at(step: int):
+    """A user who presses Ctrl-C at an evaluation."""
+
+    def show(tick: ff.Tick) -> None:
+        if tick.state.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return show
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(settings, lines, directory, monkeypatch, capsys):
+    here = attrs.evolve(settings, run=directory / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr("forgather_fn.demo.train.show", interrupted_at(1))
+        stopped = trained(here)
+    assert stopped[-2].endswith(", step 1")
+    finished = trained(here)
+    assert finished[2] == f"found  {here.run} at step 1: going on from there (another --run starts anew)"
+    assert finished[-2:] == lines[-2:]
+    times = ("seconds", "samples_per_second", "tokens_per_second")
+    rows, expected = [
+        [{name: value for name, value in row.items() if name not in times} for row in read(run / "metrics.jsonl")]
+        for run in (here.run, settings.run)
+    ]
+    assert rows == expected
+
+
+def test_a_run_that_is_finished_stays_as_it_is(settings, lines, directory):
+    here = attrs.evolve(settings, run=directory / "twice")
     trained(here)
-    first = [row["loss"] for row in read(here.run / "metrics.jsonl")]
-    trained(here)
-    assert [row["loss"] for row in read(here.run / "metrics.jsonl")] == first
+    before = (here.run / "metrics.jsonl").read_bytes()
+    assert trained(here)[-1] == lines[-1]
+    assert (here.run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, "holds a run with another seed; choose another directory with --run, or remove it"),
+        ({"data": "other.txt"}, "holds a run with another text; choose another directory with --run, or remove it"),
+        ({"width": 20}, "was made by another plan.*width=16.*width=20.*Choose another directory with --run"),
+        ({"steps": 30}, "was made by another plan.*total=21.*total=30.*Choose another directory with --run"),
+    ],
+)
+def test_a_run_of_other_settings_is_not_gone_on_with(settings, lines, directory, changed, message):
+    (directory / "other.txt").write_text("another text " * 100)
+    if "data" in changed:
+        changed = {"data": directory / changed["data"]}
+    before = {path: path.read_bytes() for path in settings.run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        train(attrs.evolve(settings, **changed))
+    assert {path: path.read_bytes() for path in settings.run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_made_again_from_what_it_wrote_down(settings, lines):
+    program, data = rebuilt(settings.run)
+    state = ff.until(steps=settings.steps)(program.steps(program.init(settings.seed), data))
+    assert lines[-1] == f"fingerprint: {fingerprint(ff.last(state).params)}"
+    with pytest.raises(
+        ValueError, match=r"cannot use '.*run\.json': No such file or directory; expected the run of a dem"
+    ):
+        rebuilt(settings.run.parent)
 
 
 def test_it_learns(directory):
@@ -285,15 +343,15 @@ def test_the_last_fingerprint_is_that_of_the_weights(settings, lines, monkeypatc
 
 
 def test_the_windows_evaluated_with_are_held_out(settings, directory, monkeypatch):
-    seen = {}
+    seen, evaluated = [], ff.evaluated
 
-    def keeping(data):
-        seen["held out"] = data
-        return ff.evaluated(data)
+    def keeping(data: ff.Stream) -> object:
+        seen.append(data)
+        return evaluated(data)
 
     path = directory / "two.txt"
     path.write_bytes(b"t" * 1520 + b"h" * 80)
-    monkeypatch.setattr("forgather_fn.demo.train.ff", SimpleNamespace(**{**vars(ff), "evaluated": keeping}))
+    monkeypatch.setattr(ff, "evaluated", keeping)
     trained(attrs.evolve(settings, data=path, run=directory / "held", steps=1))
-    batches = [batch.data["input_ids"] for batch in seen["held out"].one_pass()]
-    assert set(torch.cat(batches).flatten().tolist()) == {ord("h")}
+    (stream,) = seen
+    assert {byte for batch in stream.one_pass() for byte in batch.data["input_ids"].flatten().tolist()} == {ord("h")}
