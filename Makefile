@@ -19,8 +19,9 @@ BIN := .venv/bin
 .NOTPARALLEL:
 .PHONY: demo test lint format docs soak bench clean distclean
 
+# Threads that wait by spinning slow each other down where the machine has other work to do.
 demo: .venv/.run
-	$(BIN)/forgather demo $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/forgather demo $(ARGS)
 
 test: lint
 	$(BIN)/pytest $(ARGS)

@@ -16,7 +16,13 @@ from typing import Any, Final
 
 import torch
 
-ROWS: Final = {"overhead": "benchmarks.overhead", "memory": "benchmarks.memory", "import": "benchmarks.startup"}
+ROWS: Final = {
+    "overhead": "benchmarks.overhead",
+    "memory": "benchmarks.memory",
+    "import": "benchmarks.startup",
+    "checkpoint": "benchmarks.checkpoint",
+    "resume": "benchmarks.resume",
+}
 """Names, and the modules that measure them. To add a row, write one with a function ``run``."""
 
 PACKAGES: Final = ("forgather-fn", "torch", "accelerate", "lightning", "transformers")

@@ -17,7 +17,7 @@ from typing import Final
 import attrs
 import toolz
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 import forgather_fn as ff
@@ -90,9 +90,7 @@ class Both:
 
     def __init__(self, shape: Shape, directory: Path) -> None:
         self.file, self.run = directory / "state.pt", directory / "run"
-        width = shape.width
-        self.batch = torch.rand(shape.batch_size, width), torch.rand(shape.batch_size, width)
-        model = nn.Sequential(*[m for _ in range(shape.layers) for m in (nn.Linear(width, width), nn.ReLU())])
+        self.batch, model = _drawn(shape)
         self.model = copy.deepcopy(model)
         self.optimizer = AdamW(self.model.parameters(), fused=True)
         nn.functional.mse_loss(self.model(self.batch[0]), self.batch[1]).backward()  # type: ignore[no-untyped-call]
@@ -116,7 +114,7 @@ class Both:
 
     def written(self) -> Mapping[str, Spent]:
         """Save in the background, and do nothing but wait for it."""
-        tick = self.tick()
+        tick = self.tick(self.run)
         with timing() as spent:
             self.observer.observe(tick)
             self.observer.end(tick)
@@ -124,19 +122,20 @@ class Both:
 
     def blocked(self) -> Mapping[str, Spent]:
         """Save in the background, make a step meanwhile, and count for how long the training did nothing else."""
-        blocked, beside = self._beside(self.observer)
+        blocked, beside = self._beside(self.run, self.observer)
         return {BLOCKED: blocked, BESIDE: beside}
 
     def first(self) -> Mapping[str, Spent]:
         """Do so with an observer that has no memory yet to copy to."""
-        observer = saved(self.run.with_name("first"))
+        run = self.run.with_name("first")
+        observer = saved(run)
         observer.open(self.program.steps(self.state, []))
-        blocked, _ = self._beside(observer)
+        blocked, _ = self._beside(run, observer)
         observer.close()
         return {FIRST: blocked}
 
-    def _beside(self, observer: Observer) -> tuple[Spent, Spent]:
-        tick, noted = self.tick(), list[float]()
+    def _beside(self, run: Path, observer: Observer) -> tuple[Spent, Spent]:
+        tick, noted = self.tick(run), list[float]()
 
         def note() -> None:
             noted.append(time.perf_counter())
@@ -157,10 +156,10 @@ class Both:
             self.state, self.metrics = self.program.step(self.state, self.batch)
         return {STEP: spent}
 
-    def tick(self) -> ff.Tick:
-        """Make a step, so that the next checkpoint is a new one, and room for it."""
+    def tick(self, run: Path) -> ff.Tick:
+        """Make a step, so that the next checkpoint is a new one, and room for it in the run."""
         self.state, self.metrics = self.program.step(self.state, self.batch)
-        _remove(self.run.parent.glob("*/checkpoints/checkpoint-*"))
+        _remove((run / "checkpoints").glob("checkpoint-*"))
         return ff.Tick(self.state, self.metrics, self.batch, Run(self.program, [], 0, None))
 
     def torch_load(self) -> Mapping[str, Spent]:
@@ -192,6 +191,14 @@ class Both:
     def close(self) -> None:
         """Let go of the run."""
         self.observer.close()
+
+
+def _drawn(shape: Shape) -> tuple[tuple[Tensor, Tensor], nn.Module]:
+    width = shape.width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [module for _ in range(shape.layers) for module in (nn.Linear(width, width), nn.ReLU())]
+        return (torch.rand(shape.batch_size, width), torch.rand(shape.batch_size, width)), nn.Sequential(*layers)
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -1,6 +1,7 @@
 """Answering requests for batches: in this process or in workers, with random draws that depend on neither."""
 
 import itertools
+import os
 import random as python_random
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -197,3 +198,4 @@ def _default_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    os.setpgid(0, 0)  # a signal to the whole group is the parent's to heed: it still wants the batches in hand

@@ -64,7 +64,7 @@ def train(settings: Settings) -> str:
             {1, *range(10, settings.steps, 10), settings.steps},
             ff.report(bar("demo"), tensorboard(settings.run), jsonl(settings.run / "metrics.jsonl")),
         ),
-        ff.every(100, ff.saved(settings.run)),
+        ff.every(max(100, settings.steps // 10), ff.saved(settings.run)),
         ff.until(steps=settings.steps),
         ff.last,
     )

@@ -406,7 +406,6 @@ class TestTrouble:
         ):
             trained(program, ff.at(8, saved(tmp_path)))
 
-    @pytest.mark.xfail(reason="at_end does not end its observers: a failure in the background is not seen", strict=True)
     def test_at_the_only_look_at_the_end_is_an_error(self, program, tmp_path):
         with (
             Calls(lambda number: full).watched(),

@@ -342,16 +342,20 @@ def test_the_last_fingerprint_is_that_of_the_weights(settings, lines, monkeypatc
     assert lines[-1] == f"fingerprint: {fingerprint(weights)}"
 
 
-def test_the_windows_evaluated_with_are_held_out(settings, directory, monkeypatch):
-    seen, evaluated = [], ff.evaluated
+def test_what_is_held_out_is_evaluated_with_and_not_trained_on(settings, directory, monkeypatch):
+    evaluated_with, evaluated = [], ff.evaluated
 
     def keeping(data: ff.Stream) -> object:
-        seen.append(data)
+        evaluated_with.append(data)
         return evaluated(data)
+
+    def seen(stream: ff.Stream) -> set[str]:
+        return {chr(byte) for batch in stream.one_pass() for byte in batch.data["input_ids"].flatten().tolist()}
 
     path = directory / "two.txt"
     path.write_bytes(b"t" * 1520 + b"h" * 80)
     monkeypatch.setattr(ff, "evaluated", keeping)
-    trained(attrs.evolve(settings, data=path, run=directory / "held", steps=1))
-    (stream,) = seen
-    assert {byte for batch in stream.one_pass() for byte in batch.data["input_ids"].flatten().tolist()} == {ord("h")}
+    here = attrs.evolve(settings, data=path, run=directory / "held", steps=1)
+    trained(here)
+    assert [seen(stream) for stream in evaluated_with] == [{"h"}]
+    assert seen(rebuilt(here.run)[1]) == {"t"}
