@@ -43,8 +43,9 @@ def by_hand(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
 
 def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> nn.Module:
     """Train with forgather_fn."""
+    model = task.model()
     plan = ff.Plan(
-        model=task.model(),
+        model=model,
         loss=ff.losses.causal_lm,
         optimizer=ff.adamw(weight_decay=WEIGHT_DECAY),
         schedule=lambda step: PEAK * clock(step),
@@ -52,13 +53,13 @@ def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> n
     )
     program = ff.single(plan)
     reports: list[Any] = []
-    final = toolz.pipe(
+    toolz.pipe(
         program.steps(program.init(0), data),
         ff.every(REPORT_EVERY, ff.report(reports.append)),
         ff.until(steps=task.updates),
         ff.last,
     )
-    return program.export(final)
+    return model  # bound to the last state: its parameters are views of that state's
 
 
 def streamed(task: Task, dataset: Any) -> ff.Stream:

@@ -21,7 +21,9 @@ from benchmarks.overhead import DEEP, LARGE, SMALL
 from benchmarks.table import Reach, Table
 from benchmarks.task import Task
 
-LIMIT: Final = 1.02
+LIMITS: Final = {LARGE: 1.02}
+"""Against the hand-written loop. On smaller models gradients stay in place between steps, which is faster and takes
+their size more while the model runs: 4 bytes a parameter."""
 
 
 def run(quick: bool) -> Iterator[Table]:
@@ -41,7 +43,7 @@ def run(quick: bool) -> Iterator[Table]:
             ),
             columns=("loop", "data loading", "MB", "ratio"),
             lines=tuple((arm.name, arm.data, f"{peak / 1e6:.3f}", f"{peak / base:.3f}") for arm, peak, _ in held),
-            reach=(Reach(f"{OURS}, peak memory", ours / base, LIMIT),),
+            reach=(Reach(f"{OURS}, peak memory", ours / base, LIMITS[task]),) if task in LIMITS else (),
             results=tuple({"arm": arm.name, "data": arm.data, "bytes": peak} for arm, peak, _ in held),
         )
 

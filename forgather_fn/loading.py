@@ -1,7 +1,6 @@
 """Answering requests for batches: in this process or in workers, with random draws that depend on neither."""
 
 import itertools
-import os
 import random as python_random
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -187,6 +186,10 @@ def in_workers(
     finally:
         # torch does this when the last reference goes, which the traceback of an error may hold for long.
         answers._shutdown_workers()
+        for worker in answers._workers:
+            if worker.is_alive():  # one that hangs: torch has sent it SIGTERM, which it does not heed
+                worker.kill()
+                worker.join()
 
 
 def _unchanged(data: Any) -> Any:
@@ -194,8 +197,10 @@ def _unchanged(data: Any) -> Any:
 
 
 def _default_signals(worker: int) -> None:
-    """Leave Ctrl-C to the parent, which ends its workers, and drop the handlers that a forked worker inherits."""
+    """Leave signals to the parent, which ends its workers.
+
+    A scheduler signals every process of a job; a worker that died of it would fail the parent, which is about to save.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    os.setpgid(0, 0)  # a signal to the whole group is the parent's to heed: it still wants the batches in hand

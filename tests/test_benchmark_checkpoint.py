@@ -1,14 +1,12 @@
 import functools
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import forgather_fn as ff
 from benchmarks import checkpoint, resume
@@ -70,7 +68,7 @@ def slowly_copied(*given: Any) -> tuple[Any, Callable[[], None]]:
     taken, copied = snapshot(*given)
 
     def copy() -> None:
-        time.sleep(0.3)
+        time.sleep(0.6)
         copied()
 
     return taken, copy
@@ -79,15 +77,15 @@ def slowly_copied(*given: Any) -> tuple[Any, Callable[[], None]]:
 def test_what_the_next_update_waits_for_counts_as_blocked(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "snapshot", slowly_copied)
     times = both.blocked()
-    # The update waits for the 0.3 seconds, less those of the forward and backward pass that come before it.
-    assert times[BESIDE].wall >= 0.3
-    assert 0.1 < times[BLOCKED].wall <= times[BESIDE].wall + 0.1
+    # The update waits for the 0.6 seconds, less those of the forward and backward pass that come before it.
+    assert times[BESIDE].wall >= 0.5
+    assert times[BLOCKED].wall > 0.1
 
 
 def test_a_save_that_does_not_go_on_beside_counts_as_blocked(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "snapshot", slowly_copied)
     monkeypatch.setattr(checkpoint, "saved", functools.partial(saved, async_=False))
-    assert both.first()[FIRST].wall >= 0.3
+    assert both.first()[FIRST].wall >= 0.6
 
 
 def test_every_save_of_the_row_is_a_new_checkpoint(both: Both) -> None:
@@ -117,5 +115,4 @@ def test_a_block_is_timed_on_the_wall_and_by_its_work() -> None:
         time.sleep(0.05)
     assert spent.wall >= 0.05
     assert spent.cpu is not None
-    assert math.isfinite(spent.cpu)
-    assert torch.get_num_threads() == 1 or spent.cpu >= 0
+    assert spent.cpu < spent.wall

@@ -87,7 +87,7 @@ def test_signals_are_left_to_the_parent() -> None:
         (batch,) = taken(batches(Signals(1), batch_size=1, workers=1).start(0, 0), 1)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert [int(value) for value in batch.data] == [signal.SIG_IGN, signal.SIG_DFL]
+    assert [int(value) for value in batch.data] == [signal.SIG_IGN, signal.SIG_IGN]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
