@@ -74,12 +74,15 @@ class Built:
                     f"this state was made by another plan: {what}: {has} there, {wants} here {missing or ''}"
                 )
 
-    def forward(self, data: Any) -> tuple[Any, dict[str, Mean]]:
-        """Run the model and the loss on one microbatch."""
+    def forward(self, data: Any) -> dict[str, Mean]:
+        """Run the model and the loss on one microbatch.
+
+        The outputs are not given, so that nobody holds them through the backward pass: the logits of a large
+        vocabulary are the largest tensor of all.
+        """
         args, kwargs = self.arguments(data)
         with self.autocast():
-            outputs = self.module(*args, **kwargs)
-            return outputs, named_means(self.plan.loss(outputs, data))
+            return named_means(self.plan.loss(self.module(*args, **kwargs), data))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which forward and loss run."""

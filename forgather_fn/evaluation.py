@@ -32,7 +32,7 @@ def evaluate(built: Built, state: TrainState, data: Any, params: Which) -> dict[
         for i, item in enumerate(data.one_pass() if isinstance(data, Stream) else data):
             interrupt.check()
             with seeded(key(state.seed, state.step, i, "evaluate"), built.device):
-                _, means = built.forward(built.place(as_batch(item).data))
+                means = built.forward(built.place(as_batch(item).data))
             for name, mean in means.items():
                 totals[name] = totals[name] + mean.detach() if name in totals else mean.detach()
     if not totals:

@@ -78,7 +78,7 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
         if i:
             interrupt.check()
             reseed(key(state.seed, state.step, i, "forward"), built.device)
-        _, means = built.forward(part)
+        means = built.forward(part)
         objective = means["loss"]
         total = objective.total
         if not total.requires_grad:

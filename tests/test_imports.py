@@ -32,7 +32,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "strategy": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
-    "demo": {"base", "report", "public"},
+    "demo": {"base", "report", "checkpoint", "public"},
     "command": {"checkpoint", "demo"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
