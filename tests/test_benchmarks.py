@@ -42,7 +42,7 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
         losses = [loss for result in table["results"] for loss in result["losses"]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
         assert all(cpu > 0 for result in table["results"] for cpu in result["cpu"])
-    assert all(result["bytes"] > 1e6 for result in memory["results"])
+    assert all(result["bytes"] > 43_000 * 16 for result in memory["results"])  # weights, gradients and two slots
     assert len(started["results"]) == 3
 
 
