@@ -5,12 +5,13 @@ import functools
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import attrs
 import pytest
@@ -267,28 +268,25 @@ def forked(function: Callable[[], Any], *, meanwhile: Callable[[int], None] = la
     """
     if torch.cuda.is_available():
         pytest.skip("autograd does not run in a forked child where there is a GPU")
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _run(function, writer)
-    os.close(writer)
-    try:
-        meanwhile(child)
-        with os.fdopen(reader, "rb") as pipe:
-            sent = pipe.read()
-    finally:
-        _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return Ended(code, _received(sent) if code == 0 else None)
+    # A file and no pipe: workers that outlive a child that was killed would keep a pipe open.
+    with tempfile.TemporaryFile() as answer:
+        child = os.fork()
+        if child == 0:
+            _run(function, answer)
+        try:
+            meanwhile(child)
+        finally:
+            _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        answer.seek(0)
+        return Ended(code, torch.load(answer, weights_only=False) if code == 0 else None)
 
 
-def _run(function: Callable[[], Any], writer: int) -> None:
+def _run(function: Callable[[], Any], answer: IO[bytes]) -> None:
     code: Any = 1
     try:
-        value = function()
-        with os.fdopen(writer, "wb") as pipe:
-            torch.save(value, pipe)
+        torch.save(function(), answer)
+        answer.flush()
         code = 0
     except SystemExit as error:
         code = error.code
@@ -297,12 +295,6 @@ def _run(function: Callable[[], Any], writer: int) -> None:
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def _received(sent: bytes) -> Any:
-    import io
-
-    return torch.load(io.BytesIO(sent), weights_only=False)
 
 
 def leaves(state: ff.TrainState) -> dict[str, Any]:
