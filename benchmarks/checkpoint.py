@@ -1,9 +1,8 @@
 """The ``checkpoint`` row: what saving and loading take, against torch's own functions on a state of the same size.
 
 Training is *blocked* by the observer's own call, and by what the next update waits for until its state has been copied.
-An arm's older files are read and removed before each round, outside of what is timed: what the new ones are written to
-is then memory that is at hand. Virtual machines take free and idle memory away, and its first touch costs more than the
-write.
+An arm's older files are read and removed before each round, outside of what is timed, so that the new ones go to memory
+that is at hand: virtual machines take idle memory away, and its first touch costs more than the write.
 """
 
 import copy
@@ -220,7 +219,7 @@ def _saving(both: Both, timed: Mapping[str, Timed], rounds: int) -> Table:
         notes=(
             f"An MLP with AdamW's slots; {by_hand / 1e6:.0f} MB by torch.save. Ours is hashed as well.",
             "Blocked: the observer's call, and what the next update waits for. A step beside a save shares cores and",
-            "memory with the copy, the hash and the writes.",
+            "memory with copy, hash and writes. A wide range tells of cold memory: then compare the least, and CPU.",
         ),
         columns=("what", "wall s", "CPU s", "wall ratio"),
         lines=tuple(_line(timed[name], base) for name in (TORCH, BLOCKED, FIRST, WRITTEN, STEP, BESIDE)),

@@ -1,6 +1,7 @@
 """Saving: now, or beside the training."""
 
 import contextlib
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,6 +173,8 @@ class _Writer:
     def end(self, tick: Tick) -> None:
         """Save the last state, if the last look did not or could not, and wait."""
         self.settle()
+        if sys.is_finalizing():
+            return  # an exception held the stream until the interpreter's end, where no thread can be started
         if self.last != tick.state.step or self.errors:
             self._save(tick)
             self.settle()

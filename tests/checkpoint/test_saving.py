@@ -3,8 +3,11 @@ import itertools
 import logging
 import math
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import attrs
 import pytest
@@ -12,7 +15,7 @@ import toolz
 import torch
 
 import forgather_fn as ff
-from forgather_fn.checkpoint import CheckpointError, SaveError, commit, latest, list_checkpoints, save, saved, system
+from forgather_fn.checkpoint import SaveError, latest, list_checkpoints, save, saved, system
 from forgather_fn.checkpoint import saving as saving_module
 from forgather_fn.checkpoint.snapshot import Memory
 from forgather_fn.state import counter
@@ -474,13 +477,33 @@ class TestTrouble:
         assert not state.consumed
 
 
+HELD = """
+import sys
+import forgather_fn as ff
+from forgather_fn.checkpoint import saved
+from tests.checkpoint.subjects import BATCHES, small
+
+def train():
+    program = small()
+    ticks = iter(ff.every(2, saved(sys.argv[1]))(program.steps(program.init(0), BATCHES)))
+    for tick in ticks:
+        if tick.state.step == 3:
+            raise KeyError("planted")
+
+train()
+"""
+
+
+def test_an_exception_that_holds_the_stream_does_not_hold_up_the_interpreter(tmp_path):
+    """Its traceback keeps the iterator until the very end, where it is closed and no thread can be started."""
+    command = [sys.executable, "-c", HELD, str(tmp_path)]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=100, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == b"KeyError: 'planted'"
+    assert steps(tmp_path) == [2]
+
+
 def test_resuming_finds_what_was_saved_by_the_observer(program, tmp_path):
     batches = labelled_batches(STEPS, size=4)
     trained(program, ff.every(3, saved(tmp_path)), batches=batches[:5])
     assert_equal(finished(program, program.restore(tmp_path)), trajectory()[STEPS])
-
-
-def test_nothing_is_saved_before_the_first_step(program, tmp_path):
-    with pytest.raises(CheckpointError):
-        program.restore(tmp_path)
-    assert commit.open_session(tmp_path).directory == tmp_path / "checkpoints"
