@@ -75,6 +75,7 @@ def compiled(built: Built) -> Execution:
             return advance(state, gradients, buffers, means, wants)
         arrays, parts, own = begun(state, batch)
         run = own.whole(wants)
+        learning_rate = rate(plan.schedule, state.step)
         state.settle()
         with seeded(key(state.seed, state.step, 0, "forward"), device):
             reports, sums = run(
@@ -82,9 +83,10 @@ def compiled(built: Built) -> Execution:
                 dict(arrays.frozen),
                 parts,
                 *_share(built, parts),
-                *_scalars(built, state),
+                *_scalars(built, state, learning_rate),
             )
-        return _finished(built, state, batch.samples, reports, {name: Mean(*pair) for name, pair in sums.items()})
+        means = {name: Mean(*pair) for name, pair in sums.items()}
+        return _finished(built, state, batch.samples, {**means, **reports, "learning_rate": learning_rate})
 
     def gradients_of(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
         arrays, parts, own = begun(state, batch)
@@ -119,6 +121,7 @@ def compiled(built: Built) -> Execution:
         if not made:
             made.append(_graphs(built, arrays))
         run = made[0].update(wants)
+        learning_rate = rate(plan.schedule, state.step)
         state.settle()
         reports = run(
             tree.tensors(arrays.changing()),
@@ -128,9 +131,9 @@ def compiled(built: Built) -> Execution:
             {name: graphs.pair(mean) for name, mean in means.items()},
             torch.as_tensor(gradients.weight, device=device),
             [] if gradients.divisor is None else [gradients.divisor],
-            *_scalars(built, state),
+            *_scalars(built, state, learning_rate),
         )
-        return _finished(built, state, gradients.samples, reports, means)
+        return _finished(built, state, gradients.samples, {**means, **reports, "learning_rate": learning_rate})
 
     return Execution(step, gradients_of, advance)
 
@@ -262,17 +265,18 @@ def _share(built: Built, parts: list[Any]) -> tuple[Tensor | None, bool]:
     return inverse(weight, built.dtype, built.device), True
 
 
-def _scalars(built: Built, state: TrainState) -> tuple[Tensor, Tensor, Tensor]:
+def _scalars(built: Built, state: TrainState, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
     """Give what changes from step to step as tensors: a number would be a part of the graph."""
     device = built.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    learning_rate = torch.full((), rate(built.plan.schedule, state.step), dtype=dtype, device=device)
-    return learning_rate, counter(state.step, device), counter(state.seed, device)
+    return (
+        torch.full((), learning_rate, dtype=dtype, device=device),
+        counter(state.step, device),
+        counter(state.seed, device),
+    )
 
 
-def _finished(
-    built: Built, state: TrainState, samples: int, reports: dict[str, Tensor], means: Mapping[str, Mean]
-) -> tuple[TrainState, Metrics]:
+def _finished(built: Built, state: TrainState, samples: int, reports: dict[str, Any]) -> tuple[TrainState, Metrics]:
     """Consume the state whose tensors a graph has updated; raise, on a CPU, if they are what they were.
 
     Every change is gated by a flag that depends on the whole backward pass, so a graph that fails has changed nothing.
@@ -285,5 +289,4 @@ def _finished(
             arrays.nonfinite.fill_(-1)
         raise NonFiniteError(nonfinite_message(first))
     arrays = state.consume(f"step {state.step}")
-    metrics = {**means, **reports, "learning_rate": rate(plan.schedule, state.step)}
-    return following(state, arrays, samples), metrics
+    return following(state, arrays, samples), reports

@@ -97,30 +97,28 @@ def _adam_family(
         gradients = gradients.for_kernel()
         count = state["count"]
         compiling = torch.compiler.is_compiling()
-        together = compiling or _counted_alike(gradients, params, count)
+        together = not compiling and _counted_alike(gradients, params, count)
         if all(gradients.active):
             count.add_(applied(found_inf))
         else:
             active = torch.tensor(gradients.active, dtype=count.dtype, device=count.device)
             count.add_(active * applied(found_inf))
-        cut = parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together)
         if compiling:
-            for part in cut:
-                unfused.adam(
-                    part,
-                    gradients.pieces(part.chunks),
-                    params.layout,
-                    count,
-                    decoupled=decoupled,
-                    learning_rate=learning_rate,
-                    betas=betas,
-                    eps=eps,
-                    divisor=gradients.divisor,
-                    found_inf=found_inf,
-                )
+            unfused.adam(
+                gradients,
+                params,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                count,
+                decoupled=decoupled,
+                learning_rate=learning_rate,
+                betas=betas,
+                eps=eps,
+                found_inf=found_inf,
+            )
             return state
         counts = _unbound(params, count)
-        for part in cut:
+        for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
             kernel(
                 part.params,
                 gradients.pieces(part.chunks),
@@ -251,18 +249,18 @@ def sgd(
     ) -> OptState:
         gradients = gradients.for_kernel()
         slots = [state["momentum"]] if momentum else []
+        if torch.compiler.is_compiling():
+            unfused.sgd(
+                gradients,
+                params,
+                *slots,
+                learning_rate=learning_rate,
+                momentum=momentum,
+                nesterov=nesterov,
+                found_inf=found_inf,
+            )
+            return state
         for part in parts(gradients, params, *slots):
-            if torch.compiler.is_compiling():
-                unfused.sgd(
-                    part,
-                    gradients.pieces(part.chunks),
-                    learning_rate=learning_rate,
-                    momentum=momentum,
-                    nesterov=nesterov,
-                    divisor=gradients.divisor,
-                    found_inf=found_inf,
-                )
-                continue
             kernel = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
             kernel(
                 part.params,

@@ -1,109 +1,153 @@
 """The maths of torch's fused kernels as plain tensor operations: what compilers fuse by themselves.
 
-Each does to one :class:`~forgather_fn.parts.Part` what the kernel of its name does, in place, and nothing where
-``found_inf`` is 1. Numbers that differ from parameter to parameter are spread over the blocks of the flat storage
-rather than over its elements, so that a whole run of parameters stays one loop.
+Each does what the kernel of its name does, in place, and nothing where ``found_inf`` is 1. A flat buffer is updated as
+one tensor, since a compiler writes to a part of one by writing all of it: what differs from parameter to parameter is
+spread over the rows of the buffer, which are as long as parameters are aligned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn.flat import Chunk, Layout
-from forgather_fn.parts import Part
+from forgather_fn.flat import Flat, Layout
+from forgather_fn.gradient import Gradients
+
+
+@attrs.frozen(eq=False)
+class Piece:
+    """What is updated as one tensor: a flat buffer in rows, or one parameter.
+
+    Attributes:
+        tensors: Parameters, gradients, and slots, in float32 at least.
+        held: Where the new parameters and slots go.
+        leaves: The index of the leaf in each row; one, where it is a parameter.
+    """
+
+    tensors: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
+    leaves: tuple[int, ...]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each row the value of its leaf, as a tensor that broadcasts against it."""
+        values = values.to(self.tensors[0].dtype)
+        if len(self.leaves) == 1:
+            return values[self.leaves[0]]
+        return values[torch.tensor(self.leaves, device=values.device)].unsqueeze(1)
+
+    def constant(self, values: Sequence[float]) -> Tensor | float:
+        """Do the same for numbers."""
+        own = [values[leaf] for leaf in self.leaves]
+        if len(set(own)) == 1:
+            return own[0]
+        return torch.tensor(own, dtype=torch.float64, device=self.held[0].device).unsqueeze(1)
+
+    def write(self, new: Sequence[Tensor], active: Sequence[bool], found_inf: Tensor) -> None:
+        """Take new values, but for rows of leaves without a gradient, and not where the flag is set."""
+        kept = found_inf > 0
+        rows = self.constant([float(on) for on in active])
+        if isinstance(rows, Tensor):
+            kept = kept | (rows == 0)
+        for held, tensor in zip(self.held, new, strict=True):
+            held.copy_(torch.where(kept, held, tensor.to(held.dtype)))
+
+
+def pieces(gradients: Gradients, params: Flat, *slots: Flat) -> Iterator[Piece]:
+    """Give what an update works on, buffer by buffer where the gradient is flat, else parameter by parameter."""
+    layout = params.layout
+    if gradients.flat is None:
+        for name, gradient in gradients.views.items():
+            yield _piece((params[name], *[slot[name] for slot in slots]), gradient, (layout.index[name],))
+        return
+    for number, gradient in enumerate(gradients.flat.buffers):
+        unit = layout.unit(number)
+        rows = [flat.buffers[number].view(-1, unit) for flat in (params, *slots)]
+        yield _piece(rows, gradient.view(-1, unit), _owners(layout, number))
+
+
+def _piece(held: Sequence[Tensor], gradient: Tensor, leaves: tuple[int, ...]) -> Piece:
+    ordered = (held[0], gradient, *held[1:])
+    return Piece(tuple(t.float() if t.dtype.itemsize < 4 else t for t in ordered), tuple(held), leaves)
+
+
+def _owners(layout: Layout, buffer: int) -> tuple[int, ...]:
+    """Say to which leaf each row of a buffer belongs."""
+    own = sorted((leaf.offset, i) for i, leaf in enumerate(layout.leaves) if leaf.buffer == buffer)
+    return tuple(i for _, i in own for _ in range(layout.leaves[i].extent // layout.unit(buffer)))
 
 
 def adam(
-    part: Part,
-    gradients: Sequence[Tensor],
-    layout: Layout,
+    gradients: Gradients,
+    params: Flat,
+    means: Flat,
+    squares: Flat,
     counts: Tensor,
     *,
     decoupled: bool,
     learning_rate: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    divisor: Tensor | None,
     found_inf: Tensor,
 ) -> None:
     """Do what ``torch._fused_adamw_`` does, or, where weight decay is not ``decoupled``, ``torch._fused_adam_``.
 
     Args:
-        part: Parameters, running means, running mean squares.
-        gradients: Cut as the parameters are.
-        layout: Of the parameters.
+        gradients: Of this step.
+        params: The parameters.
+        means: Their running means of gradients.
+        squares: Their running means of squared gradients.
         counts: Updates of each parameter, this one included: floating, one a leaf.
         decoupled: Whether weight decay acts on the parameters or is added to the gradient.
         learning_rate: Of this step.
         betas: Decay of the running mean and of the running mean square, by update.
         eps: Added to the root of the mean square.
-        divisor: A scalar by which the gradient is divided, if any.
         found_inf: 1 where nothing must change, else 0.
     """
-    rate = learning_rate * part.hyper.learning_rate
-    decay = part.hyper.weight_decay or 0.0
-    exact = counts.double()  # where parameters are float64, a count in float32 would show
-    sizes, roots = rate / (1 - betas[0] ** exact), (1 - betas[1] ** exact).sqrt()
-    for i, chunk in enumerate(part.chunks):
-        tensors = (part.params[i], part.slots[0][i], part.slots[1][i], gradients[i])
-        size, root = _spread(sizes, layout, chunk), _spread(roots, layout, chunk)
-        held = [_blocks(t, layout, chunk) for t in tensors]
-        param, mean, square, gradient = [t.float() if t.dtype.itemsize < 4 else t for t in held]
-        size, root = size.to(param.dtype), root.to(param.dtype)
-        gradient = gradient if divisor is None else gradient / divisor
+    exact = counts.double()  # a count in float32 would show where parameters are float64
+    remaining = [1 - torch.exp(exact * torch.tensor(beta, dtype=torch.float64).log()) for beta in betas]
+    for piece in pieces(gradients, params, means, squares):
+        param, gradient, mean, square = piece.tensors
+        rate, decay = _hyper(piece, params.layout, learning_rate)
+        gradient = gradient if gradients.divisor is None else gradient / gradients.divisor
         if decoupled:
-            param = param * (1 - rate * decay)
+            param = param * _as(param, 1 - rate * decay)
         else:
-            gradient = gradient + param * decay
+            gradient = gradient + param * _as(param, decay)
         mean = mean + (gradient - mean) * (1 - betas[0])
         square = square * betas[1] + gradient * gradient * (1 - betas[1])
-        param = param - size * mean / (square.sqrt() / root + eps)
-        for old, new in zip(held, (param, mean, square), strict=False):
-            _replace(old, new, found_inf)
+        root = square.sqrt() / piece.spread(remaining[1].sqrt()) + eps
+        param = param - _as(param, rate) / piece.spread(remaining[0]) * mean / root
+        piece.write((param, mean, square), gradients.active, found_inf)
 
 
 def sgd(
-    part: Part,
-    gradients: Sequence[Tensor],
-    *,
+    gradients: Gradients,
+    params: Flat,
+    *slots: Flat,
     learning_rate: float | Tensor,
     momentum: float,
     nesterov: bool,
-    divisor: Tensor | None,
     found_inf: Tensor,
 ) -> None:
-    """Do what ``torch._fused_sgd_`` does; for the arguments see :func:`adam` and :func:`~forgather_fn.optim.sgd`."""
-    rate = learning_rate * part.hyper.learning_rate
-    for i, held in enumerate(part.params):
-        param, gradient = [t.float() if t.dtype.itemsize < 4 else t for t in (held, gradients[i])]
-        gradient = gradient if divisor is None else gradient / divisor
-        gradient = gradient + param * (part.hyper.weight_decay or 0.0)
-        if momentum:
-            slot = part.slots[0][i]
-            running = slot * momentum + gradient
-            gradient = gradient + running * momentum if nesterov else running
-            _replace(slot, running, found_inf)
-        _replace(held, param - rate * gradient, found_inf)
+    """Do what ``torch._fused_sgd_`` does; ``slots`` is the momentum, if there is any."""
+    for piece in pieces(gradients, params, *slots):
+        param, gradient, *running = piece.tensors
+        rate, decay = _hyper(piece, params.layout, learning_rate)
+        gradient = gradient if gradients.divisor is None else gradient / gradients.divisor
+        gradient = gradient + param * _as(param, decay)
+        running = [slot * momentum + gradient for slot in running]
+        for slot in running:
+            gradient = gradient + slot * momentum if nesterov else slot
+        piece.write((param - _as(param, rate) * gradient, *running), gradients.active, found_inf)
 
 
-def _replace(old: Tensor, new: Tensor, found_inf: Tensor) -> None:
-    old.copy_(torch.where(found_inf > 0, old, new.to(old.dtype)))
+def _hyper(piece: Piece, layout: Layout, learning_rate: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Give learning rate and weight decay of each row."""
+    hypers = [layout.groups[leaf.group] for leaf in layout.leaves]
+    rate = piece.constant([hyper.learning_rate for hyper in hypers])
+    return learning_rate * rate, piece.constant([hyper.weight_decay or 0.0 for hyper in hypers])
 
 
-def _blocks(tensor: Tensor, layout: Layout, chunk: Chunk) -> Tensor:
-    return tensor if chunk.name else tensor.view(-1, layout.unit(chunk.buffer))
-
-
-def _spread(values: Tensor, layout: Layout, chunk: Chunk) -> Tensor:
-    """Give the value of each leaf to its blocks, so that it broadcasts against them."""
-    if chunk.name:
-        return values[chunk.first]
-    unit = layout.unit(chunk.buffer)
-    inside = [
-        (leaf.offset, i, leaf.extent // unit)
-        for i, leaf in enumerate(layout.leaves)
-        if leaf.buffer == chunk.buffer and chunk.start <= leaf.offset < chunk.stop
-    ]
-    owners = [i for _, i, blocks in sorted(inside) for _ in range(blocks)]
-    return values[torch.tensor(owners, device=values.device)].unsqueeze(1)
+def _as(like: Tensor, value: float | Tensor) -> float | Tensor:
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
