@@ -7,6 +7,7 @@ derived, schedules read, states wrapped.
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,8 @@ def compiled(built: Built) -> Execution:
         arrays = state.read()
         built.bound(arrays)
         parts = microbatches(attrs.evolve(batch, data=built.place(batch.data)), plan.microbatches)
+        if batch.varies or batch.samples % plan.microbatches:
+            _mark_sizes(parts)
         if not made:
             _try(built, state, parts[0])
             made.append(_graphs(built, arrays))
@@ -79,7 +82,7 @@ def compiled(built: Built) -> Execution:
         state.settle()
         with seeded(key(state.seed, state.step, 0, "forward"), device):
             reports, sums = run(
-                tree.tensors(arrays.changing()),
+                _tensors(arrays),
                 dict(arrays.frozen),
                 parts,
                 *_share(built, parts),
@@ -124,7 +127,7 @@ def compiled(built: Built) -> Execution:
         learning_rate = rate(plan.schedule, state.step)
         state.settle()
         reports = run(
-            tree.tensors(arrays.changing()),
+            _tensors(arrays),
             dict(gradients.views) if gradients.flat is None else list(gradients.flat.buffers),
             gradients.active,
             [] if buffers is None else list(buffers.buffers),
@@ -145,7 +148,7 @@ def _graphs(built: Built, arrays: Arrays) -> Graphs:
     places = _places(like)
     differentiate = graphs.differentiation(built, arrays.buffers.layout, compiler.opaque)
     accumulate = compiler.opaque(functools.partial(graphs.accumulate, layout))
-    compiled_whole = functools.partial(compiler.whole, backend=plan.backend)
+    compiled_whole = functools.partial(compiler.whole, backend=plan.backend, device=plan.device)
 
     def gradient(
         params: list[Tensor],
@@ -200,6 +203,15 @@ def _arrangement(built: Built) -> Callable[[list[Tensor], graphs.Active], graphs
     return lambda tensors, active: dict(zip(itertools.compress(layout.index, active), tensors, strict=True))
 
 
+def _tensors(arrays: Arrays) -> list[Tensor]:
+    """Give the inputs of a graph; steps that are donated their state keep its arrays, and so this list."""
+    known = arrays.params.kept.get("tensors")
+    if known is None or known[0]() is not arrays:
+        known = arrays.params.kept["tensors"] = (weakref.ref(arrays), tree.tensors(arrays.changing()))
+    found: list[Tensor] = known[1]
+    return found
+
+
 def _places(like: Mapping[str, Any]) -> dict[str, slice]:
     """Say where the tensors of each branch of a tree lie among all of them."""
     places, start = {}, 0
@@ -249,6 +261,15 @@ def _try(built: Built, state: TrainState, part: Any) -> None:
             "Plan: unroll=True, but the model draws random numbers, and microbatches of one graph cannot have keys of "
             "their own; leave unroll out, or turn dropout off"
         )
+
+
+def _mark_sizes(parts: list[Any]) -> None:
+    """Make the number of samples a symbol of the graph, so that a batch of another size needs no other graph."""
+    for part in parts:
+        samples = leading_dimension(part)
+        for tensor in tree.tensors(part):
+            if tensor.dim() and tensor.shape[0] == samples:
+                compiler.mark_size(tensor)
 
 
 def _share(built: Built, parts: list[Any]) -> tuple[Tensor | None, bool]:

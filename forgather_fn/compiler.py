@@ -10,6 +10,7 @@ from traceback import FrameSummary
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,7 +19,7 @@ class CompileError(ValueError):
     """Something in the step cannot be part of a graph; the message says what, in which file and line."""
 
 
-def whole(function: F, backend: str) -> F:
+def whole(function: F, backend: str, device: torch.device) -> F:
     """Compile a function as one graph, when it is first called.
 
     Arguments of other shapes and types make other graphs. A dimension that was seen to differ is a symbol from then on,
@@ -27,6 +28,7 @@ def whole(function: F, backend: str) -> F:
     Args:
         function: Of tensors, and of trees of them.
         backend: One of ``torch.compile``'s.
+        device: Where it runs.
 
     Raises:
         CompileError: When called: it cannot be one graph, or it would need too many. Nothing has been run then.
@@ -35,8 +37,10 @@ def whole(function: F, backend: str) -> F:
 
     own = {"isolate_recompiles": True}  # or the programs of a process would share one limit
     known = inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {name: on for name, on in own.items() if name in known}
-    graph = torch.compile(function, fullgraph=True, backend=backend, **options)
+    accepted: dict[str, Any] = {name: on for name, on in own.items() if name in known}
+    # A graph of many small kernels is called from C++ in two thirds of the time.
+    options: Any = {"cpp_wrapper": True} if backend == "inductor" and device.type == "cpu" else None
+    graph = torch.compile(function, fullgraph=True, backend=backend, options=options, **accepted)
     wanted = {"trace_autograd_ops": True, "ignore_logging_functions": _logging_functions()}
     settings = {name: value for name, value in wanted.items() if hasattr(dynamo.config, name)}
 
@@ -61,6 +65,13 @@ def opaque(function: F) -> F:
     import torch._dynamo as dynamo
 
     return cast(F, dynamo.nonstrict_trace(function))
+
+
+def mark_size(tensor: Tensor) -> None:
+    """Say that the leading dimension of a tensor will differ from call to call."""
+    import torch._dynamo as dynamo
+
+    dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _logging_functions() -> set[Callable[..., Any]]:

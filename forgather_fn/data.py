@@ -32,12 +32,14 @@ class Batch:
         samples: How many samples are in it.
         indices: Their indices in the dataset, int64, shape (samples,), so that a step can be replayed; None if unknown.
         ragged: Whether it is smaller than the stream's batch size, because an epoch or the stream ended.
+        varies: Whether its stream has batches of different sizes, so that a compiler does not count on this one's.
     """
 
     data: Any
     samples: int
     indices: Indices | None
     ragged: bool = False
+    varies: bool = False
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -183,7 +185,8 @@ class Stream:
         return int(seed if self.seed is None else self.seed)  # a numpy integer would print, and hash, as another
 
     def _batches(self, seed: int, samples: int) -> Generator[Batch, None, None]:
-        requests = self._requests(seed, samples)
+        requests, total = self._requests(seed, samples), self.total_samples
+        varies = self.last == "ragged" or (total is not None and total % self.batch_size > 0)
         fetch = Fetch(self._source.read, keyed if self.random else undrawn)
         pin_memory = self.pin_memory and torch.accelerator.is_available()
         answers = (
@@ -194,7 +197,7 @@ class Stream:
         with contextlib.closing(answers):
             for request, data in answers:
                 count = len(request.indices)
-                yield Batch(data, count, request.indices, ragged=count < self.batch_size)
+                yield Batch(data, count, request.indices, ragged=count < self.batch_size, varies=varies)
 
     def _requests(self, seed: int, samples: int) -> Iterator[Request]:
         """Look up a block of positions, cut it into batches, and go on with the next."""
