@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from traceback import FrameSummary
@@ -80,19 +81,29 @@ def _logging_functions() -> set[Callable[..., Any]]:
     return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
 
 
-def _explained(error: Exception) -> str:
+def _explained(error: BaseException) -> str:
     """Say what broke the graph, where in the user's code, and what can be done."""
+    error = _origin(error)
     what = str(error).split("\n\nfrom user code")[0].split("\n  Developer debug context")[0].strip()
-    frames = [frame for frame in getattr(error, "real_stack", None) or () if _is_users(frame)]
+    frames = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
     place = ""
-    if frames:
-        last = frames[-1]
-        place = f"\n  where: {last.filename}:{last.lineno}, in {last.name}: {last.line}"
+    for frame in filter(_is_users, frames):  # the last one is the innermost
+        place = f"\n  where: {frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
     return (
         f"the step cannot be compiled whole: {what}{place}\n"
         '  fix: change that line, or use Plan(compile="model"), which compiles what it can of the model and leaves the '
         "rest of the step as it is"
     )
+
+
+def _origin(error: BaseException) -> BaseException:
+    """Find what an opaque function raised: the compiler says of it only that there is no output."""
+    found, inner = error, error.__cause__ or error.__context__
+    while inner is not None:
+        if not type(inner).__module__.startswith("torch._dynamo"):
+            found = inner
+        inner = inner.__cause__ or inner.__context__
+    return found if any(map(_is_users, traceback.extract_tb(found.__traceback__))) else error
 
 
 def _is_users(frame: FrameSummary) -> bool:

@@ -145,10 +145,11 @@ class Gradients(Mapping[str, Tensor]):
                     f"transform {by}: it changed {name} from {tuple(view.shape)} {view.dtype} to {tuple(new.shape)} "
                     f"{new.dtype}; a transform keeps shapes and data types"
                 )
-        held = {view.untyped_storage().data_ptr() for view in self.views.values()}
         moved = {name: tensor for name, tensor in tensors.items() if tensor is not self.views[name]}
-        # A tensor that came from another gradient would be overwritten before it is read.
-        safe = {n: t.clone() if t.untyped_storage().data_ptr() in held else t for n, t in moved.items()}
+        safe = moved
+        if not torch.compiler.is_compiling():  # in a graph nothing is overwritten before it is read
+            held = {view.untyped_storage().data_ptr() for view in self.views.values()}
+            safe = {n: t.clone() if t.untyped_storage().data_ptr() in held else t for n, t in moved.items()}
         for name, tensor in safe.items():
             self.views[name].copy_(tensor)
         return self._with(None, None, self.reports)

@@ -256,6 +256,53 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
     return model
 
 
+def bert() -> nn.Module:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=WORDS,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def sentences(samples: int) -> dict[str, Tensor]:
+    """Words, with a mask that hides the ends of some, and a class for each."""
+    drawn_words = words(samples)["input_ids"]
+    mask = torch.ones_like(drawn_words)
+    mask[::2, 4:] = 0
+    return {"input_ids": drawn_words, "attention_mask": mask, "labels": torch.arange(samples) % 3}
+
+
+def vit() -> nn.Module:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def pictures(samples: int) -> dict[str, Tensor]:
+    pixels = drawn(samples, lambda generator: torch.randn(samples, 3, 8, 8, generator=generator))
+    return {"pixel_values": pixels, "labels": torch.arange(samples) % 3}
+
+
 def named_losses(outputs: Tensor, batch: Any) -> Mapping[str, ff.Mean]:
     """A user's own function, whose weight is not known before the forward pass; with a metric beside the objective."""
     target = batch[-1]

@@ -61,6 +61,8 @@ SPECIMENS: dict[str, Specimen] = {
         specimens.words,
         outside="draws random numbers",
     ),
+    "bert": Specimen(specimens.bert, ff.losses.cross_entropy, specimens.sentences),
+    "vit": Specimen(specimens.vit, ff.losses.cross_entropy, specimens.pictures),
 }
 
 OPTIMIZERS: dict[str, Callable[[], ff.Optimizer]] = {
