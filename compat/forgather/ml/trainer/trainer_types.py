@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,3 +219,44 @@ class BestRun(NamedTuple):
     objective: float | list[float]
     hyperparameters: dict[str, Any]
     run_summary: Any = None
+
+
+def get_last_checkpoint(folder: str | Path) -> str | None:
+    """Find the checkpoint of a run that was written last and is whole; None if there is none.
+
+    Directories that a save did not finish, or whose files are missing or cut short, are passed over: see
+    :func:`forgather_fn.checkpoint.catalog.latest`.
+    """
+    from forgather_fn.checkpoint.catalog import latest
+
+    found = latest(folder)
+    return None if found is None else str(found.path)
+
+
+def speed_metrics(
+    split: str,
+    start_time: float,
+    num_samples: int | None = None,
+    num_steps: int | None = None,
+    num_tokens: int | None = None,
+) -> dict[str, float]:
+    """Measure how fast something was that has just ended.
+
+    Args:
+        split: What the names begin with: ``train``, ``eval``, ``test``.
+        start_time: ``time.time()`` when it began.
+        num_samples: Samples that were processed.
+        num_steps: Steps.
+        num_tokens: Tokens.
+
+    Returns:
+        ``<split>_runtime`` in seconds, and rates for what was counted.
+    """
+    runtime = time.time() - start_time
+    rates = {"samples": num_samples, "steps": num_steps, "tokens": num_tokens}
+    measured = {f"{split}_runtime": round(runtime, 4)}
+    if runtime > 0:
+        for name, number in rates.items():
+            if number is not None:
+                measured[f"{split}_{name}_per_second"] = round(number / runtime, 3)
+    return measured
