@@ -168,7 +168,7 @@ class TrainingArguments(
     def was_given(self, name: str) -> bool:
         """Tell whether a field was named when these arguments were made, or has another value than its default.
 
-        Arguments that were made with every field, as by a parser or ``dataclasses.replace``, count as made with none.
+        Arguments made with most fields, as by a parser or ``dataclasses.replace``, count as made with none.
         """
         by_default = {one.name: one.default for one in fields(self)}
         return name in self.__dict__.get("_given", ()) or getattr(self, name) != by_default[name]

@@ -21,6 +21,7 @@ from forgather.ml.trainer.enums import (
     SaveStrategy,
     SchedulerType,
 )
+from forgather.ml.trainer.optimizers import optim_args
 from forgather.ml.trainer.reporting import report_names
 
 if TYPE_CHECKING:
@@ -209,6 +210,11 @@ def _has_bfloat16() -> bool:
     return torch.accelerator.is_available()
 
 
+def _optimizer(args: "TrainingArguments") -> None:
+    assert isinstance(args.optim, OptimizerNames)
+    optim_args(args.optim, args.optim_args)
+
+
 def _schedule(args: "TrainingArguments") -> None:
     if args.lr_scheduler_type in NEEDS_METRIC and args.eval_strategy == IntervalStrategy.NO:
         assert isinstance(args.lr_scheduler_type, SchedulerType)
@@ -273,6 +279,7 @@ _CHECKS: Final[tuple[Callable[["TrainingArguments"], None], ...]] = (
     _intervals,
     _best_model,
     _precision,
+    _optimizer,
     _schedule,
     _data,
     _positive,

@@ -177,7 +177,7 @@ def translated(names: Iterable[str], given: Mapping[str, Any]) -> Values:
             continue
         translate = OLD.get(name) or FORGATHER.get(name)
         if translate is None:
-            raise UnknownArgumentError(unknown(name, known))
+            raise UnknownArgumentError(unknown(name, [*known, *OLD, *FORGATHER]))
         instead = translate(name, value, values)
         if name in OLD:
             warnings.warn(
@@ -190,8 +190,8 @@ def translated(names: Iterable[str], given: Mapping[str, Any]) -> Values:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """Say that a name is no argument, and which it may have been meant for."""
-    near = difflib.get_close_matches(name, [*known, *OLD, *FORGATHER], n=1)
-    return f"there is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"there is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
 
 
 class Translating(ABCMeta):
@@ -206,7 +206,7 @@ class Translating(ABCMeta):
         every = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]  # it is a dataclass
         values = translated(every, kwargs)
         made = super().__call__(*args, **values)
-        # A parser, `replace`, or a dict of all values gives every field, so none of them tells what somebody wanted.
+        # A parser, `replace`, or what was read from a file gives (nearly) all fields: that tells what nobody wanted.
         named = set(every[: len(args)]) | set(values)
-        made.__dict__["_given"] = frozenset() if named == set(every) else frozenset(named)
+        made.__dict__["_given"] = frozenset(named) if len(named) < len(every) / 2 else frozenset()
         return made

@@ -46,7 +46,6 @@ def several_processes() -> bool:
 
 REFUSED: Final[Mapping[str, Refusal]] = {
     "optim": Refusal(f"it needs another package: {_PASS_IT}", lambda value: value not in OPTIMIZERS),
-    "optim_args": Refusal(f"no optimizer that is known by name takes it: {_PASS_IT}"),
     "optim_target_modules": Refusal(f"it is GaLore's and APOLLO's: {_PASS_IT}"),
     "average_tokens_across_devices": Refusal("the loss is always the mean over the tokens of all processes"),
     "use_liger_kernel": Refusal(

@@ -43,7 +43,7 @@ class Training:
         ),
     )
     optim_args: str | None = field(
-        default=None, metadata=does("Arguments of optimizers that are refused here; so this is, too.")
+        default=None, metadata=does("Further arguments of sgd, adagrad or rmsprop: 'momentum=0.9,nesterov=True'.")
     )
     weight_decay: float = field(
         default=0.0, metadata=does("Decay of all parameters but biases and those of normalisation layers.")
