@@ -2,11 +2,18 @@
 
 from forgather.ml.trainer.callbacks.base import TrainerCallback as TrainerCallback
 from forgather.ml.trainer.callbacks.dispatch import CallbackHandler as CallbackHandler
+from forgather.ml.trainer.callbacks.divergence import DivergenceDetector as DivergenceDetector
 from forgather.ml.trainer.callbacks.early_stopping import EarlyStoppingCallback as EarlyStoppingCallback
 from forgather.ml.trainer.callbacks.flow import DefaultFlowCallback as DefaultFlowCallback
+from forgather.ml.trainer.callbacks.gradients import GradLogger as GradLogger
+from forgather.ml.trainer.callbacks.info import InfoCallback as InfoCallback
+from forgather.ml.trainer.callbacks.json_logger import JsonLogger as JsonLogger
+from forgather.ml.trainer.callbacks.memory import PeakMemory as PeakMemory
+from forgather.ml.trainer.callbacks.profiler import ProfilerCallback as ProfilerCallback
 from forgather.ml.trainer.callbacks.progress import PrinterCallback as PrinterCallback
 from forgather.ml.trainer.callbacks.progress import ProgressCallback as ProgressCallback
 from forgather.ml.trainer.callbacks.tensorboard import TBLogger as TBLogger
+from forgather.ml.trainer.callbacks.textgen import TextgenCallback as TextgenCallback
 from forgather.ml.trainer.trainer_types import ExportableState as ExportableState
 from forgather.ml.trainer.trainer_types import TrainerControl as TrainerControl
 from forgather.ml.trainer.trainer_types import TrainerState as TrainerState
