@@ -18,6 +18,7 @@ from transformers import TrainingArguments as Theirs
 
 from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments, TrainingArguments, arguments_from
 from forgather.ml.trainer.legacy import OLD, UnknownArgumentError
+from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments, PipelineTrainingArguments
 
 THEIR_FIELDS = {field.name: field for field in dataclasses.fields(Theirs)}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -458,3 +459,46 @@ def test_making_arguments_touches_no_file(tmp_path: Path, monkeypatch: pytest.Mo
     with TrainingArguments("runs").main_process_first(desc="nothing"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_arguments_of_accelerate_take_what_one_device_refuses() -> None:
+    args = AccelTrainingArguments("x", accelerator_args='{"mixed_precision": "no"}', fsdp="full_shard")
+    assert args.accelerator_args == {"mixed_precision": "no"}
+    with pytest.raises(ValueError, match="push_to_hub"):
+        AccelTrainingArguments("x", push_to_hub=True)
+
+
+def test_the_arguments_of_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = PipelineTrainingArguments("x", split_spec={"layer.4": "end"}, stages_per_rank=2, pipeline_chunks=2)  # type: ignore[call-arg]
+    assert (args.n_microbatches, args.pipeline_schedule) == (2, "gpipe")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    args = PipelineTrainingArguments("x", split_spec='{"a": "end", "b": "beginning"}', pipeline_schedule="1F1B")
+    assert args.split_spec == {"a": "end", "b": "beginning"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split_spec": {"a": "end"}}, "makes 2 stages of 1 cuts, but stages_per_rank=1 on 1 processes are 1"),
+        ({"split_spec": {"a": "middle"}, "stages_per_rank": 2}, "at its 'beginning' or 'end'"),
+        ({"split_spec": "a"}, "expected a dict"),
+        ({"n_microbatches": 3}, "per_device_train_batch_size=8 cannot be cut into n_microbatches=3"),
+        ({"n_microbatches": 0}, "n_microbatches=0"),
+        ({"pipeline_schedule": "zigzag"}, "pipeline_schedule='zigzag' is not one of gpipe"),
+    ],
+    ids=str,
+)
+def test_stages_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PipelineTrainingArguments("x", **given)
+
+
+def test_forgathers_own_spellings_are_taken_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        args = TrainingArguments(  # type: ignore[call-arg]
+            "x", best_model_metric="f1", best_model_greater_is_better=True, device="cpu", mixed_precision="bf16"
+        )
+    assert (args.metric_for_best_model, args.greater_is_better, args.use_cpu, args.bf16) == ("f1", True, True, True)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        TrainingArguments("x", device="cuda:3")  # type: ignore[call-arg]

@@ -149,6 +149,7 @@ FORGATHER: Final[Mapping[str, Translation]] = {
     "best_model_metric": renamed("metric_for_best_model"),
     "best_model_greater_is_better": renamed("greater_is_better"),
     "mixed_precision": _mixed_precision,
+    "pipeline_chunks": renamed("n_microbatches"),
     "device": _device,
     "gc_threshold": retired(
         0.5, None, reason="set PYTORCH_CUDA_ALLOC_CONF=garbage_collection_threshold:0.5 in the environment"
@@ -179,6 +180,8 @@ def translated(names: Iterable[str], given: Mapping[str, Any]) -> Values:
         if translate is None:
             raise UnknownArgumentError(unknown(name, [*known, *OLD, *FORGATHER]))
         instead = translate(name, value, values)
+        if values.keys() - known:  # a word of another trainer's arguments
+            raise UnknownArgumentError(unknown(name, [*known, *OLD]))
         if name in OLD:
             warnings.warn(
                 f"{name} is an argument of transformers 4. Instead of it, write {instead}.",
