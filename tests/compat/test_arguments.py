@@ -19,6 +19,7 @@ from transformers import TrainingArguments as Theirs
 from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments, TrainingArguments, arguments_from
 from forgather.ml.trainer.legacy import OLD, UnknownArgumentError
 from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments, PipelineTrainingArguments
+from forgather.ml.trainer.refusals import table
 
 THEIR_FIELDS = {field.name: field for field in dataclasses.fields(Theirs)}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -74,7 +75,6 @@ GIVEN: list[dict[str, Any]] = [
     {"logging_strategy": "no", "logging_steps": 0},
     {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     {"bf16": True, "use_cpu": True},
-    {"fp16": True, "use_cpu": True},
     {"bf16_full_eval": True, "use_cpu": True},
     {"torch_compile": True, "use_cpu": True},
     {"torch_compile_mode": "default", "use_cpu": True},
@@ -155,6 +155,14 @@ def test_what_transformers_refuses_is_refused_in_its_words(given: dict[str, Any]
 
 UNHONOURED: list[tuple[dict[str, Any], str]] = [
     ({"optim": "lion_8bit"}, "optim='lion_8bit' is not supported: it needs another package: pass the optimizer itself"),
+    ({"fp16": True}, "fp16=True is not supported: float16 needs a loss that is scaled"),
+    ({"fuse_optim_with_backward": True, "max_grad_norm": 0}, "fuse_optim_with_backward=True is not supported"),
+    ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint"),
+    ({"skip_memory_metrics": False}, "PeakMemory"),
+    ({"construct_model_on": "meta"}, "construct_model_on='meta' is not supported"),
+    ({"set_dataset_epoch": False}, "set_dataset_epoch"),
+    ({"preserve_n_best": 2}, "preserve_n_best=2"),
+    ({"save_dataset_state": False}, "save_dataset_state"),
     ({"optim_target_modules": ["attn"]}, "optim_target_modules"),
     ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ({"use_liger_kernel": True}, "use_liger_kernel"),
@@ -502,3 +510,11 @@ def test_forgathers_own_spellings_are_taken_without_a_warning() -> None:
     assert (args.metric_for_best_model, args.greater_is_better, args.use_cpu, args.bf16) == ("f1", True, True, True)
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
         TrainingArguments("x", device="cuda:3")  # type: ignore[call-arg]
+
+
+def test_one_table_says_of_every_field_what_it_does() -> None:
+    rows = table(TrainingArguments)
+    assert list(rows) == list(FIELDS)
+    assert [name for name, text in rows.items() if not text.endswith(".")] == []
+    assert set(TrainingArguments.refused) <= set(rows)
+    assert "push what was saved" in rows["push_to_hub"]

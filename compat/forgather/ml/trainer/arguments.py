@@ -56,7 +56,7 @@ class TrainingArguments(
     """Everything that a trainer is told, as a mutable dataclass: transformers' 114 fields, and Forgather's own.
 
     Defaults, derived values and errors are those of transformers 5.23; names of version 4 are accepted with a warning.
-    What a field does is its ``help``: :func:`forgather.ml.trainer.fields.table` lists them all. A value that is not
+    What a field does is its ``help``: :func:`forgather.ml.trainer.refusals.table` lists them all. A value that is not
     honoured is refused when the arguments are made, and once more by ``train``, which reads them anew.
 
     Making one touches no file and starts no process.

@@ -48,11 +48,21 @@ REFUSED: Final[Mapping[str, Refusal]] = {
     "optim": Refusal(f"it needs another package: {_PASS_IT}", lambda value: value not in OPTIMIZERS),
     "optim_target_modules": Refusal(f"it is GaLore's and APOLLO's: {_PASS_IT}"),
     "average_tokens_across_devices": Refusal("the loss is always the mean over the tokens of all processes"),
+    "fp16": Refusal("float16 needs a loss that is scaled, which is not built yet: use bf16=True, or neither"),
+    "fuse_optim_with_backward": Refusal("it is not built yet; accumulated gradients take no more memory than one"),
     "use_liger_kernel": Refusal(
         "apply them to the model yourself: liger_kernel.transformers.apply_liger_kernel_to_...()"
     ),
     "liger_kernel_config": Refusal("apply Liger's kernels to the model yourself"),
     "push_to_hub": Refusal("push what was saved: trainer.model.push_to_hub(...), or `hf upload` with output_dir"),
+    "enable_jit_checkpoint": Refusal("it is not built yet; save_steps says how much a preempted run may lose"),
+    "skip_memory_metrics": Refusal("add the callback PeakMemory, which logs the memory that was in use"),
+    "construct_model_on": Refusal(
+        "it is not built yet; 'device' avoids the copy to an accelerator", lambda value: value == "meta"
+    ),
+    "set_dataset_epoch": Refusal("data that has a set_epoch counts on being called"),
+    "preserve_n_best": Refusal("the best checkpoint is kept from rotation, and no more of the best ones"),
+    "save_dataset_state": Refusal("the position in the data follows from the step; see ignore_data_skip"),
     "parallelism_config": Refusal(_LAUNCHED),
     "fsdp": Refusal(_LAUNCHED, lambda value: bool(value)),
     "deepspeed": Refusal("DeepSpeed keeps parameters, gradients and the optimizer itself; see AccelTrainer"),
@@ -82,3 +92,28 @@ def refuse_unhonoured(args: Any) -> None:
         if refusal.refuses(value) if refusal.refuses else value != default:
             shown = getattr(value, "value", value)
             raise ValueError(f"{type(args).__name__}: {field.name}={shown!r} is not supported: {refusal.reason}")
+
+
+def table(kind: type[Any]) -> dict[str, str]:
+    """Say of every field of a class of arguments what it does, and which of its values are refused.
+
+    Args:
+        kind: ``TrainingArguments``, or a class derived from it.
+
+    Returns:
+        A sentence or two for each field, in the order of the fields.
+
+    Example:
+        >>> from forgather.ml.trainer.arguments import TrainingArguments
+        >>> table(TrainingArguments)["max_grad_norm"]
+        'Clip the gradient to this norm; 0 does not clip.'
+    """
+    said = {}
+    for field in fields(kind):
+        text = field.metadata.get("help", "").replace("%%", "%")
+        refusal = kind.refused.get(field.name)
+        if refusal is not None:
+            which = "Some values are" if refusal.refuses else "Any value but the default is"
+            text = f"{text} {which} refused: {refusal.reason}."
+        said[field.name] = text
+    return said
