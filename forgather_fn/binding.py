@@ -98,8 +98,24 @@ class Binding:
         self.buffers = buffers
 
     def _buffer_of(self, slot: Slot, buffers: Flat) -> Tensor | None:
-        name = slot.name if slot.name in buffers.layout.index else self._tied_buffers.get(slot.name, slot.name)
+        name = self._buffer_name(slot, buffers.layout)
         return buffers.alias(name) if name in buffers.layout.index else None
+
+    def _buffer_name(self, slot: Slot, layout: Layout) -> str:
+        return slot.name if slot.name in layout.index else self._tied_buffers.get(slot.name, slot.name)
+
+    def buffer_places(self, layout: Layout) -> dict[str, str]:
+        """Give the places of buffers in the module that hold one, each with the name of what it holds."""
+        named = {slot.name: self._buffer_name(slot, layout) for slot in self.buffer_slots}
+        return {place: name for place, name in named.items() if name in layout.index}
+
+    def placed(
+        self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], buffers: Mapping[str, Tensor], layout: Layout
+    ) -> dict[str, Tensor]:
+        """Give every tensor of the module by its place, tied ones at each: for ``functional_call``."""
+        places = {site.name: params[name] for site, name in self.trainable}
+        places |= {site.name: frozen[name] for site, name in self.still}
+        return places | {place: buffers[name] for place, name in self.buffer_places(layout).items()}
 
     def _intact(self) -> bool:
         for held, attribute, parameter, pointer in self._pointers:

@@ -28,6 +28,7 @@ class Built:
         module: The real module.
         binding: Which state the module stands on.
         workspace: Where its gradients go.
+        call: The module, or what was compiled of it alone.
         arguments: ``batch -> (positional, keyword)``: how the module is called.
         floating: The type that floating inputs are brought to, if any.
         dtype: In which scalars are computed: float64 if a parameter is, else float32.
@@ -38,10 +39,16 @@ class Built:
     module: nn.Module
     binding: Binding
     workspace: Workspace
+    call: Callable[..., Any]
     arguments: Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]
     floating: torch.dtype | None
     dtype: torch.dtype
     slots: frozenset[str] = frozenset()
+
+    @property
+    def viewed(self) -> bool:
+        """Whether gradients lie in flat buffers."""
+        return self.binding.layout.elements <= self.plan.viewed_elements
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +89,7 @@ class Built:
         """
         args, kwargs = self.arguments(data)
         with self.autocast():
-            return named_means(self.plan.loss(self.module(*args, **kwargs), data))
+            return named_means(self.plan.loss(self.call(*args, **kwargs), data))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which forward and loss run."""

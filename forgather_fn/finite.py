@@ -1,6 +1,7 @@
 """Whether a step may update: decided on the device, or on the host where looking costs nothing."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ FINE, BAD = torch.tensor(0.0), torch.tensor(1.0)
 """The flag, where the host knows it."""
 
 
-def flag_on_host(policy: str, probe: Tensor, nonfinite: Tensor, step: int) -> tuple[Tensor, Tensor]:
+class Flag(Protocol):
+    """Decide whether an update may happen."""
+
+    def __call__(self, policy: str, probe: Tensor, nonfinite: Tensor, step: int | Tensor, /) -> tuple[Tensor, Tensor]:
+        """Give 1.0 where it must not, else 0.0; and the first step that was not finite, or -1."""
+        ...
+
+
+def flag_on_host(policy: str, probe: Tensor, nonfinite: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
     """Look at a number on the CPU; see :func:`flag_on_device`.
 
     Raises:
@@ -20,11 +29,11 @@ def flag_on_host(policy: str, probe: Tensor, nonfinite: Tensor, step: int) -> tu
     if math.isfinite(probe.item()):
         return FINE, nonfinite
     if policy == "raise":
-        raise NonFiniteError(nonfinite_message(step))
+        raise NonFiniteError(nonfinite_message(int(step)))
     return BAD, nonfinite
 
 
-def flag_on_device(policy: str, probe: Tensor, nonfinite: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def flag_on_device(policy: str, probe: Tensor, nonfinite: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
     """Decide on the device whether an update may happen, without waiting for it.
 
     Args:

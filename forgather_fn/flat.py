@@ -72,6 +72,10 @@ class Layout:
     elements: int
     _cuts: dict[tuple[str, tuple[bool, ...]], tuple[Chunk, ...]] = attrs.field(factory=dict, repr=False)
 
+    def unit(self, buffer: int) -> int:
+        """Give the number of elements to which the leaves of a buffer are aligned."""
+        return ALIGNMENT // self.dtypes[buffer].itemsize
+
     def runs(self, active: tuple[bool, ...]) -> tuple[Chunk, ...]:
         """Join neighbouring leaves of one group into runs, leaving out those that are not active (by leaf index)."""
         return self._cut("runs", active, self._joined)

@@ -69,7 +69,7 @@ def from_torch(
         return _taken(adapted(params))
 
     def update(
-        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
     ) -> OptState:
         if found_inf.item():
             return state
@@ -86,7 +86,7 @@ def from_torch(
             leaf.grad = None
         return _taken(held)
 
-    return Optimizer(init, update, assigner(groups, weight_decay, decays))
+    return Optimizer(init, update, assigner(groups, weight_decay, decays), compiles=False)
 
 
 def _adapt(factory: TorchFactory, params: Flat) -> Adapted:

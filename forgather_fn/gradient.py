@@ -166,7 +166,14 @@ class TransformUpdate(Protocol):
     """Transform the gradient of one step."""
 
     def __call__(
-        self, gradients: Gradients, state: Any, /, *, params: Mapping[str, Tensor], step: int, seed: int
+        self,
+        gradients: Gradients,
+        state: Any,
+        /,
+        *,
+        params: Mapping[str, Tensor],
+        step: int | Tensor,
+        seed: int | Tensor,
     ) -> tuple[Gradients | Mapping[str, Tensor], Any]:
         """Give the new gradient, as a value or as tensors by name, and the new state.
 
@@ -185,19 +192,28 @@ class Transform:
         description: How it prints.
         defers: Whether ``update`` leaves values as they are and works by :meth:`Gradients.divided` alone; then what
             others have put off may stay so.
+        compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; ``step`` is a scalar
+            tensor there.
     """
 
     init: TransformInit
     update: TransformUpdate
     description: str = ""
     defers: bool = False
+    compiles: bool = True
 
     def __repr__(self) -> str:
         return self.description or f"Transform({describe(self.update)})"
 
 
 def apply(
-    transform: Transform, gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int, seed: int
+    transform: Transform,
+    gradients: Gradients,
+    state: Any,
+    *,
+    params: Mapping[str, Tensor],
+    step: int | Tensor,
+    seed: int | Tensor,
 ) -> tuple[Gradients, Any]:
     """Run one transform, and check what it returns.
 
@@ -225,7 +241,7 @@ def chain(*transforms: Transform) -> Transform:
         return tuple(transform.init(params) for transform in transforms)
 
     def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int, seed: int
+        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
     ) -> tuple[Gradients, Any]:
         states = []
         for transform, held in zip(transforms, state, strict=True):
@@ -233,7 +249,7 @@ def chain(*transforms: Transform) -> Transform:
             states.append(held)
         return gradients, tuple(states)
 
-    return Transform(init, update, defers=True)
+    return Transform(init, update, defers=True, compiles=all(transform.compiles for transform in transforms))
 
 
 def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
@@ -244,7 +260,7 @@ def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
     """
 
     def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int, seed: int
+        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
     ) -> tuple[Mapping[str, Tensor], Any]:
         del params, step, seed
         return {name: function(gradient) for name, gradient in gradients.items()}, state
@@ -273,14 +289,16 @@ def clipped(max_norm: float | None) -> Transform:
         raise ValueError(f"clipped: max_norm must be a positive number, or None to report only; got {max_norm}")
 
     def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int, seed: int
+        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
     ) -> tuple[Gradients, Any]:
         del params, step, seed
         gradients = gradients.measured()
         norm = gradients.norm()
         if max_norm is None:
             return gradients.reporting(grad_norm=norm), state
-        if norm.device.type == "cpu":  # looking is free here, and one call is faster than three
+        if (
+            norm.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # looking is free here, and one call is faster than three
             ratio = (norm.item() + 1e-6) / max_norm
             if ratio <= 1.0:
                 return gradients.reporting(grad_norm=norm), state
@@ -304,16 +322,16 @@ def noise(std: float) -> Transform:
         raise ValueError(f"noise: std must be a number of at least 0, got {std}")
 
     def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int, seed: int
+        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
     ) -> tuple[Mapping[str, Tensor], Any]:
         del params
         noisy = {}
         for name, gradient in gradients.items():
-            with seeded(key(seed, step, "noise", name), gradient.device):
+            with seeded(key(int(seed), int(step), "noise", name), gradient.device):
                 noisy[name] = gradient + std * torch.randn_like(gradient)
         return noisy, state
 
-    return Transform(_nothing, update)
+    return Transform(_nothing, update, compiles=False)  # its keys are made on the host
 
 
 def norms(gradients: Gradients) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def _cross_entropy_total(outputs: Any, batch: Any) -> Tensor:
 
 def _class_weight(batch: Any) -> Tensor | float:
     target = target_of(batch)
-    return float(target.numel() // target.shape[1]) if target.is_floating_point() else _labelled(target)
+    return target.numel() // target.shape[1] if target.is_floating_point() else _labelled(target)
 
 
 def _mse_total(outputs: Any, batch: Any) -> Tensor:
@@ -153,14 +153,12 @@ cross_entropy = Objective(
 """Classification: logits ``[batch, classes]`` (or ``[batch, ..., classes]``, or torch's ``[batch, classes, ...]``)
 against class indices, -100 left out, or against class probabilities."""
 
-mse = Objective(
-    total=_mse_total, weight=lambda batch: float(target_of(batch).numel()), withheld=TARGETS, description="mse"
-)
+mse = Objective(total=_mse_total, weight=lambda batch: target_of(batch).numel(), withheld=TARGETS, description="mse")
 """Squared error, a mean over all elements of the target."""
 
 
 WEIGHTS: Mapping[str, Callable[[Any], Tensor | float]] = {
-    "samples": lambda batch: float(leading_dimension(batch)),
+    "samples": lambda batch: leading_dimension(batch),
     "tokens": lambda batch: _labelled(target_of(batch)),
     "next_tokens": lambda batch: _labelled(target_of(batch)[..., 1:]),
 }
@@ -249,7 +247,7 @@ def named_means(result: Any) -> dict[str, Mean]:
             raise ValueError(f"{name!r}: the total of a Mean must be a scalar tensor, got {mean.total!r}")
         if mean.total.dim() != 0:
             raise ValueError(f"{name!r}: the total of a Mean must be a scalar, got shape {tuple(mean.total.shape)}")
-    if len(means) > 1 and not means.keys().isdisjoint(RESERVED):
+    if len(means) > 1 and any(name in means for name in RESERVED):
         raise ValueError(
             f"the loss named a mean {sorted(means.keys() & set(RESERVED))}, which a step reports itself; rename it"
         )

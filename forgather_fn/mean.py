@@ -1,12 +1,12 @@
 """Means that are added, never averaged."""
 
+import dataclasses
 from collections.abc import Iterable
 
-import attrs
 from torch import Tensor
 
 
-@attrs.frozen(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)  # which torch.compile can build in a graph; attrs it cannot
 class Mean:
     """A sum and its weight: the one way in which losses and metrics are combined.
 

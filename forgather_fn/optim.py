@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
 from forgather_fn import flat as flat_storage
+from forgather_fn import unfused
 from forgather_fn.describe import describe, described
 from forgather_fn.finite import applied
 from forgather_fn.flat import Flat, Hyper
@@ -32,7 +33,14 @@ class OptimizerUpdate(Protocol):
     """Apply one update."""
 
     def __call__(
-        self, gradients: Gradients, state: OptState, params: Flat, /, *, learning_rate: float, found_inf: Tensor
+        self,
+        gradients: Gradients,
+        state: OptState,
+        params: Flat,
+        /,
+        *,
+        learning_rate: float | Tensor,
+        found_inf: Tensor,
     ) -> OptState:
         """Update ``params`` and the slots of ``state`` in place (they are donated), and give the new state.
 
@@ -51,12 +59,16 @@ class Optimizer:
         update: ``(gradients, state, params) -> state``, in place on what it is given. Those that need shapes read
             ``params[name]``; those that work element by element, :func:`parts`.
         groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``.
+        description: How it prints.
+        compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; its learning rate is
+            a scalar tensor there.
     """
 
     init: OptimizerInit
     update: OptimizerUpdate
     groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]
     description: str = ""
+    compiles: bool = True
 
     def __repr__(self) -> str:
         return self.description or f"Optimizer({describe(self.update)})"
@@ -64,6 +76,7 @@ class Optimizer:
 
 def _adam_family(
     kernel: Callable[..., None],
+    decoupled: bool,
     betas: tuple[float, float],
     eps: float,
     groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]],
@@ -79,18 +92,35 @@ def _adam_family(
         return {"exp_avg": params.map(torch.zeros_like), "exp_avg_sq": params.map(torch.zeros_like), "count": count}
 
     def update(
-        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
     ) -> OptState:
         gradients = gradients.for_kernel()
         count = state["count"]
-        together = _counted_alike(gradients, params, count)
+        compiling = torch.compiler.is_compiling()
+        together = compiling or _counted_alike(gradients, params, count)
         if all(gradients.active):
             count.add_(applied(found_inf))
         else:
             active = torch.tensor(gradients.active, dtype=count.dtype, device=count.device)
             count.add_(active * applied(found_inf))
+        cut = parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together)
+        if compiling:
+            for part in cut:
+                unfused.adam(
+                    part,
+                    gradients.pieces(part.chunks),
+                    params.layout,
+                    count,
+                    decoupled=decoupled,
+                    learning_rate=learning_rate,
+                    betas=betas,
+                    eps=eps,
+                    divisor=gradients.divisor,
+                    found_inf=found_inf,
+                )
+            return state
         counts = _unbound(params, count)
-        for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
+        for part in cut:
             kernel(
                 part.params,
                 gradients.pieces(part.chunks),
@@ -168,7 +198,7 @@ def adamw(
         ValueError: ``betas`` are not in [0, 1), or ``eps`` is negative.
     """
     _check_betas("adamw", betas, eps)
-    return _adam_family(torch._fused_adamw_, betas, eps, assigner(groups, weight_decay, decays))
+    return _adam_family(torch._fused_adamw_, True, betas, eps, assigner(groups, weight_decay, decays))
 
 
 @described
@@ -186,7 +216,7 @@ def adam(
     The arguments are those of :func:`adamw`.
     """
     _check_betas("adam", betas, eps)
-    return _adam_family(torch._fused_adam_, betas, eps, assigner(groups, weight_decay, decays))
+    return _adam_family(torch._fused_adam_, False, betas, eps, assigner(groups, weight_decay, decays))
 
 
 @described
@@ -217,11 +247,22 @@ def sgd(
         return {"momentum": params.map(torch.zeros_like)} if momentum else {}
 
     def update(
-        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
     ) -> OptState:
         gradients = gradients.for_kernel()
         slots = [state["momentum"]] if momentum else []
         for part in parts(gradients, params, *slots):
+            if torch.compiler.is_compiling():
+                unfused.sgd(
+                    part,
+                    gradients.pieces(part.chunks),
+                    learning_rate=learning_rate,
+                    momentum=momentum,
+                    nesterov=nesterov,
+                    divisor=gradients.divisor,
+                    found_inf=found_inf,
+                )
+                continue
             kernel = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
             kernel(
                 part.params,

@@ -26,9 +26,9 @@ Precision = Literal["as_built", "float32", "float64", "bfloat16"]
 Metrics = Mapping[str, Any]
 
 
-def _one_of(*choices: str) -> Callable[[Any, "attrs.Attribute[str]", str], None]:
-    def check(instance: Any, attribute: "attrs.Attribute[str]", value: str) -> None:
-        if value not in choices:
+def _one_of(*choices: Any) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]:
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
             raise ValueError(f"Plan: {attribute.name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
     return check
@@ -71,6 +71,16 @@ def _is_average(instance: Any, attribute: "attrs.Attribute[Average | None]", val
         raise ValueError(f"Plan: average takes one such as ff.ema(0.999), got {value!r}")
 
 
+def _check_compiles(plan: "Plan") -> None:
+    parts: list[Optimizer | Transform] = [plan.optimizer, *plan.transforms]
+    for part in parts:
+        if not part.compiles:
+            raise ValueError(
+                f"Plan: {part!r} works on the host and cannot be a part of a compiled step; use "
+                'compile="model", which compiles the model alone'
+            )
+
+
 def _device(value: str | torch.device) -> torch.device:
     try:
         device = torch.device(value)
@@ -103,6 +113,13 @@ class Plan:
         device: Where it runs.
         viewed_elements: Up to how many parameters gradients are views of a flat buffer: a matter of speed, and of the
             last bits, since sums are taken in another order.
+        compile: True compiles the whole step (forward, backward, transforms, update) as one graph; ``"model"`` the
+            model alone. Both give what the step gives that is not compiled, but for rounding and for other dropout
+            masks.
+        backend: Which compiler of ``torch.compile``.
+        unroll: Compile all microbatches into one graph, where nothing random is drawn: a longer compilation, a faster
+            step. Otherwise there are two, of a microbatch's gradient and of the update, since each microbatch has
+            its own random key.
     """
 
     model: nn.Module | ModelFactory
@@ -120,6 +137,15 @@ class Plan:
     donate: bool = True
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
     viewed_elements: int = VIEWED_ELEMENTS
+    compile: bool | Literal["model"] = attrs.field(default=False, validator=_one_of(False, True, "model"))
+    backend: str = "inductor"
+    unroll: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.compile is True:
+            _check_compiles(self)
+        if self.unroll and self.compile is not True:
+            raise ValueError("Plan: unroll=True says how a whole step is compiled; it needs compile=True")
 
     def describe(self) -> dict[str, str]:
         """Say, part by part, what the run is made of; the part of a plan that goes into checkpoints."""

@@ -37,11 +37,15 @@ class Ownership:
         """Let somebody read the tensors in the background; whoever takes them calls ``wait`` first."""
         self._readers.append(wait)
 
-    def take(self, where: str) -> None:
-        """Consume: every state that shares this token refuses to be read from now on."""
+    def settle(self) -> None:
+        """Wait for all who read in the background."""
         for wait in self._readers:
             wait()
         self._readers.clear()
+
+    def take(self, where: str) -> None:
+        """Consume: every state that shares this token refuses to be read from now on."""
+        self.settle()
         self.consumed_by = where
 
 
@@ -60,6 +64,10 @@ class Arrays:
     transforms: tuple[Any, ...] = ()
     ema: Flat | None = None
     controls: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def changing(self) -> dict[str, Any]:
+        """Give, as a tree, what a step changes: everything but the frozen parameters."""
+        return {field.name: getattr(self, field.name) for field in attrs.fields(Arrays) if field.name != "frozen"}
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False)
@@ -171,11 +179,16 @@ class TrainState:
         self.read()
         self._ownership.lend(wait)
 
+    def settle(self) -> None:
+        """Wait until nobody reads this state in the background any more."""
+        self.read()
+        self._ownership.settle()
+
     def copy(self) -> "TrainState":
         """Copy everything that a step would change. Frozen parameters are shared."""
         arrays = self.read()
-        named = {field.name: getattr(arrays, field.name) for field in attrs.fields(Arrays) if field.name != "frozen"}
-        return attrs.evolve(self, arrays=Arrays(frozen=arrays.frozen, **tree.copied(named)), ownership=Ownership())
+        copied = Arrays(frozen=arrays.frozen, **tree.copied(arrays.changing()))
+        return attrs.evolve(self, arrays=copied, ownership=Ownership())
 
     def as_tree(self) -> dict[str, Any]:
         """Give the whole state as nested mappings, for walking, comparing, and saving."""

@@ -4,8 +4,9 @@
 next is called step k. Schedules and random keys read that number.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -15,7 +16,7 @@ from forgather_fn import gradient, interrupt, tree
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
-from forgather_fn.finite import applied, flag_on_device, flag_on_host
+from forgather_fn.finite import Flag, applied, flag_on_device, flag_on_host
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective
@@ -25,8 +26,72 @@ from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, TrainState
 
+
+class TakeGradients(Protocol):
+    """Run forward and backward over the microbatches of a batch; leave the state as it is, also on failure."""
+
+    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[Gradients, Flat, dict[str, Mean]]:
+        """Give the mean gradient, the buffers that forward passes leave, and the means of the loss."""
+        ...
+
+
+class Advance(Protocol):
+    """Apply a gradient to a state, which is consumed when nothing can fail any more."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        gradients: Gradients,
+        buffers: Flat | None,
+        means: Mapping[str, Mean],
+        wants: frozenset[str],
+        /,
+    ) -> tuple[TrainState, Metrics]:
+        """Give the next state, and the metrics of the step."""
+        ...
+
+
+class TakeStep(Protocol):
+    """Do both."""
+
+    def __call__(self, state: TrainState, batch: Batch, wants: frozenset[str], /) -> tuple[TrainState, Metrics]:
+        """Give the next state, and the metrics of the step."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Execution:
+    """How the steps of a program are run: as they stand, or compiled.
+
+    Attributes:
+        step: The whole step.
+        gradients: Its first half.
+        advance: Its second half.
+    """
+
+    step: TakeStep
+    gradients: TakeGradients
+    advance: Advance
+
+
 WANTS = frozenset({"gradient_norms"})
 """Metrics that a step computes only when asked to."""
+
+
+def eager(built: Built) -> Execution:
+    """Run the steps of a program as they stand."""
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        gradients, buffers, means = take_gradients(built, state, batch)
+        try:
+            result = advance(built, state, gradients, buffers, means, wants)
+        except BaseException:
+            built.workspace.clear()
+            raise
+        built.workspace.release()
+        return result
+
+    return Execution(step, functools.partial(take_gradients, built), functools.partial(advance, built))
 
 
 def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
@@ -62,7 +127,7 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
     weight = means["loss"].weight
     gradients = built.workspace.collect(batch.samples, weight)
     if not mean_taken:
-        gradients = gradients.divided(_inverse(weight, built.dtype, built.device).reciprocal())
+        gradients = gradients.divided(inverse(weight, built.dtype, built.device).reciprocal())
     return gradients, buffers, means
 
 
@@ -72,7 +137,7 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
     Where the weight of the whole step is known before the backward pass, gradients are of the mean as they arise, so
     that gradient hooks see them so; otherwise they are of the sum, and False is returned.
     """
-    weight = _known_weight(built.plan, parts)
+    weight = known_weight(built.plan, parts)
     totals: dict[str, Mean] = {}
     for i, part in enumerate(parts):
         if i:
@@ -85,7 +150,7 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
             raise ValueError(_NOT_DIFFERENTIABLE)
         if len(parts) == 1:
             weight = objective.weight
-        share = None if weight is None else _inverse(weight, total.dtype, built.device)
+        share = None if weight is None else inverse(weight, total.dtype, built.device)
         torch.autograd.backward(total, share)
         detached = {name: mean.detach() for name, mean in means.items()}
         totals = {name: totals[name] + mean for name, mean in detached.items()} if i else detached
@@ -98,14 +163,14 @@ _NOT_DIFFERENTIABLE = (
 )
 
 
-def _known_weight(plan: Plan, parts: Sequence[Any]) -> Tensor | float | None:
+def known_weight(plan: Plan, parts: Sequence[Any]) -> Tensor | float | None:
     """Weigh all microbatches before the first forward pass, where the loss can."""
     if len(parts) == 1 or not isinstance(plan.loss, Objective):
         return None
     return sum((plan.loss.weight(part) for part in parts[1:]), plan.loss.weight(parts[0]))
 
 
-def _inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Divide one by a weight; nothing to weigh gives zero, so that a batch without labels moves nothing."""
     if isinstance(weight, Tensor) and weight.device.type == "cpu":
         weight = weight.item()  # looking is free here, and one call is faster than three
@@ -120,7 +185,7 @@ def advance(
     gradients: Gradients,
     buffers: Flat | None,
     means: Mapping[str, Mean],
-    wants: frozenset[str] = frozenset(),
+    wants: frozenset[str],
 ) -> tuple[TrainState, Metrics]:
     """Apply a gradient: transforms, the look at whether all is finite, the optimizer, averages, buffers, counters.
 
@@ -129,31 +194,70 @@ def advance(
     plan, arrays = built.plan, state.read()
     check_layout("this gradient", gradients.layout, built.binding.layout)
     learning_rate = rate(plan.schedule, state.step)
-    with torch.no_grad():
-        extra = _wanted(gradients, wants) if wants else {}
-        gradients, transforms = _transformed(plan, gradients, arrays, state)
-        gradients = gradients.measured()
-        norm = gradients.norm()
-        probe = norm + means["loss"].total if "loss" in means else norm
-        flags = flag_on_host if built.device.type == "cpu" else flag_on_device
-        found_inf, nonfinite = flags(plan.on_nonfinite, probe, arrays.nonfinite, state.step)
-        arrays = state.consume(f"step {state.step}")
-        arrays = _updated(plan, arrays, gradients, transforms, learning_rate, found_inf)
-        arrays = _counted(plan, arrays, gradients, buffers, found_inf)
-        if nonfinite is not arrays.nonfinite:
-            arrays.nonfinite.copy_(nonfinite)
+    arrays, reports, _ = update_arrays(
+        plan,
+        arrays,
+        gradients,
+        buffers,
+        means,
+        flag=flag_on_host if built.device.type == "cpu" else flag_on_device,
+        begin=lambda: state.consume(f"step {state.step}"),
+        learning_rate=learning_rate,
+        step=state.step,
+        seed=state.seed,
+        wants=wants,
+    )
     if arrays.buffers is not built.binding.buffers:
         built.binding.bind_buffers(arrays.buffers)
-    metrics = {**means, "grad_norm": norm, **gradients.reports, "learning_rate": learning_rate, **extra}
-    following = TrainState(
+    return following(state, arrays, gradients.samples), {**means, **reports, "learning_rate": learning_rate}
+
+
+def following(state: TrainState, arrays: Arrays, samples: int) -> TrainState:
+    """Make the state after a step: the counters of the host, and what the step has left on the device."""
+    return TrainState(
         step=state.step + 1,
-        samples=state.samples + gradients.samples,
+        samples=state.samples + samples,
         seed=state.seed,
         data=state.data,
         batch_size=state.batch_size,
         arrays=arrays,
     )
-    return following, metrics
+
+
+def update_arrays(
+    plan: Plan,
+    arrays: Arrays,
+    gradients: Gradients,
+    buffers: Flat | None,
+    means: Mapping[str, Mean],
+    *,
+    flag: Flag,
+    begin: Callable[[], object],
+    learning_rate: float | Tensor,
+    step: int | Tensor,
+    seed: int | Tensor,
+    wants: frozenset[str],
+) -> tuple[Arrays, dict[str, Tensor], Tensor]:
+    """Do what an update does to the arrays of a state, in place; ``begin`` is called before the first is touched.
+
+    It is run as it stands, or traced into a graph.
+
+    Returns:
+        The arrays; what is reported; and the flag, 1 where the step was not finite.
+    """
+    with torch.no_grad():
+        extra = _wanted(gradients, wants) if wants else {}
+        gradients, transforms = _transformed(plan, gradients, arrays, step, seed)
+        gradients = gradients.measured()
+        norm = gradients.norm()
+        probe = norm + means["loss"].total if "loss" in means else norm
+        found_inf, nonfinite = flag(plan.on_nonfinite, probe, arrays.nonfinite, step)
+        begin()
+        arrays = _updated(plan, arrays, gradients, transforms, learning_rate, found_inf)
+        arrays = _counted(plan, arrays, gradients, buffers, found_inf)
+        if nonfinite is not arrays.nonfinite:
+            arrays.nonfinite.copy_(nonfinite)
+    return arrays, {"grad_norm": norm, **gradients.reports, **extra}, found_inf
 
 
 def _wanted(gradients: Gradients, wants: frozenset[str]) -> dict[str, Any]:
@@ -163,13 +267,11 @@ def _wanted(gradients: Gradients, wants: frozenset[str]) -> dict[str, Any]:
 
 
 def _transformed(
-    plan: Plan, gradients: Gradients, arrays: Arrays, state: TrainState
+    plan: Plan, gradients: Gradients, arrays: Arrays, step: int | Tensor, seed: int | Tensor
 ) -> tuple[Gradients, tuple[Any, ...]]:
     states = []
     for transform, held in zip(plan.transforms, arrays.transforms, strict=True):
-        gradients, held = gradient.apply(
-            transform, gradients, held, params=arrays.params, step=state.step, seed=state.seed
-        )
+        gradients, held = gradient.apply(transform, gradients, held, params=arrays.params, step=step, seed=seed)
         states.append(held)
     return gradients, tuple(states)
 
@@ -179,7 +281,7 @@ def _updated(
     arrays: Arrays,
     gradients: Gradients,
     transforms: tuple[Any, ...],
-    learning_rate: float,
+    learning_rate: float | Tensor,
     found_inf: Tensor,
 ) -> Arrays:
     opt = plan.optimizer.update(gradients, arrays.opt, arrays.params, learning_rate=learning_rate, found_inf=found_inf)
@@ -199,8 +301,11 @@ def _updated(
 
 
 def _counted(plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, found_inf: Tensor) -> Arrays:
-    weight = gradients.weight
-    arrays.tokens.add_(weight.long() if isinstance(weight, Tensor) else int(weight))
+    weight, good = gradients.weight, applied(found_inf)
+    counted = weight.long() if isinstance(weight, Tensor) else int(weight)
+    if plan.on_nonfinite == "raise" and isinstance(good, Tensor):
+        counted = counted * good.long()  # a step that raises leaves everything as it was
+    arrays.tokens.add_(counted)
     if plan.on_nonfinite == "skip":
         arrays.skipped.add_(found_inf.long())
     if buffers is None or buffers is arrays.buffers:

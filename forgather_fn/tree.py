@@ -28,6 +28,43 @@ def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(child, f"{path}/{name}" if path else str(name))
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    """Give the tensors of a tree in order, and of flat storage its buffers.
+
+    Example:
+        >>> [t.item() for t in tensors({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
+        [1, 2]
+    """
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Flat):
+        return list(tree.buffers)
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    return [tensor for child in children for tensor in tensors(child)]
+
+
+def filled(tree: Any, new: Sequence[Tensor]) -> Any:
+    """Put other tensors in the places of those that :func:`tensors` gives.
+
+    Example:
+        >>> filled({"a": torch.tensor(1), "b": "text"}, [torch.tensor(3)])
+        {'a': tensor(3), 'b': 'text'}
+    """
+    return _filled(tree, iter(new))
+
+
+def _filled(tree: Any, new: Iterator[Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return next(new)
+    if isinstance(tree, Flat):
+        return Flat(tree.layout, tuple(next(new) for _ in tree.buffers))
+    if isinstance(tree, Mapping):
+        return {name: _filled(child, new) for name, child in tree.items()}
+    if isinstance(tree, tuple | list):
+        return rebuilt(tree, [_filled(child, new) for child in tree])
+    return tree
+
+
 def copied(tree: Any) -> Any:
     """Copy a tree with storage of its own for every tensor; flat storage stays flat."""
     if isinstance(tree, Flat):

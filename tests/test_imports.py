@@ -16,9 +16,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
 BASE = {"describe", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
-RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "neftune", "parts", "optim", "schedules"}
+RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "neftune", "parts", "optim", "schedules", "unfused"}
 DATA = {"data", "fetch", "loading", "order", "permutation"}
-STEP = {"batch", "binding", "built", "evaluation", "model", "plan", "step", "workspace"}
+STEP = {
+    "batch",
+    "binding",
+    "built",
+    "compiled",
+    "compiler",
+    "evaluation",
+    "graphs",
+    "model",
+    "plan",
+    "step",
+    "workspace",
+}
 LOOP = {"endings", "loop", "observers", "stages"}
 
 BELOW: Final[Mapping[str, set[str]]] = {

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from forgather_fn.model import (
 )
 from forgather_fn.plan import Metrics, Plan, Program
 from forgather_fn.state import Arrays, TrainState, counter
-from forgather_fn.step import advance, take_gradients
+from forgather_fn.step import Execution, eager
 from forgather_fn.workspace import workspace
 
 
@@ -43,9 +43,12 @@ def single(plan: Plan) -> Program:
     Returns:
         The record of functions: init, steps, step, gradients, update, evaluate, apply, export.
     """
-    held: list[Built] = []
+    held: list[tuple[Built, Execution]] = []
 
     def built() -> Built:
+        return running()[0]
+
+    def running() -> tuple[Built, Execution]:
         if not held:
             raise ValueError("this program has no model yet: call program.init(seed) before anything else")
         return held[0]
@@ -53,11 +56,11 @@ def single(plan: Plan) -> Program:
     def init(seed: int = 0) -> TrainState:
         seed = operator.index(seed)
         module = _prepared(plan, seed)
+        machine = held[0][0] if held else _build(plan, module)
+        state = _first_state(machine, module, seed)
         if not held:
-            held.append(_build(plan, module))
-        state = _first_state(held[0], module, seed)
-        if not held[0].slots:
-            held[0] = attrs.evolve(held[0], slots=frozenset(state.opt))
+            machine = attrs.evolve(machine, slots=frozenset(state.opt))
+            held.append((machine, _execution(machine)))
         return state
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
@@ -66,27 +69,20 @@ def single(plan: Plan) -> Program:
         return restored(plan, init, path, allow, without)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
-        machine, batch = built(), as_batch(batch)
-        state = state if plan.donate else state.copy()
-        gradients, buffers, means = take_gradients(machine, state, batch)
-        try:
-            following, metrics = advance(machine, state, gradients, buffers, means, wants)
-        except BaseException:
-            machine.workspace.clear()
-            raise
-        machine.workspace.release()
-        return following, metrics
+        _, execution = running()
+        return execution.step(state if plan.donate else state.copy(), as_batch(batch), wants)
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
-        taken, buffers, means = take_gradients(built(), state, as_batch(batch))
+        _, execution = running()
+        taken, buffers, means = execution.gradients(state, as_batch(batch))
         return taken.copy(), buffers, means
 
     def update(
         state: TrainState, gradients: Gradients, /, buffers: Mapping[str, Any] | None = None
     ) -> tuple[TrainState, Metrics]:
         assert buffers is None or isinstance(buffers, Flat)
-        state = state if plan.donate else state.copy()
-        return advance(built(), state, gradients.copy(), buffers, {})
+        _, execution = running()
+        return execution.advance(state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset())
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return _export(built(), state, params)
@@ -110,6 +106,14 @@ def single(plan: Plan) -> Program:
         export=export,
     )
     return program
+
+
+def _execution(built: Built) -> Execution:
+    if built.plan.compile is not True:
+        return eager(built)
+    from forgather_fn.compiled import compiled  # when used: the compiler is as large as the rest of torch
+
+    return compiled(built)
 
 
 def _prepared(plan: Plan, seed: int) -> nn.Module:
@@ -148,10 +152,16 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         workspace=workspace(
             binding.layout, [list(dict.fromkeys(ps)) for ps in by_leaf], plan.device, plan.viewed_elements
         ),
+        call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
         floating=_floating(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
+
+
+def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
+    """Give the module as it is called outside of a compiled step; in evaluation, compiled as well."""
+    return torch.compile(module, backend=plan.backend) if plan.compile else module
 
 
 def _first_state(built: Built, module: nn.Module, seed: int) -> TrainState:

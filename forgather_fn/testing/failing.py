@@ -76,7 +76,7 @@ def _in_transform(plan: Plan, seed: int, trap: Trap) -> Subject:
         del params
 
     def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int, seed: int
+        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
     ) -> tuple[Gradients, Any]:
         del params, step, seed
         trap.spring()

@@ -21,7 +21,6 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.model import Modes
 from forgather_fn.random import key
 from forgather_fn.state import Ownership
-from forgather_fn.strategy import single
 from tests import zoo
 
 Patch = pytest.MonkeyPatch
@@ -42,7 +41,7 @@ def mean_of_means(patch: Patch) -> None:
         average = {name: torch.stack([one[name] for one in gradients]).mean(0) for name in gradients[0]}
         return attrs.evolve(gradients[0].replaced(average, by="plant"), samples=batch.samples), buffers, means
 
-    patch.setattr(single, "take_gradients", planted)
+    patch.setattr(step, "take_gradients", planted)
 
 
 def uncloned_buffers(patch: Patch) -> None:
@@ -88,7 +87,7 @@ def position_off_by_one(patch: Patch) -> None:
         following, metrics = advance(*args, **kwargs)
         return attrs.evolve(following, samples=following.samples - 1), metrics
 
-    patch.setattr(single, "advance", planted)
+    patch.setattr(step, "advance", planted)
 
 
 def start_off_by_one(patch: Patch) -> None:
@@ -133,7 +132,7 @@ def consumed_too_early(patch: Patch) -> None:
             state.consume("a failed step")
             raise
 
-    patch.setattr(single, "take_gradients", planted)
+    patch.setattr(step, "take_gradients", planted)
 
 
 def gradients_left_behind(patch: Patch) -> None:
@@ -145,7 +144,7 @@ def gradients_left_behind(patch: Patch) -> None:
         kept = attrs.evolve(built.workspace, clear=lambda: None)
         return take(attrs.evolve(built, workspace=kept), state, batch)
 
-    patch.setattr(single, "take_gradients", planted)
+    patch.setattr(step, "take_gradients", planted)
 
 
 def stale_binding(patch: Patch) -> None:

@@ -1,0 +1,289 @@
+"""The step as compiled graphs: :mod:`~forgather_fn.graphs`, run with the tensors of a state.
+
+A step of one microbatch is one graph. One of several is a graph of a microbatch's gradient, run for each under its own
+random key, and a graph of the update; or, unrolled, one graph again. What a graph cannot do is done here: keys are
+derived, schedules read, states wrapped.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn import compiler, flat, graphs, interrupt, tree
+from forgather_fn.batch import microbatches
+from forgather_fn.built import Built, check_layout
+from forgather_fn.data import Batch
+from forgather_fn.flat import Flat, Layout
+from forgather_fn.gradient import Gradients
+from forgather_fn.graphs import FLAG, Sums
+from forgather_fn.losses import leading_dimension
+from forgather_fn.mean import Mean
+from forgather_fn.plan import Metrics
+from forgather_fn.random import generators, key, reseed, seeded
+from forgather_fn.schedules import rate
+from forgather_fn.state import Arrays, NonFiniteError, TrainState, counter, nonfinite_message
+from forgather_fn.step import Execution, following, inverse, known_weight, take_gradients
+
+Whole = Callable[..., tuple[dict[str, Tensor], Sums]]
+
+
+@attrs.frozen(eq=False)
+class Graphs:
+    """The graphs of one program, each compiled when it is first called.
+
+    Attributes:
+        buffers: The layout of the model's buffers.
+        gradient: Adds a microbatch's gradient to accumulators.
+        update: The update, for the metrics that are wanted.
+        whole: The whole step, for the metrics that are wanted.
+    """
+
+    buffers: Layout
+    gradient: Callable[..., tuple[graphs.Active, list[Tensor], Sums]]
+    update: Callable[[frozenset[str]], graphs.UpdateTensors]
+    whole: Callable[[frozenset[str]], Whole]
+
+
+def compiled(built: Built) -> Execution:
+    """Run the steps of a program as compiled graphs; see :class:`~forgather_fn.step.Execution`."""
+    plan, device, layout = built.plan, built.device, built.binding.layout
+    made: list[Graphs] = []
+
+    def begun(state: TrainState, batch: Batch) -> tuple[Arrays, list[Any], Graphs]:
+        arrays = state.read()
+        built.bound(arrays)
+        parts = microbatches(attrs.evolve(batch, data=built.place(batch.data)), plan.microbatches)
+        if not made:
+            _try(built, state, parts[0])
+            made.append(_graphs(built, arrays))
+        buffers = arrays.buffers.layout
+        if buffers is not made[0].buffers and buffers.leaves != made[0].buffers.leaves:
+            raise ValueError(
+                "the state's buffers have other shapes than those that the step was compiled for; buffers that change "
+                'their shape need compile="model" or compile=False'
+            )
+        return arrays, parts, made[0]
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        if plan.microbatches > 1 and not plan.unroll:
+            gradients, buffers, means = gradients_of(state, batch)
+            return advance(state, gradients, buffers, means, wants)
+        arrays, parts, own = begun(state, batch)
+        run = own.whole(wants)
+        state.settle()
+        with seeded(key(state.seed, state.step, 0, "forward"), device):
+            reports, sums = run(
+                tree.tensors(arrays.changing()),
+                dict(arrays.frozen),
+                parts,
+                *_share(built, parts),
+                *_scalars(built, state),
+            )
+        return _finished(built, state, batch.samples, reports, {name: Mean(*pair) for name, pair in sums.items()})
+
+    def gradients_of(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
+        arrays, parts, own = begun(state, batch)
+        share, taken = _share(built, parts)
+        total = flat.zeros(layout, device)
+        buffers, means = list(arrays.buffers.buffers), dict[str, Mean]()
+        with seeded(key(state.seed, state.step, 0, "forward"), device):
+            for i, part in enumerate(parts):
+                if i:
+                    interrupt.check()
+                    reseed(key(state.seed, state.step, i, "forward"), device)
+                active, buffers, sums = own.gradient(
+                    list(arrays.params.buffers), dict(arrays.frozen), buffers, list(total.buffers), part, share
+                )
+                found = {name: Mean(*pair) for name, pair in sums.items()}
+                means = {name: means[name] + mean for name, mean in found.items()} if i else found
+        weight = means["loss"].weight
+        divisor = None if taken else inverse(weight, built.dtype, device).reciprocal()
+        views = {name: total[name] for name in itertools.compress(layout.index, active)}
+        gradients = Gradients(layout, active, views, total, batch.samples, weight, divisor)
+        return gradients, Flat(own.buffers, tuple(buffers)), means
+
+    def advance(
+        state: TrainState,
+        gradients: Gradients,
+        buffers: Flat | None,
+        means: Mapping[str, Mean],
+        wants: frozenset[str],
+    ) -> tuple[TrainState, Metrics]:
+        arrays = state.read()
+        check_layout("this gradient", gradients.layout, layout)
+        if not made:
+            made.append(_graphs(built, arrays))
+        run = made[0].update(wants)
+        state.settle()
+        reports = run(
+            tree.tensors(arrays.changing()),
+            dict(gradients.views) if gradients.flat is None else list(gradients.flat.buffers),
+            gradients.active,
+            [] if buffers is None else list(buffers.buffers),
+            {name: graphs.pair(mean) for name, mean in means.items()},
+            torch.as_tensor(gradients.weight, device=device),
+            [] if gradients.divisor is None else [gradients.divisor],
+            *_scalars(built, state),
+        )
+        return _finished(built, state, gradients.samples, reports, means)
+
+    return Execution(step, gradients_of, advance)
+
+
+def _graphs(built: Built, arrays: Arrays) -> Graphs:
+    """Make the functions that are compiled when they are first called."""
+    plan, layout, like = built.plan, built.binding.layout, arrays.changing()
+    _check_tensors(like)
+    places = _places(like)
+    differentiate = graphs.differentiation(built, arrays.buffers.layout, compiler.opaque)
+    accumulate = compiler.opaque(functools.partial(graphs.accumulate, layout))
+    compiled_whole = functools.partial(compiler.whole, backend=plan.backend)
+
+    def gradient(
+        params: list[Tensor],
+        frozen: dict[str, Tensor],
+        held: list[Tensor],
+        total: list[Tensor],
+        part: Any,
+        share: Tensor | None,
+    ) -> tuple[graphs.Active, list[Tensor], Sums]:
+        found, active, fresh, sums = differentiate(params, frozen, held, part, share)
+        accumulate(total, found, active)
+        return active, fresh, sums
+
+    def update_of(wants: frozenset[str]) -> graphs.UpdateTensors:
+        return compiled_whole(compiler.opaque(graphs.updating(built, like, wants)))
+
+    def whole_of(wants: frozenset[str]) -> Whole:
+        arranged = compiler.opaque(_arrangement(built))
+        update = compiler.opaque(graphs.updating(built, like, wants))
+
+        def step(
+            tensors: list[Tensor],
+            frozen: dict[str, Tensor],
+            parts: list[Any],
+            share: Tensor | None,
+            taken: bool,
+            *scalars: Tensor,
+        ) -> tuple[dict[str, Tensor], Sums]:
+            params, held = tensors[places["params"]], tensors[places["buffers"]]
+            gradient, active, held, sums = differentiate(params, frozen, held, parts[0], share)
+            for part in parts[1:]:
+                more, also, held, own = differentiate(params, frozen, held, part, share)
+                assert active == also
+                gradient = [one + other for one, other in zip(gradient, more, strict=True)]
+                sums = {name: (total + own[name][0], weight + own[name][1]) for name, (total, weight) in sums.items()}
+            weight = sums["loss"][1]
+            divisor = [] if taken else [graphs.inverse(weight).reciprocal()]
+            return update(tensors, arranged(gradient, active), active, held, sums, weight, divisor, *scalars), sums
+
+        return compiled_whole(step)
+
+    return Graphs(
+        arrays.buffers.layout, compiled_whole(gradient), functools.cache(update_of), functools.cache(whole_of)
+    )
+
+
+def _arrangement(built: Built) -> Callable[[list[Tensor], graphs.Active], graphs.Gradient]:
+    """Say how gradients reach the update: in one buffer where calls are what takes time, else as they are."""
+    layout = built.binding.layout
+    if built.viewed:
+        return functools.partial(graphs.concatenated, layout)
+    return lambda tensors, active: dict(zip(itertools.compress(layout.index, active), tensors, strict=True))
+
+
+def _places(like: Mapping[str, Any]) -> dict[str, slice]:
+    """Say where the tensors of each branch of a tree lie among all of them."""
+    places, start = {}, 0
+    for name, branch in like.items():
+        stop = start + len(tree.tensors(branch))
+        places[name], start = slice(start, stop), stop
+    return places
+
+
+def _check_tensors(like: Mapping[str, Any]) -> None:
+    """Make sure that all that a step changes is tensors: a number would stay in a graph as it was when it was made."""
+    for path, leaf in tree.walk({name: like[name] for name in ("opt", "transforms", "controls")}):
+        if not isinstance(leaf, Tensor | None):
+            raise ValueError(
+                f"{path} is {leaf!r}, which a compiled step cannot change: an optimizer or a transform keeps tensors, "
+                "torch.tensor(0) for a number"
+            )
+
+
+def _try(built: Built, state: TrainState, part: Any) -> None:
+    """Run forward and backward once as they stand.
+
+    What is wrong with a model, a loss or a batch is then said in its own words, not in the compiler's.
+
+    Raises:
+        ValueError: Microbatches are to be one graph, and the model draws random numbers.
+    """
+    drawn: list[bool] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = [generator.get_state() for generator in generators(built.device)]
+        outputs = built.module(*args, **kwargs)
+        after = [generator.get_state() for generator in generators(built.device)]
+        drawn.append(any(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
+        return outputs
+
+    once = attrs.evolve(built, call=watched, plan=attrs.evolve(built.plan, microbatches=1, unroll=False))
+    _, buffers, _ = take_gradients(once, state, Batch(part, leading_dimension(part), None))
+    built.workspace.clear()
+    if buffers.layout.leaves != state.read().buffers.layout.leaves:
+        raise ValueError(
+            f"{type(built.module).__name__}.forward makes or reshapes buffers, which a compiled step cannot; give them "
+            'their shape in __init__, or use compile="model" or compile=False'
+        )
+    if built.plan.unroll and any(drawn):
+        raise ValueError(
+            "Plan: unroll=True, but the model draws random numbers, and microbatches of one graph cannot have keys of "
+            "their own; leave unroll out, or turn dropout off"
+        )
+
+
+def _share(built: Built, parts: list[Any]) -> tuple[Tensor | None, bool]:
+    """Say what each microbatch's objective is multiplied by, and whether gradients are of the mean then.
+
+    One microbatch is divided by its own weight, in the graph; several by that of all, where the loss can tell it
+    beforehand; else their sum is divided at the end.
+    """
+    if len(parts) == 1:
+        return None, True
+    weight = known_weight(built.plan, parts)
+    if weight is None:
+        return torch.ones((), dtype=built.dtype, device=built.device), False
+    return inverse(weight, built.dtype, built.device), True
+
+
+def _scalars(built: Built, state: TrainState) -> tuple[Tensor, Tensor, Tensor]:
+    """Give what changes from step to step as tensors: a number would be a part of the graph."""
+    device = built.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    learning_rate = torch.full((), rate(built.plan.schedule, state.step), dtype=dtype, device=device)
+    return learning_rate, counter(state.step, device), counter(state.seed, device)
+
+
+def _finished(
+    built: Built, state: TrainState, samples: int, reports: dict[str, Tensor], means: Mapping[str, Mean]
+) -> tuple[TrainState, Metrics]:
+    """Consume the state whose tensors a graph has updated; raise, on a CPU, if they are what they were.
+
+    Every change is gated by a flag that depends on the whole backward pass, so a graph that fails has changed nothing.
+    """
+    plan, arrays = built.plan, state.read()
+    found_inf = reports.pop(FLAG)
+    if built.device.type == "cpu" and plan.on_nonfinite == "raise" and found_inf.item():
+        first = int(arrays.nonfinite)
+        if first == state.step:
+            arrays.nonfinite.fill_(-1)
+        raise NonFiniteError(nonfinite_message(first))
+    arrays = state.consume(f"step {state.step}")
+    metrics = {**means, **reports, "learning_rate": rate(plan.schedule, state.step)}
+    return following(state, arrays, samples), metrics
