@@ -1,5 +1,6 @@
 """TrainingArguments against transformers' own: fields, defaults, what is derived, refused, and how it is written."""
 
+import abc
 import copy
 import dataclasses
 import inspect
@@ -334,6 +335,24 @@ def test_transformers_parser_reads_it(kind: Any, tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text(json.dumps({"output_dir": "z"}))
     (read,) = HfArgumentParser(kind).parse_json_file(str(tmp_path / "args.json"))
     assert read.output_dir == "z"
+
+
+def test_its_signature_is_that_of_its_fields() -> None:
+    assert list(inspect.signature(TrainingArguments).parameters) == list(FIELDS)
+    assert list(inspect.signature(Mine).parameters) == [*FIELDS, "temperature", "warmup_ratio"]
+
+
+def test_abstract_classes_can_be_mixed_in() -> None:
+    class Named(abc.ABC):
+        @abc.abstractmethod
+        def name(self) -> str: ...
+
+    @dataclasses.dataclass
+    class Both(TrainingArguments, Named):
+        def name(self) -> str:
+            return str(self.output_dir)
+
+    assert Both("x").name() == "x"
 
 
 def test_it_is_a_plain_mutable_dataclass() -> None:

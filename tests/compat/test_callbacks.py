@@ -546,6 +546,36 @@ def test_a_detector_that_could_not_work_is_refused(given: dict[str, Any], messag
         ours.DivergenceDetector(**given)
 
 
+def test_transformers_own_callbacks_run_as_they_are(
+    args: TrainingArguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations import TensorBoardCallback
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    args.metric_for_best_model, args.greater_is_better, args.eval_strategy = "loss", False, "steps"
+    args.load_best_model_at_end = True
+    stopping = transformers.EarlyStoppingCallback(2)
+    built_in = [theirs.DefaultFlowCallback(), TensorBoardCallback(), stopping, theirs.PrinterCallback()]
+    handler = ours.CallbackHandler([*built_in, theirs.ProgressCallback()], model=nn.Linear(1, 1))
+    handler.eval_dataloader = [1, 2]
+    state, control = TrainerState(max_steps=9, eval_steps=1, best_metric=0.0), TrainerControl()
+    handler.on_train_begin(args, state, control)
+    for step in range(1, 4):
+        state.global_step = step
+        control = handler.on_step_begin(args, state, control)
+        control = handler.on_step_end(args, state, control)
+        assert control.should_evaluate
+        control = handler.on_log(args, state, control, {"loss": 1.0 / step, "total_flos": 1.0})
+        control = handler.on_prediction_step(args, state, control)
+        control = handler.on_evaluate(args, state, control, {"eval_loss": 1.0})
+    handler.on_train_end(args, state, control)
+    assert (stopping.early_stopping_patience_counter, control.should_training_stop) == (3, True)
+    assert [step for step, _ in scalars(tmp_path / "tb")["train/loss"]] == [1, 2, 3]
+    assert "'loss': '0.3333'" in capsys.readouterr().out
+    saved = TrainerState(stateful_callbacks=[stopping])  # type: ignore[arg-type]  # it is exported
+    assert saved.stateful_callbacks["EarlyStoppingCallback"]["attributes"] == {"early_stopping_patience_counter": 3}
+
+
 class Regression(nn.Module):
     def __init__(self) -> None:
         super().__init__()

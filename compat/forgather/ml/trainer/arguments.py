@@ -1,22 +1,17 @@
 """The arguments of a trainer."""
 
-import contextlib
 import json
-import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from datetime import timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from forgather.ml.trainer import derived
 from forgather.ml.trainer.accelerator_config import AcceleratorConfig
-from forgather.ml.trainer.enums import ParallelMode
 from forgather.ml.trainer.fields.compute import Compute
 from forgather.ml.trainer.fields.describing import does
 from forgather.ml.trainer.fields.own import Own, OwnSaving
@@ -24,22 +19,15 @@ from forgather.ml.trainer.fields.running import Parallel, Running, Scripts
 from forgather.ml.trainer.fields.training import Training
 from forgather.ml.trainer.fields.watching import Evaluation, Logging, Saving
 from forgather.ml.trainer.legacy import Translating, UnknownArgumentError, translated, unknown
+from forgather.ml.trainer.process import Place
 from forgather.ml.trainer.refusals import REFUSED, Refusal, refuse_unhonoured
 from forgather.ml.trainer.setters import Setters
-
-_LEVELS: Final = {
-    "detail": logging.DEBUG,
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "critical": logging.CRITICAL,
-}
 
 
 # A dataclass takes its fields from its bases last to first: Training's come first, as in transformers.
 @dataclass(repr=False)
 class TrainingArguments(
+    Place,
     Setters,
     OwnSaving,
     Own,
@@ -98,73 +86,6 @@ class TrainingArguments(
 
     __repr__ = __str__
 
-    @property
-    def device(self) -> torch.device:
-        """The device of this process: the CPU if it was asked for or there is no other."""
-        named = os.environ.get("ACCELERATE_TORCH_DEVICE")
-        if self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-            return torch.device("cpu")
-        if named or not torch.accelerator.is_available():
-            return torch.device(named or "cpu")
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        return torch.device("mps") if kind.type == "mps" else torch.device(kind.type, self.local_process_index)
-
-    @property
-    def n_gpu(self) -> int:
-        """How many accelerators this process uses: one, or none; never several, as docs/migration.md says."""
-        return int(self.device.type != "cpu")
-
-    @property
-    def world_size(self) -> int:
-        """How many processes a launcher started."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
-
-    @property
-    def process_index(self) -> int:
-        """Which of all processes this is."""
-        return int(os.environ.get("RANK", "0"))
-
-    @property
-    def local_process_index(self) -> int:
-        """Which of this machine's processes this is."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
-
-    @property
-    def parallel_mode(self) -> ParallelMode:
-        """Whether there are several processes."""
-        return ParallelMode.DISTRIBUTED if self.world_size > 1 else ParallelMode.NOT_PARALLEL
-
-    @property
-    def train_batch_size(self) -> int:
-        """Samples of one forward pass of this process in training."""
-        return self.per_device_train_batch_size * max(1, self.n_gpu)
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Samples of one forward pass of this process in evaluation."""
-        return self.per_device_eval_batch_size * max(1, self.n_gpu)
-
-    @property
-    def ddp_timeout_delta(self) -> timedelta:
-        """``ddp_timeout`` as torch.distributed takes it."""
-        return timedelta(seconds=self.ddp_timeout)
-
-    @property
-    def should_log(self) -> bool:
-        """Whether this process logs."""
-        return (self.local_process_index if self.log_on_each_node else self.process_index) == 0
-
-    @property
-    def should_save(self) -> bool:
-        """Whether this process writes to disk."""
-        return (self.local_process_index if self.save_on_each_node else self.process_index) == 0
-
-    @property
-    def place_model_on_device(self) -> bool | None:
-        """Whether the trainer moves the model; None leaves it to the trainer. Meant to be overridden."""
-        return None
-
     def was_given(self, name: str) -> bool:
         """Tell whether a field was named when these arguments were made, or has another value than its default.
 
@@ -172,35 +93,6 @@ class TrainingArguments(
         """
         by_default = {one.name: one.default for one in fields(self)}
         return name in self.__dict__.get("_given", ()) or getattr(self, name) != by_default[name]
-
-    def get_process_log_level(self) -> int:
-        """Give the level of this process's loggers, as a number of :mod:`logging`."""
-        word = self.log_level if self.should_log else self.log_level_replica
-        if word == "passive":
-            return logging.getLogger("transformers").getEffectiveLevel()
-        return _LEVELS[word]
-
-    @contextlib.contextmanager
-    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
-        """Let the first process do something, such as fill a cache, while the others wait.
-
-        Args:
-            local: Whether that is the first of each machine, or the first of all.
-            desc: What is done; for people who read the code.
-        """
-        if self.world_size == 1:
-            yield
-            return
-        from torch import distributed
-
-        first = (self.local_process_index if local else self.process_index) == 0
-        if not first:
-            distributed.barrier()
-        try:
-            yield
-        finally:
-            if first:
-                distributed.barrier()
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Count the updates of the warm-up: ``warmup_steps``, or its share of all updates, rounded up."""

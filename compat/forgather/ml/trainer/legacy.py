@@ -6,6 +6,7 @@ any other.
 """
 
 import difflib
+import inspect
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
@@ -203,6 +204,12 @@ class Translating(ABCMeta):
     A dataclass writes its own ``__init__`` for each subclass, so what surrounds the constructor is the one place where
     old names can be translated for all of them. It is an ``ABCMeta``, so that abstract classes can be mixed in.
     """
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The constructor's, as editors show it; without this, that of ``__call__`` would be found."""
+        _, *rest = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]  # of this very class
+        return inspect.Signature(rest)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an instance; remember which arguments were given, for those where that matters."""
