@@ -189,6 +189,7 @@ FLOWS: list[dict[str, Any]] = [
     {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy": "epoch", "eval_delay": 2},
     {"logging_strategy": "no", "save_strategy": "no"},
     {"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 4, "save_steps": 5},
+    {"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 6},
     {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "best", "eval_delay": 99},
 ]
 
