@@ -1,6 +1,5 @@
 """What an argument may not be, and why: whatever is not honoured is refused, with what to write instead."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Final
@@ -37,11 +36,6 @@ OPTIMIZERS: Final = frozenset(
 
 _PASS_IT: Final = "pass the optimizer itself: optimizer_cls_and_kwargs=(Class, {...}), or optimizer_factory"
 _LAUNCHED: Final = "the trainer of this class runs on one device; AccelTrainer is the one for several"
-
-
-def several_processes() -> bool:
-    """Tell whether a launcher started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 REFUSED: Final[Mapping[str, Refusal]] = {
