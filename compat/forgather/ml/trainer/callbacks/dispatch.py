@@ -1,9 +1,8 @@
 """Calling callbacks: all of them, in their order, and for nothing where nobody listens."""
 
-import functools
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from forgather.ml.trainer.callbacks.base import EVENTS
 from forgather.ml.trainer.trainer_types import TrainerControl
@@ -166,10 +165,9 @@ class CallbackHandler:
                 control = answer
         return control
 
-    def __getattr__(self, name: str) -> Any:
-        if name in EVENTS:
-            return functools.partial(self.call_event, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the events, which are added below
 
     def _of(self, event: str) -> list[Any]:
         if self._seen != self.callbacks:
@@ -177,6 +175,19 @@ class CallbackHandler:
         if event not in self._listeners:
             self._listeners[event] = [one for one in self.callbacks if overrides(one, event)]
         return self._listeners[event]
+
+
+def _method(event: str) -> Callable[..., TrainerControl]:
+    def call(
+        self: CallbackHandler, args: Any, state: Any, control: TrainerControl, *fourth: Any, **kwargs: Any
+    ) -> TrainerControl:
+        return self.call_event(event, args, state, control, *fourth, **kwargs)
+
+    return call
+
+
+for _event in EVENTS:
+    setattr(CallbackHandler, _event, _method(_event))
 
 
 def _name(error: Exception, where: str) -> None:
