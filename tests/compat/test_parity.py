@@ -77,7 +77,7 @@ def test_training_in_float32_is_that_of_transformers(kind, tmp_path):
     "options",
     [
         {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "logging_steps": 2},
-        {**dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch"), "load_best_model_at_end": True},
+        {**dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch"), "load_best_model_at_end": 1},
         {"max_steps": 5, "logging_first_step": True, "logging_steps": 3, "eval_on_start": True},
     ],
     ids=["steps", "epochs", "max_steps"],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from forgather.ml.trainer.saving import SavingPart
 from forgather.ml.trainer.trainer_types import TrainerState
-from forgather_fn.checkpoint import catalog
+from forgather_fn.checkpoint import catalog, safe
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError
 
@@ -200,15 +200,26 @@ def check_whole(path: Path) -> None:
             raise CheckpointError(f"{path} has no {STATE}: its save did not end, or it is no checkpoint")
         return
     faults = manifests.hash_faults(path, manifest)
-    weights = [fault for fault in faults if fault.startswith(("model", "adapter_model"))]
-    if weights and len(weights) == len(faults) and (_has(path, INDEX) or _has(path, WEIGHTS)):
+    if faults and all(_is_rewritten(path, fault) for fault in faults):
         warnings.warn(
-            f"{path}: the weights are not those that were saved ({'; '.join(weights)}); another tool has written them "
+            f"{path}: the weights are not those that were saved ({'; '.join(faults)}); another tool has written them "
             "anew, and they are read as they are",
             stacklevel=2,
         )
     elif faults:
         raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
+
+
+def _is_rewritten(path: Path, fault: str) -> bool:
+    """Tell whether a fault is what splitting, or joining, the weights leaves: files gone, and others whole instead."""
+    gone = fault.endswith(" is missing") and fault.startswith(("model", "adapter_model"))
+    if not gone and not fault.startswith(f"{INDEX}:") and not fault.startswith(f"{INDEX} has"):
+        return False
+    if _has(path, INDEX):
+        names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+    else:
+        names = {WEIGHTS, ADAPTER} & {entry.name for entry in path.iterdir()}
+    return bool(names) and not any(safe.fault(path / name) for name in names)
 
 
 def read_weights(model: nn.Module, folder: str) -> None:
