@@ -99,7 +99,7 @@ class SteppingPart(OptimizerPart, EvaluationPart):
     def _look(self) -> tuple[Any, ...]:
         """Look at what the layout of the state depends on: parameters, their memory, and the optimizer's groups."""
         sites = tuple(
-            (child, name, id(p), p.data_ptr(), p.dtype)
+            (child, name, id(p), p.data_ptr(), p.dtype, p.shape)
             for child in self.model.modules()
             for name, p in child._parameters.items()
             if p is not None
@@ -127,17 +127,19 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         return self._engine
 
     def _check_replaced(self, engine: Engine) -> None:
-        before = {(id(child), name): pid for child, name, pid, *_ in engine.looks[0]}
+        before = {(id(child), name): (pid, shape) for child, name, pid, _, _, shape in engine.looks[0]}
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for prefix, child in self.model.named_modules():
             for name, p in child._parameters.items():
                 was = before.get((id(child), name))
-                if p is not None and was is not None and was != id(p) and p.requires_grad and id(p) not in known:
+                if p is None or was is None or not p.requires_grad or was == (id(p), p.shape):
+                    continue
+                if was[0] == id(p) or id(p) not in known:
                     full = f"{prefix}.{name}" if prefix else name
                     raise ValueError(
                         f"{full} was replaced while training runs (by resize_token_embeddings, or a new layer), and "
-                        "the optimizer does not know the new parameter, so that it would never be trained. Replace "
-                        "parameters before train(), or add the new one: optimizer.add_param_group({'params': [p]})"
+                        "the optimizer does not fit the new parameter. Replace parameters before train(), or tell the "
+                        "optimizer: optimizer.add_param_group({'params': [p]})"
                     )
 
     def _step(self, batches: list[Any], items: Any) -> tuple[Mean, Tensor]:
