@@ -80,8 +80,8 @@ def test_evaluation_before_and_after_training(tmp_path):
 
 def test_arguments_are_left_as_they_are(tmp_path):
     args = ours.TrainingArguments(
-        str(tmp_path), max_steps=6, save_steps=0.5, logging_steps=0.2, use_cpu=True, eval_strategy="steps", eval_steps=3,
-        load_best_model_at_end=False, warmup_steps=0.5,
+        str(tmp_path), max_steps=6, save_steps=0.5, logging_steps=0.2, use_cpu=True, eval_strategy="steps",
+        eval_steps=3, load_best_model_at_end=False, warmup_steps=0.5,
     )  # fmt: skip
     before = copy.deepcopy(args.to_dict())
     made = ours.Trainer(
@@ -177,7 +177,7 @@ def test_a_directory_that_another_process_writes_to_is_refused(tmp_path):
         ({"model_init": Regression}, ValueError, "but not both"),
         ({"processing_class": 1, "tokenizer": 2}, ValueError, "another name of processing_class"),
         ({"optimizer_cls_and_kwargs": (1, {}), "optimizers": (1, None)}, RuntimeError, "incompatible"),
-        ({"model": None, "model_init": Regression, "optimizers": (1, None)}, RuntimeError, "`model_init` is incompatible"),
+        ({"model": None, "model_init": Regression, "optimizers": (1, None)}, RuntimeError, "`model_init` is incomp"),
         ({"train_dataset": iter([])}, ValueError, "does not implement __len__"),
     ],
     ids=str,

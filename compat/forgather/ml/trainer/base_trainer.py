@@ -17,6 +17,7 @@ from forgather.ml.trainer.callbacks import (
 )
 from forgather.ml.trainer.collators import default_collator
 from forgather.ml.trainer.loop import LoopPart
+from forgather.ml.trainer.model_settings import constructed
 from forgather.ml.trainer.objective import smoother
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
@@ -180,10 +181,11 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
             RuntimeError: It takes more than one argument, or returns None.
         """
         assert self.model_init is not None
-        number = len(inspect.signature(self.model_init).parameters)
+        build = self.model_init
+        number = len(inspect.signature(build).parameters)
         if number > 1:
             raise RuntimeError("model_init should have 0 or 1 argument.")
-        model = self.model_init(trial) if number else self.model_init()
+        model = constructed(functools.partial(build, trial) if number else build, self.args)
         if model is None:
             raise RuntimeError("model_init should not return None.")
         return model

@@ -95,7 +95,7 @@ class Adopted:
         return state
 
     def update(
-        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
     ) -> OptState:
         """Make the update that the optimizer's own step would make, with its options as they are now."""
         del learning_rate
@@ -209,7 +209,7 @@ class Called:
         return {name: Hyper() for name in params}
 
     def update(
-        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float, found_inf: Tensor
+        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
     ) -> OptState:
         """Call the optimizer's step."""
         del learning_rate, params

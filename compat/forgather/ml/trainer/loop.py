@@ -17,10 +17,11 @@ from torch import Tensor
 from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.feed import Feed, feed
 from forgather.ml.trainer.logs import Losses
+from forgather.ml.trainer.model_settings import model_settings
 from forgather.ml.trainer.rates import RatePart, metric_of
 from forgather.ml.trainer.resuming import ResumingPart
 from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
-from forgather.ml.trainer.surroundings import surroundings
+from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
 from forgather_fn.state import NonFiniteError
 
@@ -104,8 +105,13 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             self._close_engine()
 
     def _train_with(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
-        """Train, with smaller batches where memory runs out and that was asked for."""
+        """Train the model, built anew if it is built by a function, as arguments want it to be."""
         self._rebuild_model()
+        with model_settings(self.model, self.args), finite_outputs(self.model, self.args.debug):
+            return self._train_in_batches(resume, ignore_keys)
+
+    def _train_in_batches(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        """Train, with smaller batches where memory runs out and that was asked for."""
         resumed = self._checkpoint_to_resume(resume)
         if resumed is not None:
             self._load_from_checkpoint(resumed)

@@ -52,7 +52,7 @@ class Seq2SeqTrainer(Trainer):
             raise ValueError(f"{error}\n\nFix these issues to train your model.") from None
         return config
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self,
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
@@ -63,7 +63,7 @@ class Seq2SeqTrainer(Trainer):
         self._gen_kwargs = self._generation(gen_kwargs)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         test_dataset: Any,
         ignore_keys: list[str] | None = None,

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
+
+from forgather_fn.tree import walk
 
 
 @contextlib.contextmanager
@@ -34,6 +37,39 @@ def surroundings(args: Any) -> Iterator[None]:
             stack.callback(setattr, dynamo, "recompile_limit", dynamo.recompile_limit)
             dynamo.recompile_limit = limit
         yield
+
+
+@contextlib.contextmanager
+def finite_outputs(model: nn.Module, debug: Any) -> Iterator[None]:
+    """Stop at the first module that gives a value that is not finite, where ``debug`` asks for that.
+
+    Raises:
+        ValueError: In the forward pass: the module, what went in, and what came out.
+    """
+    if "underflow_overflow" not in [getattr(option, "value", option) for option in debug]:
+        yield
+        return
+    names = {child: name or type(model).__name__ for name, child in model.named_modules()}
+
+    def look(child: nn.Module, inputs: Any, outputs: Any) -> None:
+        found = [t for _, t in walk(outputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if not all(bool(torch.isfinite(t).all()) for t in found):
+            given = [t for _, t in walk(inputs) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            raise ValueError(
+                f"inf/nan detected in the output of {names[child]} ({type(child).__name__}): inputs up to "
+                f"{_largest(given)}, weights up to {_largest(list(child.parameters(recurse=False)))}"
+            )
+
+    hooks = [child.register_forward_hook(look) for child in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _largest(tensors: list[torch.Tensor]) -> str:
+    return f"{max((float(t.detach().abs().max()) for t in tensors if t.numel()), default=0.0):.3g}"
 
 
 def _attention(backends: Any, in_order: bool) -> Any:
