@@ -81,8 +81,8 @@ def test_the_newest_checkpoint_of_transformers_is_found(tmp_path):
 
 def test_the_best_adapters_are_loaded(tmp_path):
     one = made(
-        ours, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, max_steps=8, learning_rate=3.0,
-        lr_scheduler_type="constant",
+        ours, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, max_steps=8,
+        learning_rate=3.0, lr_scheduler_type="constant",
     )  # fmt: skip
     one.train()
     found = {log["step"]: log["eval_loss"] for log in one.state.log_history if "eval_loss" in log}
