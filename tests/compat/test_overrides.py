@@ -352,3 +352,29 @@ def test_the_number_of_items_is_that_of_the_whole_step(tmp_path):
 def test_a_search_is_refused_with_the_loop_to_write(tmp_path):
     with pytest.raises(ValueError, match="for learning_rate in"):
         trainer(ours, tmp_path).hyperparameter_search()
+
+
+def test_logging_may_be_wrapped(tmp_path):
+    def make(base):
+        class Mine(base):
+            def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+                self.seen = [*getattr(self, "seen", []), (round(float(tr_loss), 4), round(float(grad_norm), 4))]
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+        return Mine
+
+    found = []
+    for library in BOTH:
+        made = trainer(library, tmp_path, cls=make(library.Trainer), **{**PLAIN, "logging_steps": 3})
+        made.train()
+        found.append(made.seen)
+    assert found[0] == found[1]
+
+
+def test_an_override_that_would_never_be_called_is_refused_by_name(tmp_path):
+    class Mine(ours.Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            pass
+
+    with pytest.raises(ValueError, match="Mine overrides _inner_training_loop, a private method of transformers"):
+        trainer(ours, tmp_path, cls=Mine)

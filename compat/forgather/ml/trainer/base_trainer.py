@@ -97,6 +97,8 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
     """
 
     _arguments_class: Any = None
+    is_model_parallel = is_deepspeed_enabled = is_fsdp_enabled = False
+    deepspeed = hp_name = hp_search_backend = None
 
     def __init__(
         self,
@@ -160,8 +162,9 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
     def _begin(self) -> None:
         """Set what nobody gives."""
         self.is_in_train = self._prepared = self._created_lr_scheduler = self._watched = False
-        self.hub_model_id, self._engine, self._writing = None, None, None
-        self.current_flos = self._flops = 0.0
+        self.hub_model_id = self._engine = self._writing = self._run = None
+        self.current_flos, self._flops = 0, 0.0
+        self.neftune_noise_alpha = self.args.neftune_noise_alpha
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self._share = 1.0
         self._initial_num_input_tokens_seen = 0
@@ -233,9 +236,23 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
             raise ValueError("label_smoothing_factor is not defined for problem_type='multi_label_classification'")
         return smoother(self.args.label_smoothing_factor)
 
+    def _check_overrides(self) -> None:
+        """Refuse a subclass that overrides what is never called here: it would be ignored.
+
+        Raises:
+            ValueError: It does; what to override instead is named.
+        """
+        for name, instead in NEVER_CALLED.items():
+            if hasattr(type(self), name):
+                raise ValueError(
+                    f"{type(self).__name__} overrides {name}, a private method of transformers that this trainer does "
+                    f"not call: {instead}"
+                )
+
     def _check_construction(self) -> None:
         """Refuse what does not fit together."""
         args = self.args
+        self._check_overrides()
         metrics = self.compute_metrics
         if args.batch_eval_metrics and metrics and "compute_result" not in inspect.signature(metrics).parameters:
             raise ValueError(
@@ -320,6 +337,27 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         held = self.__dict__.get("accelerator")
         if held is not None:
             held.end_training()
+
+
+_EVENTS_OR_STEP = "override training_step, compute_loss or log, or write a callback"
+NEVER_CALLED = {
+    "_inner_training_loop": _EVENTS_OR_STEP,
+    "_run_epoch": _EVENTS_OR_STEP,
+    "_init_training_state": "override train(), or write a callback with on_train_begin",
+    "_finalize_training": "write a callback with on_train_end",
+    "_clip_grad_norm": "write a callback with on_pre_optimizer_step, and set max_grad_norm=0",
+    "_get_grad_norm": "write a callback with on_pre_optimizer_step",
+    "_wrap_model": "wrap the model before it is given to the trainer",
+    "_validate_args": "override __init__",
+    "_load_callback_state": "give the callback state() and from_state()",
+    "_load_scaler": "float16 is not supported yet",
+    "_save_scaler": "float16 is not supported yet",
+    "create_accelerator_and_postprocess": "set trainer.accelerator after the trainer is made",
+    "_build_accelerator_args": "set trainer.accelerator after the trainer is made",
+    "_nested_gather": "there is one process: what is to be gathered is there",
+    "_pad_across_processes": "there is one process: nothing is padded for others",
+}
+"""Private methods of transformers' Trainer that are not called here, and what to override instead."""
 
 
 def _one(name: str, given: Any, other: str, alias: Any) -> Any:

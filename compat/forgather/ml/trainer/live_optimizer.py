@@ -220,9 +220,11 @@ class Called:
             p.grad = gradients.views.get(name)
         with torch.enable_grad():
             self.optimizer.step()
+        # Schedulers may look at gradients, so those of the model stay until the next step; others are nobody else's.
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                p.grad = None
+                if p not in self.names:
+                    p.grad = None
         return state
 
     def changed(self) -> None:

@@ -54,6 +54,11 @@ class Losses:
             self._added += 1
         self._pending.clear()
 
+    def sum_since(self) -> float:
+        """Give the sum since the last log."""
+        self._settle()
+        return self.since
+
     def drained(self) -> float:
         """Give the sum since the last log, and begin anew."""
         self._settle()

@@ -101,7 +101,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             with surroundings(self.args), self._session():
                 return self._train_with(resume_from_checkpoint, ignore_keys_for_eval)
         finally:
-            self.is_in_train = False
+            self.is_in_train, self._run = False, None
             self._close_engine()
 
     def _train_with(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
@@ -144,6 +144,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             last_logged=0,
             ignore_keys=ignore_keys,
         )
+        self._run = run
         self._begin_state(run)
         self._prepare_for_training(run)
         run.start = time.time()
@@ -152,10 +153,10 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self._watched = self._is_watched()
         if self.args.eval_on_start:
-            self._evaluate(run.ignore_keys, schedules=False)
+            self._evaluate(None, run.ignore_keys, skip_scheduler=True)
         for epoch in range(run.epoch, lengths.epochs):
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
-            self._run_epoch(run, epoch)
+            self._pass_over_data(run, epoch)
             if self.control.should_training_stop:
                 break
         return self._finish(run)
@@ -199,7 +200,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             return True
         return not type(self).__module__.startswith("forgather.ml.")
 
-    def _run_epoch(self, run: Running, epoch: int) -> None:
+    def _pass_over_data(self, run: Running, epoch: int) -> None:
         """Run one pass over the data, or the rest of it."""
         accumulate, per_epoch = self.args.gradient_accumulation_steps, run.lengths.updates_per_epoch
         first = epoch == run.epoch and run.resumed is not None
@@ -228,7 +229,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             )
             self.control.should_training_stop = True
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        self._maybe_log_save_evaluate(run)
+        self._look_up(run, epoch)
 
     def _make_step(self, run: Running, epoch: int, seen: int, samples: list[Any], items: Any) -> None:
         handler, args = self.callback_handler, self.args
@@ -246,6 +247,8 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         run.losses.add(loss)
         run.learning_rate = self._get_learning_rate()
         self._step_scheduler()
+        if self._engine is not None and self._engine.halves:
+            self.model.zero_grad()
         for batch in samples:
             self.current_flos += self.floating_point_ops(batch)
             self._track_num_input_tokens(batch)
@@ -255,7 +258,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         self.state.global_step += 1
         self.state.epoch = epoch + seen / run.lengths.batches_per_epoch
         self.control = handler.on_step_end(args, self.state, self.control)
-        self._maybe_log_save_evaluate(run)
+        self._look_up(run, epoch)
 
     def _show_nonfinite(self, error: NonFiniteError) -> None:
         """Record that the loss was not a number, before the training stops for it."""
@@ -265,33 +268,70 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             "give logging_nan_inf_filter=True (as transformers logs then) or False (log them as nan)."
         )
 
-    def _maybe_log_save_evaluate(self, run: Running) -> None:
+    def _look_up(self, run: Running, epoch: int) -> None:
         """Do what callbacks asked for."""
-        control = self.control
-        if control.should_log and self.state.global_step > run.last_logged:
+        tr_loss = None
+        if type(self)._maybe_log_save_evaluate is not LoopPart._maybe_log_save_evaluate:
+            tr_loss = torch.tensor(run.losses.sum_since())
+        self._maybe_log_save_evaluate(
+            tr_loss, run.grad_norm, self.model, None, epoch, run.ignore_keys, run.start, learning_rate=run.learning_rate
+        )
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor | None,
+        grad_norm: Tensor | float | None,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Log, evaluate and save, as far as callbacks asked for it.
+
+        Args:
+            tr_loss: The sum of the losses since the last log; made for overrides, and not read here.
+            grad_norm: Of the last step, before clipping.
+            model: The live module.
+            trial: None.
+            epoch: The number of the pass over the data.
+            ignore_keys_for_eval: Names of outputs that are no predictions.
+            start_time: Of the training, in seconds.
+            learning_rate: Of the last step.
+        """
+        del tr_loss, model, epoch
+        run = self._run
+        assert run is not None
+        if self.control.should_log and self.state.global_step > run.last_logged:
             steps = self.state.global_step - run.last_logged
             logs: dict[str, float] = {"loss": run.losses.drained() / steps}
-            if run.grad_norm is not None:
-                logs["grad_norm"] = float(run.grad_norm)
-            rate = run.learning_rate
-            logs["learning_rate"] = rate if rate is not None else self._get_learning_rate()
+            if grad_norm is not None:
+                logs["grad_norm"] = float(grad_norm)
+            logs["learning_rate"] = learning_rate if learning_rate is not None else self._get_learning_rate()
             run.last_logged = self.state.global_step
             self.store_flos()
-            self.log(logs, run.start)
+            self.log(logs, start_time)
         if self.control.should_save and getattr(self.args, "eval_on_save", False) and self.eval_dataset is not None:
             self.control.should_evaluate = True
         if self.control.should_evaluate:
-            metrics = self._evaluate(run.ignore_keys)
-            is_best = self._determine_best_metric(metrics)
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics, trial)
             if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
                 self.control.should_save = is_best
         if self.control.should_save:
             self._commit_checkpoint()
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _evaluate(self, ignore_keys: list[str] | None, schedules: bool = True) -> dict[str, float]:
+    _run: Running | None
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate in a training, and step a scheduler that waits for metrics."""
+        del trial
         try:
-            metrics = self.evaluate(ignore_keys=ignore_keys)
+            metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
         except (RuntimeError, MemoryError) as error:
             if self.args.auto_find_batch_size and _out_of_memory(error):
                 raise ValueError(
@@ -299,7 +339,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
                     "size, reduce `per_device_eval_batch_size` instead."
                 ) from error
             raise
-        if schedules:
+        if not skip_scheduler:
             self._step_scheduler_on(metrics)
         return metrics
 

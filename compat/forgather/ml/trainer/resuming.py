@@ -78,7 +78,9 @@ class ResumingPart(SavingPart):
     def _warn_of_differences(self) -> None:
         pairs = {name: (getattr(self.args, name), getattr(self.state, name)) for name in _COMPARED}
         pairs["per_device_train_batch_size"] = (self.args.per_device_train_batch_size, self.state.train_batch_size)
-        unlike = [f"\n\t{n}: {a} (from args) != {s} (from {STATE})" for n, (a, s) in pairs.items() if a != s and s]
+        unlike = [
+            f"\n\t{n}: {a} (from args) != {s} (from {STATE})" for n, (a, s) in pairs.items() if a != s and a and s
+        ]
         if unlike:
             logger.warning(
                 "Warning: The following arguments do not match the ones in the `%s` within the checkpoint directory: "

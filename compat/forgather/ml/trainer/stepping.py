@@ -94,7 +94,9 @@ class SteppingPart(OptimizerPart, EvaluationPart):
 
         overridden = any(getattr(type(self), name) is not getattr(BaseTrainer, name) for name in OVERRIDES)
         patched = any(name in self.__dict__ for name in OVERRIDES)
-        return overridden or patched or any(self.callback_handler.listens(event) for event in INSIDE)
+        # A scheduler that is not torch's may look at gradients, as transformers' AdafactorSchedule does.
+        foreign = not type(self.lr_scheduler).__module__.startswith(("torch.optim.", "builtins", "forgather."))
+        return overridden or patched or foreign or any(self.callback_handler.listens(event) for event in INSIDE)
 
     def _look(self) -> tuple[Any, ...]:
         """Look at what the layout of the state depends on: parameters, their memory, and the optimizer's groups."""
@@ -196,8 +198,6 @@ class SteppingPart(OptimizerPart, EvaluationPart):
             _restore(state.buffers, before)
             raise
         self.control = handler.call_event("on_optimizer_step", args, self.state, self.control)
-        for p in self.model.parameters():
-            p.grad = None
         return Mean(loss.detach() * total, total), norm
 
     def _update(self, engine: Engine, gradients: Gradients, loss: Tensor) -> None:
