@@ -3,19 +3,21 @@
 from importlib.util import find_spec
 
 from benchmarks import peers
-from benchmarks.loops import by_hand, by_library, columns, loader, streamed
+from benchmarks.loops import by_hand, by_library, by_trainer, columns, loader, streamed
 from benchmarks.measure import NO_DATA, Arm
 from benchmarks.task import Rows
 
 TORCH_LOADER = "yes: torch's DataLoader"
 BY_HAND = "hand-written"
 OURS = "forgather_fn"
+CLASSES = "forgather.ml.Trainer"
 
 LOADED = (
     Arm(BY_HAND, TORCH_LOADER, lambda task, clock: by_hand(task, clock, loader(task))),
     Arm(BY_HAND, "yes: tokens[order]", lambda task, clock: by_hand(task, clock, task.fetched())),
     Arm(OURS, "yes: batches(columns)", lambda task, clock: by_library(task, clock, streamed(task, columns(task)))),
     Arm(OURS, "yes: batches(samples)", lambda task, clock: by_library(task, clock, streamed(task, Rows(task.tokens)))),
+    Arm(CLASSES, TORCH_LOADER, by_trainer),
 )
 """With data loading, the one that all are compared to first. All but ``tokens[order]`` and columns read samples one by
 one, as map-style datasets give them."""

@@ -1,5 +1,6 @@
 """This library's loop, and the one that a good engineer writes by hand."""
 
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import forgather_fn as ff
 from benchmarks.measure import Clock
-from benchmarks.models import next_token_loss
+from benchmarks.models import WithLoss, next_token_loss
 from benchmarks.task import MAX_NORM, PEAK, REPORT_EVERY, WEIGHT_DECAY, Batch, Rows, Task, optimizer_of
 
 
@@ -60,6 +61,35 @@ def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> n
         ff.last,
     )
     return model  # bound to the last state: its parameters are views of that state's
+
+
+def by_trainer(task: Task, clock: Clock) -> nn.Module:
+    """Train with the class layer, as a user of transformers.Trainer does."""
+    from forgather.ml import PrinterCallback, Trainer, TrainingArguments
+
+    model = task.model()
+    optimizer = optimizer_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=WithLoss(model),
+            args=TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=task.batch_size,
+                max_steps=task.updates,
+                learning_rate=PEAK,
+                max_grad_norm=MAX_NORM,
+                logging_steps=REPORT_EVERY,
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                seed=0,
+            ),
+            train_dataset=Rows(task.tokens),
+            optimizers=(optimizer, LambdaLR(optimizer, clock)),
+        )
+        trainer.remove_callback(PrinterCallback)  # as for transformers.Trainer
+        trainer.train()
+    return model
 
 
 def streamed(task: Task, dataset: Any) -> ff.Stream:

@@ -1,4 +1,4 @@
-"""The ``import`` row: what ``import forgather_fn`` takes beyond ``import torch``, in fresh processes.
+"""The ``import`` rows: what ``import forgather_fn`` takes beyond ``import torch``, and what the trainers take.
 
 Each process reads its CPU time three times: at its start, when torch is there, and when this library is. Two processes,
 one without the last import, would differ by more than is looked for: ``import torch`` alone varies by 0.1 s and more.
@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Final
 
 from benchmarks.measure import spread
@@ -18,20 +19,26 @@ ROUNDS: Final = 21
 LIMIT: Final = 0.05
 """Seconds of CPU time."""
 
+TRAINER_LIMIT: Final = 0.35
+"""Of what importing transformers' own trainer and arguments takes, torch included."""
+
+TRAINERS: Final = ("forgather.ml", "transformers")
+
 PROGRAM: Final = """
 import time
 began = time.process_time()
 import torch
 between = time.process_time()
-import {package}
+{statement}
 print(between - began, time.process_time() - between)
 """
 
 
 def run(quick: bool) -> Iterator[Table]:
     """Start processes, one after the other."""
-    cpu_seconds("forgather_fn")  # not counted: it writes byte code, and fills the disk's cache
-    pairs = [cpu_seconds("forgather_fn") for _ in range(1 if quick else ROUNDS)]
+    statement = "import forgather_fn"
+    cpu_seconds(statement)  # not counted: it writes byte code, and fills the disk's cache
+    pairs = [cpu_seconds(statement) for _ in range(1 if quick else ROUNDS)]
     torch, more = ([pair[i] for pair in pairs] for i in range(2))
     both = [sum(pair) for pair in pairs]
     lines = {"import torch": torch, "import torch, forgather_fn": both, "the difference, by process": more}
@@ -43,9 +50,28 @@ def run(quick: bool) -> Iterator[Table]:
         results=tuple({"statement": text, "cpu": values} for text, values in lines.items()),
     )
 
+    if find_spec("transformers"):
+        yield _trainers(1 if quick else ROUNDS)
 
-def cpu_seconds(package: str) -> tuple[float, float]:
-    """Import torch, then a package, in a fresh process; give the seconds of CPU time of each.
+
+def _trainers(rounds: int) -> Table:
+    """Compare what it takes until there is a trainer to be made."""
+    statements = {package: f"from {package} import Trainer, TrainingArguments" for package in TRAINERS}
+    for statement in statements.values() if rounds > 1 else ():
+        cpu_seconds(statement)
+    found = {p: [sum(cpu_seconds(text)) for _ in range(rounds)] for p, text in statements.items()}
+    mine, theirs = (statistics.median(found[package]) for package in TRAINERS)
+    return Table(
+        title=f"Import of trainers: {rounds} fresh processes each, torch included",
+        columns=("statement", "CPU s"),
+        lines=tuple((statements[package], spread(values, 1.0)) for package, values in found.items()),
+        reach=(Reach("forgather.ml's share of what transformers' takes", mine / theirs, TRAINER_LIMIT),),
+        results=tuple({"statement": statements[package], "cpu": values} for package, values in found.items()),
+    )
+
+
+def cpu_seconds(statement: str) -> tuple[float, float]:
+    """Import torch, then what a statement imports, in a fresh process; give the seconds of CPU time of each.
 
     Raises:
         ValueError: The process failed.
@@ -56,9 +82,9 @@ def cpu_seconds(package: str) -> tuple[float, float]:
         "PYTHONDONTWRITEBYTECODE": "",  # what is installed has its byte code, so this library must have it too
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", PROGRAM.format(package=package)]
+    command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise ValueError(f"import {package} failed: {ended.stderr.strip()}")
+        raise ValueError(f"{statement} failed: {ended.stderr.strip()}")
     torch, more = map(float, ended.stdout.split())
     return torch, more

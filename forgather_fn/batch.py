@@ -3,12 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from forgather_fn.data import Batch
 from forgather_fn.losses import leading_dimension
 from forgather_fn.tree import rebuilt
+
+
+@attrs.frozen(eq=False)
+class Parts:
+    """The data of a batch that comes as microbatches already, each collated by itself: their shapes may differ.
+
+    Attributes:
+        parts: The microbatches, at most as many as the plan's; fewer where an epoch ends.
+    """
+
+    parts: tuple[Any, ...]
 
 
 def as_batch(batch: Any) -> Batch:
@@ -25,6 +37,8 @@ def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any
         return data.to(device=device, dtype=wanted, non_blocking=True)
     if isinstance(data, Mapping):
         return {name: placed(item, device, floating) for name, item in data.items()}
+    if isinstance(data, Parts):
+        return Parts(tuple([placed(part, device, floating) for part in data.parts]))
     if isinstance(data, tuple | list):
         return rebuilt(data, [placed(item, device, floating) for item in data])
     return data
@@ -38,13 +52,17 @@ def microbatches(batch: Batch, count: int) -> list[Any]:
 
     Args:
         batch: Tensors of equal leading dimension; lists of that length are cut too; numbers, strings, None and
-            zero-dimensional tensors go to every part.
+            zero-dimensional tensors go to every part. Data that are :class:`Parts` are cut already.
         count: How many parts.
 
     Raises:
         ValueError: The batch has fewer samples than parts and is not ragged, or the leading dimension of a tensor is
             not the number of samples.
     """
+    if isinstance(batch.data, Parts):
+        if not 1 <= len(batch.data.parts) <= count:
+            raise ValueError(f"the batch comes in {len(batch.data.parts)} parts, but the plan has microbatches={count}")
+        return list(batch.data.parts)
     if count == 1:
         return [batch.data]
     if batch.samples < count and not batch.ragged:

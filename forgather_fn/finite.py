@@ -8,7 +8,7 @@ from torch import Tensor
 
 from forgather_fn.state import NonFiniteError, nonfinite_message
 
-FINE, BAD = torch.tensor(0.0), torch.tensor(1.0)
+FINE, BAD = torch.tensor(0.0, dtype=torch.float32), torch.tensor(1.0, dtype=torch.float32)
 """The flag, where the host knows it."""
 
 

@@ -19,6 +19,10 @@ RESERVED = ("grad_norm", "learning_rate")
 """Metrics that every step reports."""
 
 
+Arguments = Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]
+"""How a model is called on a batch: ``batch -> (positional arguments, keyword arguments)``."""
+
+
 class Loss(Protocol):
     """What a plan minimises: any function of the model's outputs and the batch.
 
@@ -42,6 +46,8 @@ class Objective:
         withheld: Keys of a dict batch that are for the loss alone and not passed to the model.
         passes_weight: Whether models of Hugging Face are given the weight as ``num_items_in_batch``.
         description: How it prints.
+        arguments: ``batch -> (positional, keyword)``: how the model is called, where the loss knows better than the
+            batch's form tells.
     """
 
     total: Callable[[Any, Any], Tensor]
@@ -49,6 +55,7 @@ class Objective:
     withheld: tuple[str, ...] = ()
     passes_weight: bool = False
     description: str = ""
+    arguments: Arguments | None = None
 
     def __call__(self, outputs: Any, batch: Any) -> Mean:
         """Give the sum of the losses and its weight."""
@@ -264,3 +271,32 @@ def named_means(result: Any) -> dict[str, Mean]:
     elif weight.requires_grad:
         raise ValueError("the weight of the objective depends on the model; it must be a function of the batch alone")
     return means
+
+
+def smoothed_cross_entropy(logits: Tensor, target: Tensor, epsilon: float) -> Mean:
+    """Take the cross-entropy against targets of which a share is spread over all classes.
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture", arXiv 1512.00567; equal to ``LabelSmoother`` of
+    transformers.
+
+    Args:
+        logits: ``[..., classes]``.
+        target: Class indices, ``[...]``; -100 is left out.
+        epsilon: The share, from 0 to 1.
+
+    Returns:
+        The sum over what is not left out, and its number.
+
+    Raises:
+        ValueError: The share is not between 0 and 1.
+
+    Example:
+        >>> float(smoothed_cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100]), epsilon=0.1))
+        1.386
+    """
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"smoothed_cross_entropy: epsilon must be between 0 and 1, got {epsilon}")
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    rows = logits.reshape(-1, logits.shape[-1])
+    total = F.cross_entropy(rows, target.reshape(-1), reduction="sum", label_smoothing=epsilon)
+    return Mean(total, _labelled(target))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn.flat import listed
-from forgather_fn.losses import Loss, Objective
+from forgather_fn.losses import Arguments, Loss, Objective
 from forgather_fn.random import key, seeded
 
 ModelFactory = Callable[[], nn.Module]
@@ -244,12 +244,12 @@ def evaluation_mode(module: nn.Module) -> Modes:
     return modes
 
 
-def call_arguments(module: nn.Module, loss: Loss) -> Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]:
+def call_arguments(module: nn.Module, loss: Loss) -> Arguments:
     """Say how a module is called on a batch: ``batch -> (positional arguments, keyword arguments)``.
 
     A dict batch goes by keyword: the keys that ``forward`` takes (all, if it takes any), less those that the loss
     withholds, which are its targets. A tuple batch goes by position, less its last, the target; anything else is the
-    one argument.
+    one argument. An objective that has ``arguments`` of its own decides by itself.
 
     Raises:
         ValueError: When called: no key of the batch is an argument of ``forward``.
@@ -257,6 +257,8 @@ def call_arguments(module: nn.Module, loss: Loss) -> Callable[[Any], tuple[Seque
     parameters = inspect.signature(module.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     objective = loss if isinstance(loss, Objective) else None
+    if objective and objective.arguments:
+        return objective.arguments
     withheld = objective.withheld if objective else ()
     counts = bool(objective and objective.passes_weight) and (
         "num_items_in_batch" in parameters or (takes_any and _is_hugging_face(module))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgather_fn.batch import as_batch, microbatches, placed
+from forgather_fn.batch import Parts, as_batch, microbatches, placed
 from forgather_fn.data import Batch
 
 CPU = torch.device("cpu")
@@ -71,3 +71,17 @@ def test_placing_shares_what_is_there_and_converts_floating_tensors_only():
     assert wide.other[1] == (1, None)
     assert wide.one["s"] == "text"
     assert data.one["x"].dtype == torch.float32
+
+
+def test_parts_of_different_shapes_stay_as_they_came():
+    parts = Parts(({"x": torch.zeros(2, 3)}, {"x": torch.zeros(1, 5)}))
+    moved = placed(parts, CPU, torch.float64)
+    assert [part["x"].dtype for part in moved.parts] == [torch.float64] * 2
+    found = microbatches(Batch(moved, 3, None), 4)
+    assert [tuple(part["x"].shape) for part in found] == [(2, 3), (1, 5)]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_more_parts_than_microbatches_are_refused(count):
+    with pytest.raises(ValueError, match=f"comes in {count} parts, but the plan has microbatches=2"):
+        microbatches(Batch(Parts((torch.zeros(1),) * count), 3, None), 2)

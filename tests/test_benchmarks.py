@@ -36,14 +36,20 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     written = json.loads(path.read_text())
     assert f"torch {torch.__version__}" in written["versions"]
-    loaded, alone, memory, started = written["tables"]
-    assert {result["arm"] for result in loaded["results"]} >= {"hand-written", "forgather_fn", "transformers.Trainer"}
+    loaded, alone, memory, started, trainers = written["tables"]
+    assert {result["arm"] for result in loaded["results"]} >= {
+        "hand-written",
+        "forgather_fn",
+        "forgather.ml.Trainer",
+        "transformers.Trainer",
+    }
     for table in (loaded, alone):
         losses = [loss for result in table["results"] for loss in result["losses"]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
         assert all(cpu > 0 for result in table["results"] for cpu in result["cpu"])
     assert all(result["bytes"] > 43_000 * 16 for result in memory["results"])  # weights, gradients and two slots
     assert len(started["results"]) == 3
+    assert all(cpu > 0 for result in trainers["results"] for cpu in result["cpu"])
 
 
 def test_an_unknown_row_is_named_by_the_command() -> None:
@@ -155,4 +161,4 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_import_that_fails_has_no_time() -> None:
     with pytest.raises(ValueError, match=r"(?s)import not_there failed: .*No module named 'not_there'"):
-        startup.cpu_seconds("not_there")
+        startup.cpu_seconds("import not_there")

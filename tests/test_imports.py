@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
 BASE = {"describe", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
-RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "parts", "optim", "schedules", "unfused"}
+RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "neftune", "parts", "optim", "schedules", "unfused"}
 DATA = {"data", "fetch", "loading", "order", "permutation"}
 STEP = {
     "batch",

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import forgather_fn as ff
+from forgather_fn.losses import Objective
 from forgather_fn.model import (
     build,
     call_arguments,
@@ -269,3 +270,12 @@ class TestCalls:
             ValueError, match=r"no key of the batch.*Calls\.forward.*'inputs', 'labels'.*'features', 'mask'"
         ):
             call_arguments(Calls(), plain)({"inputs": 1, "labels": 2})
+
+
+def test_an_objective_may_say_how_the_model_is_called():
+    objective = Objective(
+        total=lambda outputs, batch: outputs.sum(),
+        weight=lambda batch: 1.0,
+        arguments=lambda batch: ((batch["a"],), {}),
+    )
+    assert call_arguments(nn.Linear(2, 1), objective)({"a": 1, "b": 2}) == ((1,), {})

@@ -249,6 +249,26 @@ def test_refuses_at_construction(factory: Callable[..., Schedule], arguments: di
         factory(**arguments)
 
 
+@pytest.mark.parametrize("curve", [ff.straight, ff.half_cosine, ff.one_minus_sqrt, ff.sqrt_of_rest, ff.wave(1.5)])
+def test_going_along_a_curve_begins_at_the_start_ends_at_the_stop_and_stays(curve: ff.Curve) -> None:
+    values = [rate(ff.along(curve, start=0.2, stop=0.8, steps=7), step) for step in range(12)]
+    assert values[0] == pytest.approx(0.2)
+    assert values[7:] == pytest.approx([0.8] * 5)
+    assert 0.2 < values[3] < 0.8
+
+
+def test_half_a_wave_is_half_a_cosine_and_a_whole_one_comes_back() -> None:
+    shares = [step / 10 for step in range(11)]
+    assert [ff.wave(0.5)(share) for share in shares] == [ff.half_cosine(share) for share in shares]
+    assert ff.wave(1.0)(0.5) == pytest.approx(0.0)
+    assert ff.wave(1.0)(1.0) == 1.0
+
+
+def test_a_schedule_followed_ahead_is_itself_moved() -> None:
+    linear = ff.linear(peak=1.0, warmup=3, total=9)
+    assert [ff.ahead(linear, steps=2)(step) for step in range(12)] == [linear(step + 2) for step in range(12)]
+
+
 def test_prints_as_its_call_and_compares_by_it() -> None:
     schedule = ff.scaled(ff.cosine(peak=1e-3, total=10), factor=0.5)
     text = "scaled(schedule=cosine(peak=0.001, warmup=0, total=10, final=0.0), factor=0.5)"

@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -115,6 +115,55 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
             system.remove_tree(temporary)
         raise
     return home
+
+
+def seal(
+    session: Session, temporary: Path, *, step: int, samples: int, metrics: Mapping[str, float] | None = None
+) -> Path:
+    """Commit a directory that others have written: sync its files, write the manifest last, and move it in.
+
+    Args:
+        session: Of this process, which holds the run's lock.
+        temporary: In the session's directory, named as :func:`staged` names it.
+        step: Of the checkpoint.
+        samples: Consumed by the job.
+        metrics: Results known at this step.
+
+    Returns:
+        The directory ``checkpoint-<step>``.
+
+    Raises:
+        OSError: It could not be written; what was there before is as it was.
+    """
+    files = {path.name: _synced(path) for path in sorted(temporary.iterdir()) if path.is_file()}
+    for directory, _, names in os.walk(temporary):  # what lies deeper is on the disk too, but not checked later
+        if Path(directory) != temporary:
+            for name in names:
+                _synced(Path(directory) / name)
+            system.sync_directory(Path(directory))
+    taken = Snapshot(step, samples, {}, {}, metrics or {})
+    manifest = _manifest(session, taken, files, pinned=False)
+    write_file(temporary / manifests.NAME, iter([memoryview(manifests.dump(manifest))]))
+    system.sync_directory(temporary)
+    home = session.directory / f"checkpoint-{step}"
+    _move_in(session.directory, temporary, home, secrets.token_hex(4))
+    return home
+
+
+def staged(session: Session, step: int) -> Path:
+    """Make a directory in which a checkpoint can be written, until :func:`seal` commits it or a sweep removes it."""
+    path = session.directory / f".tmp-checkpoint-{step}-{secrets.token_hex(4)}"
+    system.make_directory(path, 0o755)
+    return path
+
+
+def _synced(path: Path) -> Written:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        system.sync(file)
+    finally:
+        system.close(file)
+    return Written(path.stat().st_size, manifests.sha256(path))
 
 
 def _write_files(directory: Path, snapshot: Snapshot) -> dict[str, Written]:

@@ -239,3 +239,42 @@ def test_a_write_without_progress_is_an_error_and_no_endless_loop(program, tmp_p
     with pytest.raises(OSError, match="no progress"):
         save(tmp_path, trajectory()[2], program)
     assert names(tmp_path) == []
+
+
+class TestADirectoryThatOthersHaveWritten:
+    def test_it_is_synced_then_sealed_then_moved_in(self, tmp_path, system_calls):
+        session = commit.open_session(tmp_path)
+        temporary = commit.staged(session, 7)
+        (temporary / "a.txt").write_text("a")
+        (temporary / "deeper").mkdir()
+        (temporary / "deeper" / "b.txt").write_text("b")
+        del system_calls[:]
+        home = commit.seal(session, temporary, step=7, samples=28, metrics={"loss": 0.5})
+        assert home.name == "checkpoint-7"
+        done = [(name, path.name) for name, path in system_calls]
+        rename = done.index(("rename", temporary.name))
+        for name in ("a.txt", "b.txt", "deeper"):
+            assert ("fsync", name) in done[:rename]
+        assert done.index(("create", "manifest.json")) > done.index(("fsync", "a.txt"))
+        assert done[rename - 1] == ("fsync", temporary.name)
+        assert done[rename + 1] == ("fsync", home.parent.name)
+        entry = latest(tmp_path)
+        assert (entry.step, entry.manifest.samples, entry.manifest.metrics) == (7, 28, {"loss": 0.5})
+        assert list(entry.manifest.files) == ["a.txt"]
+
+    def test_what_is_not_sealed_is_swept_away(self, tmp_path):
+        session = commit.open_session(tmp_path)
+        temporary = commit.staged(session, 7)
+        (temporary / "a.txt").write_text("a")
+        assert list_checkpoints(tmp_path) == []
+        commit.sweep(session.directory)
+        assert not temporary.exists()
+
+    def test_a_checkpoint_of_the_step_is_replaced(self, tmp_path):
+        session = commit.open_session(tmp_path)
+        for text in ("one", "two"):
+            temporary = commit.staged(session, 7)
+            (temporary / "a.txt").write_text(text)
+            home = commit.seal(session, temporary, step=7, samples=28)
+        assert (home / "a.txt").read_text() == "two"
+        assert len(list_checkpoints(tmp_path)) == 1

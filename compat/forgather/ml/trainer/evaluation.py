@@ -1,0 +1,323 @@
+"""Evaluation and prediction."""
+
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import forgather_fn as ff
+from forgather.ml.trainer.counting import batch_size_of, weight_of
+from forgather.ml.trainer.data import DataPart, has_length
+from forgather.ml.trainer.logs import LogPart
+from forgather.ml.trainer.nested import Gathered, detached, plain_numbers
+from forgather.ml.trainer.objective import ObjectivePart
+from forgather.ml.trainer.trainer_types import EvalLoopOutput, EvalPrediction, PredictionOutput, speed_metrics
+from forgather_fn.model import evaluation_mode
+
+
+@attrs.define(eq=False)
+class Kept:
+    """What an evaluation keeps of its batches.
+
+    Attributes:
+        loss: The sum of the losses, each times its weight, and the weights.
+        losses: The loss of each sample, as far as it is known: that of its batch.
+        predictions: The outputs that metrics are computed of.
+        labels: What they are compared with.
+        inputs: What the model was given.
+        samples: How many there were.
+        metrics: Those of the last batch, where they are computed batch by batch.
+    """
+
+    losses: Gathered
+    predictions: Gathered
+    labels: Gathered
+    inputs: Gathered
+    loss: ff.Mean | None = None
+    samples: int = 0
+    metrics: Mapping[str, Any] | None = None
+
+    @staticmethod
+    def empty(join: bool) -> "Kept":
+        """Keep nothing yet."""
+        return Kept(Gathered(join), Gathered(join), Gathered(join), Gathered(join))
+
+
+class EvaluationPart(ObjectivePart, DataPart, LogPart):
+    """The part of a trainer that evaluates and predicts."""
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the model, log what was found, and give it.
+
+        Args:
+            eval_dataset: Instead of the trainer's; a dict of several is evaluated one after the other.
+            ignore_keys: Names of outputs that are no predictions.
+            metric_key_prefix: What each metric's name begins with.
+
+        Returns:
+            The loss, the mean over all labels, whatever the batch size; metrics; and how long it took.
+        """
+        given = eval_dataset is not None
+        dataset = eval_dataset if given else self.eval_dataset
+        if isinstance(dataset, dict):
+            found: dict[str, float] = {}
+            for name, one in dataset.items():
+                found.update(
+                    self.evaluate(
+                        eval_dataset=one if given else name,
+                        ignore_keys=ignore_keys,
+                        metric_key_prefix=f"{metric_key_prefix}_{name}",
+                    )
+                )
+            return found
+        loader = self.get_eval_dataloader(dataset)
+        start = time.time()
+        output = self.evaluation_loop(
+            loader,
+            description="Evaluation",
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
+        metrics = self._timed(output, metric_key_prefix, start)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Give the model's outputs on a dataset, the labels, and metrics where there are labels; nothing is logged."""
+        loader = self.get_test_dataloader(test_dataset)
+        start = time.time()
+        output = self.evaluation_loop(
+            loader, description="Prediction", ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        metrics = self._timed(output, metric_key_prefix, start)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(output.predictions, output.label_ids, metrics)
+
+    def _timed(self, output: EvalLoopOutput, prefix: str, start: float) -> dict[str, float]:
+        batch_size = self.args.eval_batch_size * self.args.world_size
+        metrics: dict[str, float] = output.metrics if output.metrics is not None else {}
+        number = output.num_samples or 0
+        metrics.update(speed_metrics(prefix, start, num_samples=number, num_steps=math.ceil(number / batch_size)))
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run :meth:`prediction_step` over a loader, and compute metrics; what evaluate and predict share."""
+        args, model = self.args, self.model
+        if prediction_loss_only is None:
+            prediction_loss_only = args.prediction_loss_only
+        prepared = self._prepare_evaluation(model)
+        modes = evaluation_mode(model)
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        kept = Kept.empty(args.eval_do_concat_batches)
+        limit = getattr(args, "max_eval_steps", -1)
+        try:
+            batches = itertools.islice(dataloader, limit if limit > 0 else None)
+            self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
+        finally:
+            if self.is_in_train:
+                modes.restore()
+        number = self._number_of_samples(dataloader, kept.samples if limit <= 0 else -1, kept.samples)
+        predictions, labels = kept.predictions.result(), kept.labels.result()
+        metrics = self._metrics(kept, predictions, labels)
+        if kept.loss is not None:
+            metrics[f"{metric_key_prefix}_loss"] = float(kept.loss)
+        if prepared is not None:
+            metrics[f"{metric_key_prefix}_model_preparation_time"] = prepared
+        for name in list(metrics):
+            if not name.startswith(f"{metric_key_prefix}_"):
+                metrics[f"{metric_key_prefix}_{name}"] = metrics.pop(name)
+        return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=metrics, num_samples=number)
+
+    model_preparation_time: float
+    _prepared: bool
+
+    def _prepare_evaluation(self, model: nn.Module) -> float | None:
+        """Place the model, and give how long it took where no training has done so."""
+        full = {"fp16_full_eval": torch.float16, "bf16_full_eval": torch.bfloat16}
+        dtype = next((kind for name, kind in full.items() if getattr(self.args, name, False)), None)
+        start = time.time()
+        if not self.is_in_train and (dtype is not None or self.place_model_on_device):
+            model.to(device=self.args.device, dtype=dtype)
+        if not self._prepared:
+            self._prepared = True
+            self.model_preparation_time = round(time.time() - start, 4)
+        return getattr(self, "model_preparation_time", None)
+
+    def _evaluate_batches(
+        self, kept: Kept, batches: Any, description: str, loss_only: bool, ignore_keys: list[str] | None
+    ) -> None:
+        args = self.args
+        for step, (inputs, is_last) in enumerate(_with_last(batches)):
+            size = batch_size_of(inputs)
+            kept.samples += size or 0
+            # Before the step: an override may take the labels out.
+            weight = weight_of(inputs, self._loss_shifts_labels)
+            loss, logits, labels = self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
+            wanted = self._main_input(inputs) if "inputs" in args.include_for_metrics else None
+            if loss is not None:
+                self._add_loss(kept, loss, weight, size or 1)
+            if logits is not None and self.preprocess_logits_for_metrics is not None:
+                logits = self.preprocess_logits_for_metrics(logits, labels)
+            whole = not args.batch_eval_metrics or description == "Prediction"
+            for held, nest in ((kept.inputs, wanted), (kept.predictions, logits), (kept.labels, labels)):
+                if nest is not None and whole:
+                    held.add(nest)
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            if args.batch_eval_metrics:
+                if self.compute_metrics is not None and logits is not None and labels is not None:
+                    given = {
+                        "losses": loss.repeat(size or 1)
+                        if loss is not None and "loss" in args.include_for_metrics
+                        else None,
+                        "inputs": inputs if "inputs" in args.include_for_metrics else None,
+                    }
+                    prediction = EvalPrediction(predictions=logits, label_ids=labels, **given)
+                    kept.metrics = self.compute_metrics(prediction, compute_result=is_last)
+            elif args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
+                for held in (kept.losses, kept.predictions, kept.labels, kept.inputs):
+                    held.to_numpy()
+
+    def _add_loss(self, kept: Kept, loss: Tensor, weight: float, size: int) -> None:
+        loss = loss.detach().mean()
+        if "loss" in self.args.include_for_metrics:
+            kept.losses.add(loss.repeat(size))
+        if weight == 0 or (self._filters_nonfinite() and not math.isfinite(float(loss))):
+            return
+        mean = ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight)
+        kept.loss = mean if kept.loss is None else kept.loss + mean
+
+    def _filters_nonfinite(self) -> bool:
+        """Tell whether values that are not finite are to be left out: only where that was asked for."""
+        given = getattr(self.args, "was_given", None)
+        return bool(given is not None and given("logging_nan_inf_filter") and self.args.logging_nan_inf_filter)
+
+    def _main_input(self, inputs: Any) -> Any:
+        return self._prepare_input(inputs[getattr(self.model, "main_input_name", "input_ids")])
+
+    def _metrics(self, kept: Kept, predictions: Any, labels: Any) -> dict[str, Any]:
+        found: Mapping[str, Any] = kept.metrics or {}
+        wanted, both = self.args.include_for_metrics, predictions is not None and labels is not None
+        if self.compute_metrics is not None and not self.args.batch_eval_metrics and both:
+            found = self.compute_metrics(
+                EvalPrediction(
+                    predictions=predictions,
+                    label_ids=labels,
+                    losses=kept.losses.result() if "loss" in wanted else None,
+                    inputs=kept.inputs.result() if "inputs" in wanted else None,
+                )
+            )
+        if found is None or not isinstance(found, Mapping):
+            raise ValueError(f"compute_metrics must return a dict of named numbers, got {type(found).__name__}")
+        return dict(plain_numbers(dict(found)))
+
+    def _number_of_samples(self, dataloader: Any, seen: int, counted: int) -> int:
+        dataset = getattr(dataloader, "dataset", None)
+        if seen >= 0 and dataset is not None and has_length(dataset) and len(dataset):
+            return len(dataset)
+        return counted
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Run the model on a batch without gradients. Override it for models that predict in a way of their own.
+
+        Returns:
+            The mean loss, where there are labels; the outputs but for the loss and what is ignored, a single one by
+            itself; and the labels. The last two are None if only the loss is wanted.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = self._labels_of(inputs)
+        if ignore_keys is None:
+            config = getattr(self.model, "config", None)
+            ignore_keys = list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])) if config else []
+        loss: Tensor | None = None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if labels is not None:
+                items = self._get_num_items_in_batch([inputs], self.args.device)
+                loss, outputs = self._evaluated_loss(model, inputs, items)
+                loss = loss.detach().mean()
+                ignored = [*ignore_keys, "loss"]
+                logits = _values(outputs, ignored) if isinstance(outputs, Mapping) else _after_loss(outputs, loss)
+            else:
+                args, kwargs, _ = self._call(inputs, None)
+                outputs = model(*args, **kwargs)
+                logits = _values(outputs, ignore_keys) if isinstance(outputs, Mapping) else outputs
+        if prediction_loss_only:
+            return loss, None, None
+        logits = detached(logits)
+        if isinstance(logits, tuple | list) and len(logits) == 1:
+            logits = logits[0]
+        return loss, logits, labels
+
+    def _evaluated_loss(self, model: nn.Module, inputs: Any, items: Any) -> tuple[Tensor, Any]:
+        named = {"num_items_in_batch": items} if "num_items_in_batch" in _parameters(self.compute_loss) else {}
+        loss, outputs = self.compute_loss(model, inputs, return_outputs=True, **named)
+        return loss, outputs
+
+    def _labels_of(self, inputs: Any) -> Any:
+        """Find the labels of a batch; None if it has not all of them and the model gives no loss without."""
+        if not isinstance(inputs, Mapping):
+            tuples = isinstance(inputs, tuple | list) and self.compute_loss_func is not None and len(inputs) > 1
+            return detached(inputs[-1]) if tuples else None
+        returns = inputs.get("return_loss")
+        alone = not self.label_names and (self.can_return_loss if returns is None else returns)
+        has_labels = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
+        if not has_labels and not alone:
+            return None
+        labels = detached(tuple(inputs.get(name) for name in self.label_names))
+        return labels[0] if len(labels) == 1 else labels
+
+
+def _parameters(function: Any) -> Any:
+    return inspect.signature(function).parameters
+
+
+def _values(outputs: Mapping[str, Any], ignored: list[str]) -> tuple[Any, ...]:
+    return tuple(value for name, value in outputs.items() if name not in ignored)
+
+
+def _after_loss(outputs: Any, loss: Tensor) -> Any:
+    """Take the predictions out of a tuple that begins with the loss; a tensor is all prediction."""
+    if isinstance(outputs, tuple | list):
+        first = outputs[0] if outputs else None
+        is_loss = isinstance(first, Tensor) and first.numel() == 1 and torch.equal(first.detach().reshape(()), loss)
+        return tuple(outputs[1:]) if is_loss or len(outputs) > 1 else tuple(outputs)
+    return outputs
+
+
+def _with_last(batches: Any) -> Any:
+    """Give each item with whether it is the last one."""
+    iterator = iter(batches)
+    try:
+        held = next(iterator)
+    except StopIteration:
+        return
+    for item in iterator:
+        yield held, False
+        held = item
+    yield held, True

@@ -1,0 +1,266 @@
+"""The optimizer: a torch optimizer over the live parameters, whose update the functional core makes.
+
+Users see, write and save an ordinary ``torch.optim`` object. Where it is one of torch's own Adam, AdamW or SGD, its
+options are read at every step and its slots are views of the state's storage, so that the fused update over flat
+storage is used; any other is called as it is, with the gradients in the parameters' ``grad``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import forgather_fn as ff
+from forgather_fn.flat import Flat, Hyper, regrouped
+from forgather_fn.gradient import Gradients
+from forgather_fn.model import parameter_anatomy
+from forgather_fn.optim import Optimizer, OptState
+
+ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+
+_SAME: dict[Any, dict[str, Any]] = {
+    ADAM: {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False},
+    ADAMW: {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False},
+    SGD: {"maximize": False, "differentiable": False, "dampening": 0},
+}
+"""Options that must have these values for the fused update to be torch's own."""
+
+_ALIKE = {ADAM: ("betas", "eps"), ADAMW: ("betas", "eps"), SGD: ("momentum", "nesterov")}
+"""Options that must be the same in all groups."""
+
+_SLOTS = {ADAM: ("exp_avg", "exp_avg_sq"), ADAMW: ("exp_avg", "exp_avg_sq"), SGD: ("momentum",)}
+
+
+def is_fusible(optimizer: Any) -> bool:
+    """Tell whether the core's fused update does what this optimizer's step would do."""
+    kind = type(optimizer)
+    if kind not in _SAME or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    groups = optimizer.param_groups
+    if any(group.get(name, value) != value for group in groups for name, value in _SAME[kind].items()):
+        return False
+    if kind is ADAM and any(group.get("decoupled_weight_decay") for group in groups):
+        return False
+    alike = [tuple(group[name] for name in _ALIKE[kind]) for group in groups]
+    numbers = all(isinstance(option, bool | int | float) for row in alike for option in _flattened(row))
+    return numbers and len(set(alike)) == 1
+
+
+def _flattened(row: tuple[Any, ...]) -> Iterator[Any]:
+    for item in row:
+        yield from item if isinstance(item, tuple) else (item,)
+
+
+@attrs.define(eq=False)
+class Adopted:
+    """A torch optimizer whose updates the core makes.
+
+    Attributes:
+        optimizer: What users hold.
+        names: The first name of each parameter of the module.
+        optimizers: The core's, by the options that they were made with.
+        shown: The state's slots that the optimizer shows now, if any.
+    """
+
+    optimizer: Any
+    names: Mapping[nn.Parameter, str]
+    optimizers: dict[tuple[Any, ...], Optimizer] = attrs.field(factory=dict)
+    shown: OptState | None = None
+    _dirty: bool = False
+
+    def as_optimizer(self) -> Optimizer:
+        """Make the optimizer of a plan."""
+        return Optimizer(self.init, self.update, self.groups, description=type(self.optimizer).__name__)
+
+    def groups(self, params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
+        """Give each parameter group storage of its own; what it has no group for is kept, and never changed.
+
+        The numbers only tell groups apart: those that count are read at each update.
+        """
+        number = {
+            self.names[p]: i
+            for i, group in enumerate(self.optimizer.param_groups)
+            for p in group["params"]
+            if p in self.names
+        }
+        last = len(self.optimizer.param_groups)
+        return {name: Hyper(learning_rate=1.0 + number.get(name, last)) for name in params}
+
+    def init(self, params: Flat) -> OptState:
+        """Make slots, with the values that the optimizer's state has already."""
+        state = self._core().init(params)
+        self._fill(state, params)
+        return state
+
+    def update(
+        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
+    ) -> OptState:
+        """Make the update that the optimizer's own step would make, with its options as they are now."""
+        del learning_rate
+        if self._dirty or (self.shown is not None and not self.optimizer.state):
+            self._fill(state, params)
+        rows = self.optimizer.param_groups
+        rates = [float(row["lr"]) for row in rows]
+        common = rates[0] if len(set(rates)) == 1 else 1.0
+        hypers = tuple(_hyper(rows, int(group.learning_rate) - 1, common, rates) for group in params.layout.groups)
+        known = params.kept.get("hypers")
+        if known is None or known[0] != hypers:
+            known = params.kept["hypers"] = (hypers, regrouped(params, hypers))
+        found = self._core().update(gradients, state, known[1], learning_rate=common, found_inf=found_inf)
+        self.optimizer._opt_called = True  # what schedulers look for before they warn of a missing step
+        if self.shown is not found or len(self.optimizer.state) < len(self.names):
+            self._show(found, params)
+        return found
+
+    def _core(self) -> Optimizer:
+        row = self.optimizer.param_groups[0]
+        key = tuple(row[name] for name in _ALIKE[type(self.optimizer)])
+        if key not in self.optimizers:
+            makers: dict[Any, Callable[..., Optimizer]] = {ADAM: ff.adam, ADAMW: ff.adamw, SGD: ff.sgd}
+            make = makers[type(self.optimizer)]
+            self.optimizers[key] = make(**dict(zip(_ALIKE[type(self.optimizer)], key, strict=True)))
+        return self.optimizers[key]
+
+    def _show(self, state: OptState, params: Flat) -> None:
+        """Make the optimizer's state the views of the slots, for parameters that have been updated."""
+        if type(self.optimizer) is SGD:
+            if "momentum" in state:
+                for name, p in self._owned(params):
+                    self.optimizer.state[p]["momentum_buffer"] = state["momentum"][name]
+            self.shown = state
+            return
+        counts = state["count"].unbind()
+        updated = state["count"].tolist()
+        for name, p in self._owned(params):
+            i = params.layout.index[name]
+            if updated[i]:
+                row = self.optimizer.state[p]
+                row["step"], row["exp_avg"], row["exp_avg_sq"] = (
+                    counts[i],
+                    state["exp_avg"][name],
+                    state["exp_avg_sq"][name],
+                )
+        self.shown = state
+
+    def _fill(self, state: OptState, params: Flat) -> None:
+        """Take the values of the slots from the optimizer's state; zero where it has none."""
+        self._dirty = False
+        adam = type(self.optimizer) is not SGD
+        with torch.no_grad():
+            for name, p in self._owned(params):
+                row = self.optimizer.state.get(p, {})
+                for slot in (s for s in _SLOTS[type(self.optimizer)] if s in state):
+                    _take(state[slot][name], row.get("momentum_buffer" if slot == "momentum" else slot))
+                if adam:
+                    step = row.get("step", 0.0)
+                    state["count"][params.layout.index[name]] = float(step)
+        params.kept.pop("counted", None)
+        for held in params.kept.get("hypers", ())[1:]:
+            held.kept.pop("counted", None)
+        self.shown = None
+
+    def _owned(self, params: Flat) -> Iterator[tuple[str, nn.Parameter]]:
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                name = self.names.get(p)
+                if name in params.layout.index:
+                    yield str(name), p
+
+    def changed(self) -> None:
+        """Note that the optimizer's state was loaded, so that the slots take its values before the next update."""
+        self._dirty = True
+
+    def is_whole(self, state: OptState) -> bool:
+        """Tell whether the state has the slots that the options ask for."""
+        return set(_SLOTS[type(self.optimizer)]) <= set(state) or (
+            type(self.optimizer) is SGD and not self.optimizer.param_groups[0]["momentum"]
+        )
+
+
+def _hyper(rows: list[dict[str, Any]], number: int, common: float, rates: list[float]) -> Hyper:
+    if number >= len(rows):  # parameters that the optimizer was not given: they take part in the norm, and stay
+        return Hyper(learning_rate=0.0, weight_decay=0.0)
+    rate = 1.0 if common == rates[number] else rates[number]
+    return Hyper(learning_rate=rate, weight_decay=float(rows[number].get("weight_decay", 0.0)))
+
+
+def _take(slot: Tensor, value: Tensor | None) -> None:
+    if value is None:
+        slot.zero_()
+    elif value.data_ptr() != slot.data_ptr():
+        slot.copy_(value)
+
+
+@attrs.define(eq=False)
+class Called:
+    """A torch optimizer of any kind, called as it is: parameters are the state's memory, gradients lie in ``grad``."""
+
+    optimizer: Any
+    names: Mapping[nn.Parameter, str]
+
+    def as_optimizer(self) -> Optimizer:
+        """Make the optimizer of a plan."""
+        return Optimizer(lambda params: {}, self.update, self.groups, description=type(self.optimizer).__name__)
+
+    def groups(self, params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
+        """Tell nothing apart: the optimizer has groups of its own."""
+        return {name: Hyper() for name in params}
+
+    def update(
+        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
+    ) -> OptState:
+        """Call the optimizer's step."""
+        del learning_rate, params
+        if found_inf.item():
+            return state
+        gradients = gradients.resolved()
+        for p, name in self.names.items():
+            p.grad = gradients.views.get(name)
+        with torch.enable_grad():
+            self.optimizer.step()
+        # Schedulers may look at gradients, so those of the model stay until the next step; others are nobody else's.
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p not in self.names:
+                    p.grad = None
+        return state
+
+    def changed(self) -> None:
+        """Its state is its own."""
+
+    def is_whole(self, state: OptState) -> bool:
+        """Its slots are its own."""
+        return True
+
+
+def first_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Give the first name of each parameter, tied ones under one."""
+    return {site.tensor: name for site, name in parameter_anatomy(model).sites}
+
+
+def adopted(optimizer: Any, model: nn.Module) -> Adopted | Called:
+    """Make a torch optimizer ready for a plan."""
+    names = first_names(model)
+    if not is_fusible(optimizer):
+        return Called(optimizer, names)
+    held = Adopted(optimizer, names)
+    if not getattr(optimizer, "_forgather_watch", None):
+        watch = optimizer._forgather_watch = {"adopted": held}
+        optimizer.register_load_state_dict_post_hook(lambda optimizer: watch["adopted"].changed())
+        optimizer.register_state_dict_post_hook(lambda optimizer, state: _own_storage(state))
+    optimizer._forgather_watch["adopted"] = held
+    return held
+
+
+def _own_storage(state: dict[str, Any]) -> dict[str, Any]:
+    """Give the slots of a ``state_dict`` storage of their own: saving a view writes all that it is a view of."""
+    rows = {number: {slot: _apart(value) for slot, value in row.items()} for number, row in state["state"].items()}
+    return {**state, "state": rows}
+
+
+def _apart(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return value.clone()
+    return value

@@ -1,0 +1,394 @@
+"""The training loop: epochs, steps and events, in the order of transformers.Trainer.
+
+What "step" counts: ``state.global_step`` is the number of updates made; a step is one update, of
+``gradient_accumulation_steps`` microbatches.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather.ml.trainer.data import Lengths
+from forgather.ml.trainer.feed import Feed, feed
+from forgather.ml.trainer.logs import Losses
+from forgather.ml.trainer.model_settings import model_settings
+from forgather.ml.trainer.rates import RatePart, metric_of
+from forgather.ml.trainer.resuming import ResumingPart
+from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
+from forgather.ml.trainer.surroundings import finite_outputs, surroundings
+from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
+from forgather_fn.state import NonFiniteError
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.define(eq=False)
+class Running:
+    """What one call of ``train`` holds.
+
+    Attributes:
+        lengths: How long it is.
+        feed: Its data.
+        losses: Of its steps.
+        resumed: The checkpoint that it goes on from, if any.
+        start: When it began, in seconds.
+        first_step: Updates made before it began.
+        last_logged: At which step was logged last.
+        ignore_keys: Outputs that evaluations leave out.
+        grad_norm: Of the last step.
+        learning_rate: Of the last step.
+        skip: Microbatches of the first epoch that were trained on before.
+        epoch: In which it begins.
+    """
+
+    lengths: Lengths
+    feed: Feed
+    losses: Losses
+    resumed: str | None
+    start: float
+    first_step: int
+    last_logged: int
+    ignore_keys: list[str] | None
+    grad_norm: Tensor | None = None
+    learning_rate: float | None = None
+    skip: int = 0
+    epoch: int = 0
+
+
+class LoopPart(SteppingPart, ResumingPart, RatePart):
+    """The part of a trainer that trains."""
+
+    def _check_args(self) -> None:
+        raise NotImplementedError
+
+    def _rebuild_model(self) -> None:
+        raise NotImplementedError
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | os.PathLike[str] | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train.
+
+        With ``model``, a second call goes on from the weights and the optimizer's slots, and starts steps, schedule and
+        data anew; with ``model_init``, everything is built anew.
+
+        Args:
+            resume_from_checkpoint: A checkpoint directory; True for the newest whole one of ``output_dir``.
+            trial: Refused: there is no search of hyperparameters.
+            ignore_keys_for_eval: Names of outputs that are no predictions.
+
+        Returns:
+            The number of updates made in all, the mean loss of this call, and metrics.
+
+        Raises:
+            ValueError: There is no checkpoint to go on from, or arguments do not fit together.
+            NonFiniteError: A loss or a gradient is not finite, and ``logging_nan_inf_filter`` was not given.
+        """
+        if trial is not None:
+            raise ValueError("train(trial=...) belongs to hyperparameter_search, which is not supported")
+        self._check_args()
+        self.is_in_train = True
+        try:
+            with surroundings(self.args), self._session():
+                return self._train_with(resume_from_checkpoint, ignore_keys_for_eval)
+        finally:
+            self.is_in_train, self._run = False, None
+            self._close_engine()
+
+    def _train_with(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        """Train the model, built anew if it is built by a function, as arguments want it to be."""
+        self._rebuild_model()
+        with model_settings(self.model, self.args), finite_outputs(self.model, self.args.debug):
+            return self._train_in_batches(resume, ignore_keys)
+
+    def _train_in_batches(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
+        """Train, with smaller batches where memory runs out and that was asked for."""
+        resumed = self._checkpoint_to_resume(resume)
+        if resumed is not None:
+            self._load_from_checkpoint(resumed)
+        self._train_batch_size = (
+            self._batch_size_of(resumed) if self.args.auto_find_batch_size else (self.args.train_batch_size)
+        )
+        while True:
+            try:
+                return self._train_from(resumed, ignore_keys)
+            except (RuntimeError, MemoryError) as error:
+                smaller = int(self._train_batch_size * 0.9)
+                if not (self.args.auto_find_batch_size and _out_of_memory(error)):
+                    raise
+                if smaller < 1:
+                    raise RuntimeError("No executable batch size found, reached zero.") from error
+                logger.warning("memory ran out; trying again with batches of %d samples", smaller)
+                self._close_engine()
+                self._train_batch_size = smaller
+
+    def _train_from(self, resumed: str | None, ignore_keys: list[str] | None) -> TrainOutput:
+        loader = self.get_train_dataloader()
+        lengths = Lengths(*self.set_initial_training_values(self.args, loader))
+        run = Running(
+            lengths=lengths,
+            feed=feed(loader, self.args.seed),
+            losses=Losses(self._filters_nonfinite()),
+            resumed=resumed,
+            start=time.time(),
+            first_step=0,
+            last_logged=0,
+            ignore_keys=ignore_keys,
+        )
+        self._run = run
+        self._begin_state(run)
+        self._prepare_for_training(run)
+        run.start = time.time()
+        run.first_step = run.last_logged = self.state.global_step
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self._watched = self._is_watched()
+        if self.args.eval_on_start:
+            self._evaluate(None, run.ignore_keys, skip_scheduler=True)
+        for epoch in range(run.epoch, lengths.epochs):
+            self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+            self._pass_over_data(run, epoch)
+            if self.control.should_training_stop:
+                break
+        return self._finish(run)
+
+    def _begin_state(self, run: Running) -> None:
+        """Make the state of a new training, or read that of the one that is gone on with."""
+        self.state = TrainerState(stateful_callbacks=self._exportable())  # type: ignore[arg-type]
+        self.state.train_batch_size = self._train_batch_size
+        self.state.compute_steps(self.args, run.lengths.max_steps)
+        if run.resumed is not None:
+            self._resume_state(run.resumed)
+            per_epoch = run.lengths.updates_per_epoch
+            run.epoch = self.state.global_step // per_epoch
+            if not self.args.ignore_data_skip and getattr(self.args, "restore_dataset_state", True):
+                run.skip = self.state.global_step % per_epoch * self.args.gradient_accumulation_steps
+        self.state.init_training_references(self, run.lengths.max_steps, run.lengths.epochs, None)
+
+    def _prepare_for_training(self, run: Running) -> None:
+        """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""
+        self.current_flos, self._flops = 0.0, 0.0
+        self._prepared = True
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_optimizer_and_scheduler(num_training_steps=run.lengths.max_steps)
+        if run.resumed is not None:
+            self._load_optimizer_and_scheduler(run.resumed)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = run.feed.loader
+        self._open_engine(self.state.global_step)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Make both; override it for ones of your own."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps=num_training_steps)
+
+    def _is_watched(self) -> bool:
+        """Tell whether code of users runs between steps, that may change parameters or the optimizer."""
+        known = ("forgather.ml.", "transformers.trainer_callback")
+        if any(not type(callback).__module__.startswith(known) for callback in self.callback_handler.callbacks):
+            return True
+        return not type(self).__module__.startswith("forgather.ml.")
+
+    def _pass_over_data(self, run: Running, epoch: int) -> None:
+        """Run one pass over the data, or the rest of it."""
+        accumulate, per_epoch = self.args.gradient_accumulation_steps, run.lengths.updates_per_epoch
+        first = epoch == run.epoch and run.resumed is not None
+        skip = run.skip if first else 0
+        batches = run.feed.open(epoch, skip)
+        if first and run.resumed is not None:
+            self._load_rng_state(run.resumed)
+        seen, run.grad_norm, run.learning_rate = skip, None, None
+        rest = run.lengths.batches_per_epoch % accumulate or accumulate
+        with _closing(batches):
+            for update in range(skip // accumulate, per_epoch):
+                count = accumulate if update != per_epoch - 1 else rest
+                samples, items = self.get_batch_samples(batches, count, self.args.device)
+                if samples:
+                    seen += len(samples)
+                    self._make_step(run, epoch, seen, samples, items)
+                if not samples or self.control.should_epoch_stop or self.control.should_training_stop:
+                    break
+        if seen == 0:
+            logger.warning(
+                "There seems not to be a single sample in your epoch_iterator, stopping training at step %d! This is "
+                "expected if you're using an IterableDataset and set num_steps (%d) higher than the number of "
+                "available samples.",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+            self.control.should_training_stop = True
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._look_up(run, epoch)
+
+    def _make_step(self, run: Running, epoch: int, seen: int, samples: list[Any], items: Any) -> None:
+        handler, args = self.callback_handler, self.args
+        self.current_gradient_accumulation_steps = len(samples)
+        self.control = handler.on_step_begin(args, self.state, self.control)
+        if len(samples) > 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
+            return  # asked for before the first microbatch: the step is not made
+        try:
+            loss, run.grad_norm = self._step(samples, items)
+        except StoppedInsideError:
+            return
+        except NonFiniteError as error:
+            self._show_nonfinite(error)
+            raise
+        run.losses.add(loss)
+        run.learning_rate = self._get_learning_rate()
+        self._step_scheduler()
+        if self._engine is not None and self._engine.halves:
+            self.model.zero_grad()
+        for batch in samples:
+            self.current_flos += self.floating_point_ops(batch)
+            self._track_num_input_tokens(batch)
+        every = args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0 and torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        self.state.global_step += 1
+        self.state.epoch = epoch + seen / run.lengths.batches_per_epoch
+        self.control = handler.on_step_end(args, self.state, self.control)
+        self._look_up(run, epoch)
+
+    def _show_nonfinite(self, error: NonFiniteError) -> None:
+        """Record that the loss was not a number, before the training stops for it."""
+        self.log({"loss": float("nan"), "grad_norm": float("nan"), "learning_rate": self._get_learning_rate()})
+        error.add_note(
+            "transformers.Trainer would have gone on with weights that are nan. To go on here, leaving such steps out, "
+            "give logging_nan_inf_filter=True (as transformers logs then) or False (log them as nan)."
+        )
+
+    def _look_up(self, run: Running, epoch: int) -> None:
+        """Do what callbacks asked for."""
+        tr_loss = None
+        if type(self)._maybe_log_save_evaluate is not LoopPart._maybe_log_save_evaluate:
+            tr_loss = torch.tensor(run.losses.sum_since())
+        self._maybe_log_save_evaluate(
+            tr_loss, run.grad_norm, self.model, None, epoch, run.ignore_keys, run.start, learning_rate=run.learning_rate
+        )
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor | None,
+        grad_norm: Tensor | float | None,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Log, evaluate and save, as far as callbacks asked for it.
+
+        Args:
+            tr_loss: The sum of the losses since the last log; made for overrides, and not read here.
+            grad_norm: Of the last step, before clipping.
+            model: The live module.
+            trial: None.
+            epoch: The number of the pass over the data.
+            ignore_keys_for_eval: Names of outputs that are no predictions.
+            start_time: Of the training, in seconds.
+            learning_rate: Of the last step.
+        """
+        del tr_loss, model, epoch
+        run = self._run
+        assert run is not None
+        if self.control.should_log and self.state.global_step > run.last_logged:
+            steps = self.state.global_step - run.last_logged
+            logs: dict[str, float] = {"loss": run.losses.drained() / steps}
+            if grad_norm is not None:
+                logs["grad_norm"] = float(grad_norm)
+            logs["learning_rate"] = learning_rate if learning_rate is not None else self._get_learning_rate()
+            run.last_logged = self.state.global_step
+            self.store_flos()
+            self.log(logs, start_time)
+        if self.control.should_save and getattr(self.args, "eval_on_save", False) and self.eval_dataset is not None:
+            self.control.should_evaluate = True
+        if self.control.should_evaluate:
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics, trial)
+            if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
+                self.control.should_save = is_best
+        if self.control.should_save:
+            self._commit_checkpoint()
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    _run: Running | None
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluate in a training, and step a scheduler that waits for metrics."""
+        del trial
+        try:
+            metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        except (RuntimeError, MemoryError) as error:
+            if self.args.auto_find_batch_size and _out_of_memory(error):
+                raise ValueError(
+                    "Evaluation hit an out-of-memory error. `auto_find_batch_size` only adjusts the training batch "
+                    "size, reduce `per_device_eval_batch_size` instead."
+                ) from error
+            raise
+        if not skip_scheduler:
+            self._step_scheduler_on(metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
+        """Compare an evaluation with the best before, and tell whether it is better; nan never is."""
+        if self.args.metric_for_best_model is None:
+            return False
+        value, best = metric_of(metrics, self.args.metric_for_best_model), self.state.best_metric
+        greater = self.args.greater_is_better
+        if best is None:
+            best = float("-inf") if greater else float("inf")
+            self.state.best_metric = best
+        if not (value > best if greater else value < best):
+            return False
+        self.state.best_metric = value
+        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no":
+            self.state.best_global_step = self.state.global_step
+        return True
+
+    def _finish(self, run: Running) -> TrainOutput:
+        """Log how it went, load the best model where that was asked for, and tell callbacks."""
+        steps = self.state.global_step - run.first_step
+        train_loss = run.losses.total() / max(steps, 0.001)
+        share = steps / max(self.state.max_steps, 1)
+        metrics = speed_metrics("train", run.start, num_samples=run.lengths.samples * share, num_steps=steps)
+        self.store_flos()
+        metrics["total_flos"] = self.state.total_flos
+        metrics["train_loss"] = train_loss
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._keep_only_best()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, train_loss, metrics)
+
+    def _close_engine(self) -> None:
+        """Give the model memory of its own again."""
+        if self._engine is not None:
+            self._engine = None
+            ff_unbind(self.model)
+            for p in self.model.parameters():
+                p.grad = None
+
+
+def _closing(batches: Any) -> Any:
+    """End a generator with the block; other iterators have nothing to end."""
+    return contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    known = ("CUDA out of memory.", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in known)

@@ -1,0 +1,291 @@
+"""The loss: how the model is called, and what of its outputs is minimised."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import forgather_fn as ff
+from forgather.ml.trainer.attributes import Attributes
+from forgather.ml.trainer.counting import Count, counted_labels, shifts_labels
+from forgather_fn.losses import Objective, logits_of
+
+INPUTS, ITEMS, SHARE, WEIGHT, WATCHED, LABELS = "inputs", "items", "share", "weight", "watched", "labels"
+"""What a microbatch is made of: the inputs of the model; the number of items of the whole step, as models are given it;
+its share of the step, by which a mean over it alone is multiplied; what it adds to the weight of the step, which is 1;
+whether the use of the number is watched; and the labels, once taken out."""
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Tell whether a function can be given a keyword."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def accepts_loss_kwargs(model: nn.Module) -> bool:
+    """Tell whether a model is given ``num_items_in_batch``: it says so, or its forward takes any keyword."""
+    model = unwrapped(model)
+    if hasattr(model, "accepts_loss_kwargs"):
+        return bool(model.accepts_loss_kwargs)
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Give the model that PEFT has wrapped, or the model itself."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def returned_loss(outputs: Any, inputs: Any) -> Tensor:
+    """Find the loss that a model returned: under ``"loss"``, or first in a tuple.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(outputs, Mapping) and "loss" not in outputs:
+        raise ValueError(
+            f"The model did not return a loss from the inputs, only the following keys: {','.join(outputs.keys())}. "
+            f"For reference, the inputs it received are {','.join(inputs) if isinstance(inputs, Mapping) else inputs}."
+        )
+    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs if isinstance(outputs, Tensor) else outputs[0]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"The model did not return a loss, but {shape}: return {{'loss': ...}} or (loss, logits), or give the "
+            "trainer compute_loss_func=, which is called with the outputs and the labels."
+        )
+    return loss
+
+
+class ObjectivePart(Attributes):
+    """The part of a trainer that computes the loss."""
+
+    _loss_shifts_labels: bool
+    _share: float
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Run the model on a microbatch and find its loss. Override it for a loss of your own.
+
+        Args:
+            model: The live module.
+            inputs: A microbatch, on the device. ``labels`` are taken out of it where a loss function, or label
+                smoothing, needs them.
+            return_outputs: Give ``(loss, outputs)``.
+            num_items_in_batch: Labels that count in all microbatches of the step. A loss that divides by it is a part
+                of the mean over the step; one that does not, the mean over its microbatch.
+
+        Returns:
+            The loss, a scalar; with the outputs, if asked for.
+        """
+        args, kwargs, labels = self._call(inputs, num_items_in_batch)
+        outputs = model(*args, **kwargs)
+        loss = self._loss(outputs, labels, num_items_in_batch, kwargs or args)
+        return (loss, outputs) if return_outputs else loss
+
+    def _call(self, inputs: Any, items: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Split a microbatch into what the model gets, by position and by name, and the labels that it does not get."""
+        withheld = self.compute_loss_func is not None or self.label_smoother is not None
+        if not isinstance(inputs, Mapping):
+            given = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+            return (given[:-1], {}, given[-1]) if withheld and len(given) > 1 else (given, {}, None)
+        named = dict(inputs)
+        labels = named.pop("labels", None) if withheld else None
+        if self.model_accepts_loss_kwargs and items is not None:
+            named["num_items_in_batch"] = items
+        return (), named, labels
+
+    def _loss(self, outputs: Any, labels: Any, items: Any, inputs: Any) -> Tensor:
+        function = self.compute_loss_func
+        if function is not None:
+            if takes(function, "num_items_in_batch"):
+                loss = function(outputs, labels, num_items_in_batch=items)
+            else:  # a plain loss, of logits and targets
+                loss = function(logits_of(outputs), labels)
+        elif self.label_smoother is not None and labels is not None:
+            loss = self.label_smoother(outputs, labels, self._loss_shifts_labels, items)
+        else:
+            loss = returned_loss(outputs, inputs)
+        found: Tensor = loss if loss.dim() == 0 else loss.mean()
+        return found
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Run forward and backward on one microbatch, and give its part of the step's mean loss, detached.
+
+        Override it to do otherwise; what the parameters' ``grad`` holds after all microbatches is what the optimizer
+        gets.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        items = num_items_in_batch
+        if isinstance(items, Tensor) and not isinstance(items, Count) and self.current_gradient_accumulation_steps > 1:
+            items = Count.of(items)
+        with self.compute_loss_context_manager():
+            if items is None and not takes(self.compute_loss, "num_items_in_batch"):
+                loss = self.compute_loss(model, inputs)
+            elif takes(self.compute_loss, "num_items_in_batch"):
+                loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+            else:  # an override written for version 4
+                loss = self.compute_loss(model, inputs)
+        loss = loss if loss.dim() == 0 else loss.mean()
+        assert isinstance(loss, Tensor)
+        if not self._is_scaled(items):
+            loss = shared(loss, self._share)
+        self._backward(loss)
+        return loss.detach()
+
+    def _is_scaled(self, items: Any) -> bool:
+        """Tell whether a loss is a part of the step's mean already, or the mean over its microbatch."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return items is not None and (not isinstance(items, Count) or items.used)
+
+    def _backward(self, loss: Tensor) -> None:
+        held = self.__dict__.get("accelerator")
+        if held is not None:
+            held.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move tensors to the device, in nested mappings and sequences, whose types stay."""
+        if isinstance(data, Mapping):
+            return type(data)({name: self._prepare_input(item) for name, item in data.items()})  # type: ignore[call-arg]
+        if isinstance(data, tuple) and hasattr(data, "_fields"):
+            return type(data)(*(self._prepare_input(item) for item in data))
+        if isinstance(data, tuple | list):
+            return type(data)(self._prepare_input(item) for item in data)
+        return data.to(self.args.device, non_blocking=True) if isinstance(data, Tensor) else data
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Make a batch ready for the model.
+
+        Raises:
+            ValueError: It is empty.
+        """
+        if isinstance(inputs, Mapping) and not inputs:
+            raise ValueError(
+                "The batch received was empty, your model won't be able to train on it. Double-check that your "
+                "training dataset contains keys expected by the model: "
+                f"{','.join(getattr(self, '_signature_columns', None) or [])}."
+            )
+        return self._prepare_input(inputs)
+
+    def compute_loss_context_manager(self) -> Any:
+        """Give the context of forward and loss: autocast, where a half precision is asked for."""
+        return self.autocast_smart_context_manager()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Give autocast, where a half precision is asked for, and nothing otherwise."""
+        import contextlib
+
+        if self.args.bf16:
+            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
+        return contextlib.nullcontext()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], Any]:
+        """Fetch the microbatches of one step, fewer at the end of the data, and count their items."""
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any = None) -> Tensor | None:
+        """Count the labels that the losses of microbatches are a mean over; None where nobody asks."""
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return None
+        total: Tensor | None = None
+        for batch in batch_samples:
+            count = counted_labels(batch, self._loss_shifts_labels)
+            if count is None:
+                return None
+            total = count if total is None else total + count
+        # A floating number of the default type, as in transformers: models divide by it.
+        return None if total is None else total.to(device=device, dtype=torch.get_default_dtype())
+
+    def _introspect_model(self) -> None:
+        """Find out what the model takes and returns."""
+        model = unwrapped(self.model)
+        self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.model)
+        names = inspect.signature(type(model).forward).parameters
+        answers = "QuestionAnswering" in type(model).__name__
+        found = [n for n in names if "label" in n or (answers and n in ("start_positions", "end_positions"))]
+        if not found and self.compute_loss_func is not None:
+            found = ["labels"]
+        self.label_names = found if self.args.label_names is None else list(self.args.label_names)
+        self.can_return_loss = "return_loss" in names and names["return_loss"].default is True
+        self._loss_shifts_labels = shifts_labels(model)
+        self._signature_columns = None
+
+    def _objective(self) -> Objective:
+        """Make the loss of a plan: the trainer's, over microbatches as :func:`microbatch` makes them."""
+
+        def arguments(part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if part[WATCHED]:
+                part[ITEMS] = Count.of(part[ITEMS])
+            args, kwargs, part[LABELS] = self._call(part[INPUTS], part[ITEMS])
+            return args, kwargs
+
+        def total(outputs: Any, part: Any) -> Tensor:
+            items = part[ITEMS]
+            loss = self._loss(outputs, part[LABELS], items, part[INPUTS])
+            return loss if self._is_scaled(items) else shared(loss, part[SHARE])
+
+        return Objective(
+            total=total, weight=lambda part: part[WEIGHT], arguments=arguments, description="the trainer's loss"
+        )
+
+
+def microbatches(batches: list[Any], weights: list[float], items: Any) -> list[dict[str, Any]]:
+    """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step.
+
+    Args:
+        batches: Collated, as the model takes them.
+        weights: What each weighs: its labels, or its samples.
+        items: The number of items of the step, if it is counted.
+    """
+    total = sum(weights)
+    if isinstance(items, Tensor):
+        items = items.clamp(min=1)  # models divide by it
+    watched = len(batches) > 1 and isinstance(items, Tensor)
+    return [
+        {
+            INPUTS: inputs,
+            ITEMS: items,
+            SHARE: weight / total if total else 0.0,
+            WEIGHT: 0.0 if i else 1.0,
+            WATCHED: watched,
+            LABELS: None,
+        }
+        for i, (inputs, weight) in enumerate(zip(batches, weights, strict=True))
+    ]
+
+
+def shared(loss: Tensor, share: float) -> Tensor:
+    """Take a microbatch's part of the mean over the step. A mean over nothing is nan, and counts for nothing."""
+    if share == 1.0:
+        return loss
+    return loss * share if share else torch.where(torch.isfinite(loss), loss, 0.0) * 0.0
+
+
+def smoother(epsilon: float) -> Callable[..., Tensor]:
+    """Make the function that smooths labels, in the form that transformers calls it."""
+
+    def smoothed(outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        logits = logits_of(outputs)
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        mean = ff.losses.smoothed_cross_entropy(logits, labels, epsilon)
+        return mean.total / (mean.weight if num_items_in_batch is None else num_items_in_batch)
+
+    return smoothed

@@ -1,0 +1,312 @@
+"""Going on from a checkpoint, whoever wrote it: this package or transformers."""
+
+import json
+import logging
+import os
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forgather.ml.trainer.saving import SavingPart
+from forgather.ml.trainer.trainer_types import TrainerState
+from forgather_fn.checkpoint import catalog, safe
+from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint.manifest import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+STATE, OPTIMIZER, SCHEDULER, RNG = "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+OLD_WEIGHTS, OLD_INDEX, OLD_ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
+
+
+class ResumingPart(SavingPart):
+    """The part of a trainer that reads checkpoints."""
+
+    _engine: Any
+
+    def _checkpoint_to_resume(self, given: Any) -> str | None:
+        """Find the checkpoint that is meant, and make sure that it is whole.
+
+        Raises:
+            ValueError: There is none, or it is damaged.
+        """
+        if given is None or given is False:
+            return None
+        if given is True:
+            found = newest_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
+            return found
+        path = str(os.fspath(given))
+        files = (WEIGHTS, INDEX, ADAPTER, OLD_WEIGHTS, OLD_INDEX, OLD_ADAPTER)
+        if not any(_has(path, name) for name in files) and not _adapters(path):
+            raise ValueError(f"Can't find a valid checkpoint at {path}")
+        check_whole(Path(path))
+        return path
+
+    def _batch_size_of(self, resumed: str | None) -> int:
+        if resumed is not None and _has(resumed, STATE):
+            size = TrainerState.load_from_json(os.path.join(resumed, STATE)).train_batch_size
+            if size is not None:
+                return size
+        return int(self.args.train_batch_size)
+
+    def _resume_state(self, resumed: str) -> None:
+        """Read the trainer's state; intervals are those of the state, as in transformers."""
+        path = os.path.join(resumed, STATE)
+        if not os.path.isfile(path):
+            return
+        self.state = TrainerState.load_from_json(path)
+        best = self.state.best_model_checkpoint
+        if best is not None and not os.path.isdir(best):
+            logger.warning(
+                "The best checkpoint %s recorded in the resumed state does not exist anymore. Ignoring it for this "
+                "run.",
+                best,
+            )
+            self.state.best_model_checkpoint = None
+        self._warn_of_differences()
+        if self.args.restore_callback_states_from_checkpoint:
+            self._restore_callbacks()
+
+    def _warn_of_differences(self) -> None:
+        pairs = {name: (getattr(self.args, name), getattr(self.state, name)) for name in _COMPARED}
+        pairs["per_device_train_batch_size"] = (self.args.per_device_train_batch_size, self.state.train_batch_size)
+        unlike = [
+            f"\n\t{n}: {a} (from args) != {s} (from {STATE})" for n, (a, s) in pairs.items() if a != s and a and s
+        ]
+        if unlike:
+            logger.warning(
+                "Warning: The following arguments do not match the ones in the `%s` within the checkpoint directory: "
+                "%s",
+                STATE,
+                "".join(unlike),
+            )
+
+    def _restore_callbacks(self) -> None:
+        """Give callbacks, and the control, the state that they had; each is made anew from it."""
+        held = [*self.callback_handler.callbacks, self.control]
+        missing = []
+        for name, states in self.state.stateful_callbacks.items():
+            alike = [callback for callback in held if type(callback).__name__ == name]
+            if not alike:
+                missing.append(name)
+            for callback, state in zip(alike, states if isinstance(states, list) else [states], strict=False):
+                made = type(callback)(**state.get("args", {}))
+                for attribute, value in state.get("attributes", {}).items():
+                    setattr(made, attribute, value)
+                if callback is self.control:
+                    self.control = made
+                else:
+                    callbacks = self.callback_handler.callbacks
+                    callbacks[callbacks.index(callback)] = made
+        if missing:
+            logger.warning(
+                "Checkpoint included callbacks not included in current configuration. Ignoring. (%s)",
+                ", ".join(missing),
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read weights into the model.
+
+        Raises:
+            ValueError: There are none.
+        """
+        model = self.model if model is None else model
+        read_weights(model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Read the weights of the best checkpoint into the live model."""
+        best = self.state.best_model_checkpoint
+        logger.info("Loading best model from %s (score: %s).", best, self.state.best_metric)
+        read_weights(self.model, best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read the states of optimizer and scheduler, where they were saved."""
+        if checkpoint is None:
+            return
+        if not (_has(checkpoint, OPTIMIZER) and _has(checkpoint, SCHEDULER)):
+            logger.warning("%s holds no states of optimizer and scheduler: both begin anew", checkpoint)
+            return
+        device = self.args.device if self.args.world_size > 1 else "cpu"
+        if getattr(self.args, "restore_optimizer_state", True):
+            path = os.path.join(checkpoint, OPTIMIZER)
+            self.optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        if getattr(self.args, "restore_scheduler_state", True):
+            path = os.path.join(checkpoint, SCHEDULER)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # to save the optimizer too, which was done
+                self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Put the global generators where they were, before anything is fetched."""
+        if checkpoint is None or not getattr(self.args, "restore_rng_state", True):
+            return
+        path = os.path.join(checkpoint, RNG)
+        if not os.path.isfile(path):
+            logger.info("Didn't find an RNG file in %s, reproducibility is not guaranteed.", checkpoint)
+            return
+        with torch.serialization.safe_globals(_numpy_names()):
+            states = torch.load(path, weights_only=True)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.random.set_rng_state(states["cpu"])
+        cuda = states.get("cuda")
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda) if isinstance(cuda, list) else torch.cuda.set_rng_state(cuda)
+
+
+_COMPARED = ("logging_steps", "eval_steps", "save_steps")
+
+
+def _numpy_names() -> list[Any]:
+    """Name what numpy's generator state is made of, so that it can be read without unpickling anything else."""
+    core: Any = np._core if hasattr(np, "_core") else np.core
+    return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+
+
+def newest_checkpoint(folder: str | Path) -> str | None:
+    """Find the whole checkpoint of a run that was committed last; None if there is none.
+
+    Those that transformers wrote are found too, adapters of PEFT among them.
+    """
+    for entry in reversed(catalog.list_checkpoints(folder)):
+        if entry.whole or (entry.manifest is None and _has(entry.path, STATE) and _adapters(entry.path)):
+            return str(entry.path)
+        try:
+            check_whole(entry.path)
+        except (CheckpointError, OSError):
+            logger.warning("%s is passed over: %s", entry.path, "; ".join(entry.faults))
+            continue
+        return str(entry.path)
+    return None
+
+
+def check_whole(path: Path) -> None:
+    """Compare a checkpoint with its manifest, if it has one.
+
+    Weights that another tool has split or joined since are accepted, with a warning, if they are whole by themselves.
+
+    Raises:
+        CheckpointError: A file is missing, or its content was changed.
+    """
+    manifest = manifests.read(path)
+    if manifest is None:
+        if not _has(path, STATE):
+            raise CheckpointError(f"{path} has no {STATE}: its save did not end, or it is no checkpoint")
+        return
+    faults = manifests.hash_faults(path, manifest)
+    if faults and all(_is_rewritten(path, fault) for fault in faults):
+        warnings.warn(
+            f"{path}: the weights are not those that were saved ({'; '.join(faults)}); another tool has written them "
+            "anew, and they are read as they are",
+            stacklevel=2,
+        )
+    elif faults:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
+
+
+def _is_rewritten(path: Path, fault: str) -> bool:
+    """Tell whether a fault is what splitting, or joining, the weights leaves: files gone, and others whole instead."""
+    gone = fault.endswith(" is missing") and fault.startswith(("model", "adapter_model"))
+    if not gone and not fault.startswith(f"{INDEX}:") and not fault.startswith(f"{INDEX} has"):
+        return False
+    if _has(path, INDEX):
+        names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+    else:
+        names = {WEIGHTS, ADAPTER} & {entry.name for entry in path.iterdir()}
+    return bool(names) and not any(safe.fault(path / name) for name in names)
+
+
+def read_weights(model: nn.Module, folder: str) -> None:
+    """Read weights into a module, in place, whatever their files.
+
+    Raises:
+        ValueError: The directory has none.
+    """
+    if hasattr(model, "load_adapter") and hasattr(model, "active_adapters") and _adapters(folder):
+        _read_adapters(model, folder)
+        return
+    state: dict[str, Tensor] = {}
+    if _has(folder, INDEX):
+        names = set(json.loads(Path(folder, INDEX).read_bytes())["weight_map"].values())
+        for name in sorted(names):
+            state.update(_read_safe(os.path.join(folder, name)))
+    elif _has(folder, WEIGHTS):
+        state = _read_safe(os.path.join(folder, WEIGHTS))
+    elif _has(folder, OLD_INDEX):
+        names = set(json.loads(Path(folder, OLD_INDEX).read_bytes())["weight_map"].values())
+        for name in sorted(names):
+            state.update(torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True))
+    elif _has(folder, OLD_WEIGHTS):
+        state = torch.load(os.path.join(folder, OLD_WEIGHTS), map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"Can't find a valid checkpoint at {folder}")
+    result = model.load_state_dict(state, strict=False)
+    _tell(model, result, state)
+
+
+def _read_safe(path: str) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path, device="cpu")
+
+
+def _tell(model: Any, result: Any, state: dict[str, Tensor]) -> None:
+    """Report keys that did not match; those of tied weights are no surprise, since each is written once."""
+    named = dict(model.state_dict(keep_vars=True))
+    loaded = {id(named[name]) for name in state if name in named}
+    pointers = {named[name].data_ptr() for name in state if name in named}
+    missing = [n for n in result.missing_keys if id(named.get(n)) not in loaded and _pointer(named, n) not in pointers]
+    if missing:
+        logger.warning("There were missing keys in the checkpoint model loaded: %s.", missing)
+    if result.unexpected_keys:
+        logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)
+
+
+def _pointer(named: dict[str, Any], name: str) -> int | None:
+    tensor = named.get(name)
+    return tensor.data_ptr() if isinstance(tensor, Tensor) else None
+
+
+def _read_adapters(model: Any, folder: str) -> None:
+    """Read the adapters of a PEFT model; which of them is trained stays as it is."""
+    import importlib
+
+    read: Any = importlib.import_module("peft").set_peft_model_state_dict
+    active = model.active_adapters[0]
+    found = {active: folder} if _has(folder, ADAPTER) or _has(folder, OLD_ADAPTER) else {}
+    if _has(folder, ADAPTER) and _subfolders(folder):
+        found = {"default": folder}
+    found |= {name: os.path.join(folder, name) for name in _subfolders(folder)}
+    for name, place in found.items():
+        path = os.path.join(place, ADAPTER)
+        state = (
+            _read_safe(path)
+            if os.path.isfile(path)
+            else torch.load(os.path.join(place, OLD_ADAPTER), map_location="cpu", weights_only=True)
+        )
+        result = read(model, state, adapter_name=name)
+        if result.unexpected_keys:
+            logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)
+
+
+def _adapters(folder: str | os.PathLike[str]) -> bool:
+    return _has(folder, ADAPTER) or _has(folder, OLD_ADAPTER) or bool(_subfolders(folder))
+
+
+def _subfolders(folder: str | os.PathLike[str]) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    names = sorted(os.listdir(folder))
+    return [n for n in names if _has(os.path.join(folder, n), ADAPTER) or _has(os.path.join(folder, n), OLD_ADAPTER)]
+
+
+def _has(folder: str | os.PathLike[str], name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))

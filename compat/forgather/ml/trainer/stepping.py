@@ -1,0 +1,270 @@
+"""One step of a training: the core's, whole where nobody looks inside, else in two halves with events between."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import forgather_fn as ff
+from forgather.ml.trainer.counting import batch_size_of, weight_of
+from forgather.ml.trainer.evaluation import EvaluationPart
+from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
+from forgather.ml.trainer.objective import microbatches
+from forgather.ml.trainer.optimizing import OptimizerPart
+from forgather_fn.batch import Parts
+from forgather_fn.flat import Flat
+from forgather_fn.gradient import Gradients
+from forgather_fn.mean import Mean
+from forgather_fn.model import parameter_anatomy
+from forgather_fn.plan import Program
+from forgather_fn.random import key, seeded
+from forgather_fn.state import NonFiniteError, TrainState
+
+INSIDE = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
+"""Events inside a step: where one has listeners, the step is made in two halves."""
+
+OVERRIDES = ("training_step", "compute_loss", "_prepare_inputs", "_prepare_input", "compute_loss_context_manager",
+             "autocast_smart_context_manager", "_loss", "_call")  # fmt: skip
+"""Methods of which an override decides how a gradient comes about."""
+
+
+@attrs.define(eq=False)
+class Engine:
+    """The functional side of a running training.
+
+    Attributes:
+        program: What the strategy made of the plan.
+        state: Where the training is; the module's parameters are its memory.
+        held: The optimizer's side.
+        halves: Whether steps are made in two halves, so that the plan does not clip.
+        looks: What the layout was made of: see :meth:`SteppingPart._look`.
+    """
+
+    program: Program
+    state: TrainState
+    held: Adopted | Called
+    halves: bool
+    looks: tuple[Any, ...]
+
+
+class SteppingPart(OptimizerPart, EvaluationPart):
+    """The part of a trainer that makes steps."""
+
+    _engine: Engine | None
+
+    def _strategy(self, plan: ff.Plan) -> Program:
+        """Make the program of a plan: what the concrete trainers differ in."""
+        raise NotImplementedError
+
+    def _open_engine(self, step: int) -> None:
+        """Put the model on a state of its own, which begins at a step, with the optimizer's slots as they are."""
+        halves = self._in_halves()
+        held = adopted(self.optimizer, self.model)
+        plan = self._plan(held, halves)
+        program = self._strategy(plan)
+        state = attrs.evolve(program.init(self.args.seed), step=step)
+        self._engine = Engine(program, state, held, halves, self._look())
+
+    def _plan(self, held: Adopted | Called, halves: bool) -> ff.Plan:
+        """Translate arguments to a plan."""
+        args = self.args
+        clips = args.max_grad_norm is not None and args.max_grad_norm > 0
+        return ff.Plan(
+            model=self.model,
+            loss=self._objective(),
+            optimizer=held.as_optimizer(),
+            schedule=lambda step: float(self.optimizer.param_groups[0]["lr"]),
+            transforms=() if halves or not clips else (ff.clipped(float(args.max_grad_norm)),),
+            microbatches=args.gradient_accumulation_steps,
+            precision="bfloat16" if args.bf16 else "as_built",
+            on_nonfinite="skip" if self._goes_on_nonfinite() else "raise",
+            device=args.device,
+        )
+
+    def _goes_on_nonfinite(self) -> bool:
+        """Tell whether training goes on after a loss that is not finite: where ``logging_nan_inf_filter`` was given."""
+        given = getattr(self.args, "was_given", None)
+        return bool(given("logging_nan_inf_filter")) if given is not None else not self.args.logging_nan_inf_filter
+
+    def _in_halves(self) -> bool:
+        """Tell whether somebody looks inside steps, or decides how gradients come about."""
+        from forgather.ml.trainer.base_trainer import BaseTrainer
+
+        overridden = any(getattr(type(self), name) is not getattr(BaseTrainer, name) for name in OVERRIDES)
+        patched = any(name in self.__dict__ for name in OVERRIDES)
+        # A scheduler that is not torch's may look at gradients, as transformers' AdafactorSchedule does.
+        foreign = not type(self.lr_scheduler).__module__.startswith(("torch.optim.", "builtins", "forgather."))
+        return overridden or patched or foreign or any(self.callback_handler.listens(event) for event in INSIDE)
+
+    def _look(self) -> tuple[Any, ...]:
+        """Look at what the layout of the state depends on: parameters, their memory, and the optimizer's groups."""
+        sites = tuple(
+            (child, name, id(p), p.data_ptr(), p.dtype, p.shape)
+            for child in self.model.modules()
+            for name, p in child._parameters.items()
+            if p is not None
+        )
+        asked = tuple(id(p) for p in self.model.parameters() if p.requires_grad)
+        groups = tuple(tuple(id(p) for p in group["params"]) for group in self.optimizer.param_groups)
+        return sites, asked, groups, id(self.optimizer)
+
+    def _refresh_engine(self) -> Engine:
+        """Find what user's code changed since the last step, and lay out the state anew where that is needed.
+
+        Raises:
+            ValueError: A parameter was replaced, which the optimizer does not know.
+        """
+        engine = self._engine
+        assert engine is not None
+        halves = self._in_halves()
+        fits = isinstance(engine.held, Called) or type(engine.held.optimizer) is type(self.optimizer)
+        if fits and halves == engine.halves and engine.held.is_whole(engine.state.opt) and self._look() == engine.looks:
+            return engine
+        self._check_replaced(engine)
+        ff_unbind(self.model)
+        self._open_engine(engine.state.step)
+        assert self._engine is not None
+        return self._engine
+
+    def _check_replaced(self, engine: Engine) -> None:
+        before = {(id(child), name): (pid, shape) for child, name, pid, _, _, shape in engine.looks[0]}
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for prefix, child in self.model.named_modules():
+            for name, p in child._parameters.items():
+                was = before.get((id(child), name))
+                if p is None or was is None or not p.requires_grad or was == (id(p), p.shape):
+                    continue
+                if was[0] == id(p) or id(p) not in known:
+                    full = f"{prefix}.{name}" if prefix else name
+                    raise ValueError(
+                        f"{full} was replaced while training runs (by resize_token_embeddings, or a new layer), and "
+                        "the optimizer does not fit the new parameter. Replace parameters before train(), or tell the "
+                        "optimizer: optimizer.add_param_group({'params': [p]})"
+                    )
+
+    def _step(self, batches: list[Any], items: Any) -> tuple[Mean, Tensor]:
+        """Make one step on microbatches, and give its loss and the norm of its gradient before clipping.
+
+        Raises:
+            NonFiniteError: The loss or a gradient is not finite, and nothing was said of what then.
+        """
+        engine = self._refresh_engine() if self._watched else self._engine
+        assert engine is not None
+        if not self.model.training:
+            self.model.train()
+        weights = [weight_of(batch, self._loss_shifts_labels) for batch in batches]
+        if engine.halves:
+            return self._step_in_halves(engine, batches, weights, items)
+        parts = microbatches(batches, weights, items)
+        samples = sum(batch_size_of(batch) or 1 for batch in batches)
+        data = Parts(tuple(parts)) if engine.program.plan.microbatches > 1 else parts[0]
+        state, metrics = engine.program.step(engine.state, ff.Batch(data, samples, None))
+        engine.state = state
+        return metrics["loss"], metrics["grad_norm"]
+
+    _watched: bool
+
+    def _step_in_halves(
+        self, engine: Engine, batches: list[Any], weights: list[float], items: Any
+    ) -> tuple[Mean, Tensor]:
+        """Make one step by :meth:`training_step` on each microbatch, the events inside it, and the core's update."""
+        handler, args = self.callback_handler, self.args
+        state, total = engine.state, sum(weights)
+        for p in self.model.parameters():
+            p.grad = None
+        before = _copied(state.buffers)
+        loss: Tensor | None = None
+        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            self._share = weight / total if total else 0.0
+            with seeded(key(state.seed, state.step, i, "forward"), args.device):
+                part = self.training_step(self.model, batch, items)
+            loss = part if loss is None else loss + part
+            if i < len(batches) - 1:
+                self.control = handler.call_event("on_substep_end", args, self.state, self.control)
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    raise StoppedInsideError
+        assert loss is not None
+        samples = sum(batch_size_of(batch) or 1 for batch in batches)
+        gradients = taken(self.model, state, samples, total)
+        norm = gradients.norm().clone()
+        if args.max_grad_norm is not None and args.max_grad_norm > 0:
+            gradients = _clipped(gradients, state, float(args.max_grad_norm))
+        self.control = handler.call_event("on_pre_optimizer_step", args, self.state, self.control)
+        try:
+            self._update(engine, taken(self.model, state, samples, total), loss)
+        except NonFiniteError:
+            _restore(state.buffers, before)
+            raise
+        self.control = handler.call_event("on_optimizer_step", args, self.state, self.control)
+        return Mean(loss.detach() * total, total), norm
+
+    def _update(self, engine: Engine, gradients: Gradients, loss: Tensor) -> None:
+        kept = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        if engine.program.plan.on_nonfinite == "raise" and not torch.isfinite(loss):
+            from forgather_fn.state import nonfinite_message
+
+            raise NonFiniteError(nonfinite_message(engine.state.step, "the loss"))
+        engine.state, _ = engine.program.update(engine.state, gradients)
+        for p, grad in kept:  # for those who look at gradients after the update
+            p.grad = grad
+
+
+class StoppedInsideError(Exception):
+    """A callback ended the training between two microbatches: the step is not made."""
+
+
+def ff_unbind(model: nn.Module) -> None:
+    """Give a module's tensors memory of their own again."""
+    from forgather_fn.binding import unbind
+
+    unbind(model)
+
+
+def taken(model: nn.Module, state: TrainState, samples: int, weight: float) -> Gradients:
+    """Take what the parameters' ``grad`` holds as the gradient of a step.
+
+    Raises:
+        ValueError: No parameter has a gradient.
+    """
+    params = state.params
+    assert isinstance(params, Flat)
+    layout = params.layout
+    views: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for site, name in parameter_anatomy(model).sites:
+        grad = site.tensor.grad
+        if grad is None or name not in layout.index or id(site.tensor) in seen:
+            continue
+        seen.add(id(site.tensor))
+        views[name] = grad if name not in views else views[name] + grad
+    if not views:
+        raise ValueError(
+            "no parameter has a gradient after training_step: call loss.backward() (or self.accelerator.backward) in it"
+        )
+    active = tuple(leaf.name in views for leaf in layout.leaves)
+    named: Mapping[str, Tensor] = {
+        leaf.name: _strided(views[leaf.name], leaf.stride) for leaf in layout.leaves if leaf.name in views
+    }
+    return Gradients(layout, active, named, None, samples, weight)
+
+
+def _strided(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    return grad if grad.stride() == stride else grad.new_empty_strided(grad.shape, stride).copy_(grad)
+
+
+def _clipped(gradients: Gradients, state: TrainState, max_norm: float) -> Gradients:
+    with torch.no_grad():
+        clipped, _ = ff.clipped(max_norm).update(gradients, None, params=state.params, step=state.step, seed=state.seed)
+        assert isinstance(clipped, Gradients)
+        return clipped.resolved()
+
+
+def _copied(buffers: Any) -> Any:
+    return buffers.copy() if len(buffers) else None
+
+
+def _restore(buffers: Any, before: Any) -> None:
+    if before is not None:
+        buffers.assign(before)

@@ -1,0 +1,380 @@
+"""What users override is called, decides, and trains as in transformers."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
+
+import forgather.ml as ours
+from tests.compat.test_checkpoints import trainer
+from tests.compat.tiny import rows
+
+BOTH = (ours, transformers)
+PLAIN = {"save_strategy": "no", "weight_decay": 0.1, "max_grad_norm": 0.5}
+
+
+def losses(made):
+    return [log["loss"] for log in made.state.log_history if "loss" in log]
+
+
+def norms(made):
+    return [log["grad_norm"] for log in made.state.log_history if "grad_norm" in log]
+
+
+def alike(tmp_path, make, kind="regression", **options):
+    """Train by a subclass of either trainer; give both."""
+    found = []
+    for library in BOTH:
+        made = trainer(
+            library, tmp_path / library.__name__, kind, cls=make(library.Trainer), **{**PLAIN, **options}
+        )  # fmt: skip
+        made.train()
+        found.append(made)
+    assert losses(found[0]) == pytest.approx(losses(found[1]), rel=1e-5)
+    assert norms(found[0]) == pytest.approx(norms(found[1]), rel=1e-5)
+    for (name, mine), theirs in zip(found[0].model.named_parameters(), found[1].model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, msg=name)
+    return found[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["regression", "llama"])
+def test_compute_loss(kind, accumulate, tmp_path):
+    def make(base):
+        class Mine(base):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                loss, outputs = super().compute_loss(
+                    model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+                penalty = 0.1 * sum(p.square().sum() for p in model.parameters())
+                loss = loss + penalty * (0.5 if accumulate == 2 and kind == "llama" else 1.0)
+                return (loss, outputs) if return_outputs else loss
+
+        return Mine
+
+    alike(tmp_path, make, kind, gradient_accumulation_steps=accumulate, max_steps=5 if accumulate == 1 else 2)
+
+
+def test_compute_loss_with_a_loss_of_its_own(tmp_path):
+    def make(base):
+        class Mine(base):
+            def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+                labels = inputs.pop("labels")
+                outputs = model(**inputs)
+                loss = nn.functional.l1_loss(outputs["logits"], labels)
+                return (loss, outputs) if return_outputs else loss
+
+        return Mine
+
+    alike(tmp_path, make)
+
+
+def test_compute_loss_as_version_4_had_it(tmp_path):
+    class Mine(ours.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    made = trainer(ours, tmp_path / "a", cls=Mine, **PLAIN)
+    made.train()
+    plain = trainer(ours, tmp_path / "b", **PLAIN)
+    plain.train()
+    assert losses(made) == pytest.approx(losses(plain), rel=1e-6)
+    assert made.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_the_halved_step_has_the_bits_of_the_whole_one(tmp_path):
+    """With dropout, buffers, and accumulation: whoever looks inside changes nothing."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+        def forward(self, x, labels=None):
+            return {"loss": nn.functional.mse_loss(self.layers(x)[:, 0], labels)}
+
+    class Looks(ours.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model, **kwargs):
+            assert all(p.grad is not None for p in model.parameters())
+
+    states = []
+    for callbacks in (None, [Looks()]):
+        torch.manual_seed(0)
+        made = trainer(
+            ours, tmp_path, model=Model(), callbacks=callbacks, gradient_accumulation_steps=2, max_grad_norm=100.0,
+            save_strategy="no", max_steps=5,
+        )  # fmt: skip
+        made.train()
+        states.append(made.model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_training_step_fills_gradients(tmp_path):
+    def make(base):
+        class Mine(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                model.train()
+                inputs = self._prepare_inputs(inputs)
+                loss = self.compute_loss(model, inputs) * 2
+                self.accelerator.backward(loss)
+                return loss.detach()
+
+        return Mine
+
+    alike(tmp_path, make)
+
+
+def test_training_step_may_wrap_the_original(tmp_path):
+    def make(base):
+        class Mine(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                inputs = {**inputs, "x": inputs["x"] * 2}
+                return super().training_step(model, inputs, num_items_in_batch)
+
+        return Mine
+
+    alike(tmp_path, make, gradient_accumulation_steps=2, max_steps=2)
+
+
+def test_a_training_step_without_a_backward_pass_is_an_error(tmp_path):
+    class Mine(ours.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return self.compute_loss(model, inputs).detach()
+
+    with pytest.raises(ValueError, match="no parameter has a gradient after training_step"):
+        trainer(ours, tmp_path, cls=Mine).train()
+
+
+def test_prepare_inputs(tmp_path):
+    def make(base):
+        class Mine(base):
+            def _prepare_inputs(self, inputs):
+                inputs = super()._prepare_inputs(inputs)
+                return {**inputs, "labels": inputs["labels"] * 3}
+
+        return Mine
+
+    alike(tmp_path, make)
+
+
+def test_loaders_and_samplers(tmp_path):
+    def loader(base):
+        class Mine(base):
+            def get_train_dataloader(self):
+                return DataLoader(self.train_dataset, batch_size=5, collate_fn=self.data_collator)
+
+            def get_eval_dataloader(self, eval_dataset=None):
+                return DataLoader(self.eval_dataset, batch_size=3, collate_fn=self.data_collator)
+
+        return Mine
+
+    made = alike(tmp_path, loader)
+    assert made.evaluate()["eval_loss"] > 0
+
+    def sampler(base):
+        class Mine(base):
+            def _get_train_sampler(self, train_dataset=None):
+                return SequentialSampler(self.train_dataset)
+
+        return Mine
+
+    alike(tmp_path, sampler)
+
+    def random(base):
+        class Mine(base):
+            def _get_train_sampler(self, train_dataset=None):
+                return torch.utils.data.RandomSampler(self.train_dataset)
+
+        return Mine
+
+    alike(tmp_path, random)
+
+
+def test_create_optimizer(tmp_path):
+    def make(base):
+        class Mine(base):
+            def create_optimizer(self, model=None):
+                if self.optimizer is None:
+                    heads = [p for n, p in self.model.named_parameters() if n.startswith("out")]
+                    rest = [p for n, p in self.model.named_parameters() if not n.startswith("out")]
+                    self.optimizer = torch.optim.AdamW(
+                        [{"params": heads, "lr": 3e-2}, {"params": rest, "lr": 1e-3, "weight_decay": 0.3}]
+                    )
+                return self.optimizer
+
+        return Mine
+
+    made = alike(tmp_path, make)
+    assert made.get_learning_rates() == [0.0, 0.0]
+
+
+def test_create_scheduler(tmp_path):
+    def make(base):
+        class Mine(base):
+            def create_scheduler(self, num_training_steps, optimizer=None):
+                self.lr_scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=0.5)
+                return self.lr_scheduler
+
+        return Mine
+
+    alike(tmp_path, make)
+
+
+def test_create_optimizer_and_scheduler(tmp_path):
+    def make(base):
+        class Mine(base):
+            def create_optimizer_and_scheduler(self, num_training_steps):
+                self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                    self.optimizer, lambda step: 1 - step / num_training_steps
+                )
+
+        return Mine
+
+    # transformers calls create_optimizer and create_scheduler by themselves in its newest version.
+    made = trainer(ours, tmp_path, cls=make(ours.Trainer), **PLAIN)
+    made.train()
+    assert type(made.optimizer) is torch.optim.SGD
+    assert made.state.log_history[0]["learning_rate"] == 0.05
+
+
+def test_get_batch_samples_and_log(tmp_path):
+    def make(base):
+        class Mine(base):
+            def get_batch_samples(self, epoch_iterator, num_batches, device):
+                batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+                return [{**batch, "x": batch["x"] + 1} for batch in batches], items
+
+            def log(self, logs, start_time=None):
+                logs["mine"] = 1.0
+                super().log(logs, start_time)
+
+        return Mine
+
+    made = alike(tmp_path, make)
+    assert all(log["mine"] == 1.0 for log in made.state.log_history)
+
+
+def test_prediction_step_and_evaluation_loop(tmp_path):
+    def make(base):
+        class Mine(base):
+            def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+                loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+                return loss * 2, logits * 0, labels
+
+            def evaluation_loop(self, dataloader, description, *args, **kwargs):
+                output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+                output.metrics["eval_extra"] = 5.0
+                return output
+
+        return Mine
+
+    found = []
+    for library in BOTH:
+        made = trainer(library, tmp_path, cls=make(library.Trainer), per_device_eval_batch_size=3)
+        found.append((made.evaluate(), made.predict(rows("regression", 6))))
+    assert found[0][0]["eval_extra"] == 5.0
+    assert found[0][0]["eval_loss"] == pytest.approx(found[1][0]["eval_loss"], rel=1e-6)
+    assert not found[0][1].predictions.any()
+
+
+def test_a_method_may_be_replaced_on_the_object(tmp_path):
+    made = trainer(ours, tmp_path, **PLAIN)
+    original, seen = made.compute_loss, []
+
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        seen.append(1)
+        return original(model, inputs, return_outputs, num_items_in_batch)
+
+    made.compute_loss = compute_loss
+    made.train()
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("how", ["items", "mean", "flag"])
+def test_accumulation_equals_the_large_batch_however_the_loss_is_scaled(how, tmp_path):
+    """By one that divides by the number of items, one that ignores it, and one that says so."""
+
+    class Mine(ours.Trainer):
+        loss_is_scaled_for_ga = False if how == "flag" else None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+            total = nn.functional.cross_entropy(
+                logits.reshape(-1, 23), inputs["labels"][:, 1:].reshape(-1), reduction="sum"
+            )
+            if how == "flag":
+                num_items_in_batch.add(0)  # looks at it, and divides by its own
+            own = inputs["labels"][:, 1:].ne(-100).sum()
+            return total / (num_items_in_batch if how == "items" else own)
+
+    found = []
+    for accumulate, batch in ((1, 8), (4, 2)):
+        made = trainer(
+            ours, tmp_path, "llama", cls=Mine, gradient_accumulation_steps=accumulate,
+            per_device_train_batch_size=batch, **PLAIN,
+        )  # fmt: skip
+        made.train()
+        found.append((losses(made), norms(made)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama", "gpt2", "regression"])
+def test_accumulation_equals_the_large_batch_for_any_model(kind, tmp_path):
+    found = []
+    for accumulate, batch in ((1, 8), (4, 2)):
+        made = trainer(
+            ours, tmp_path, kind, gradient_accumulation_steps=accumulate, per_device_train_batch_size=batch, **PLAIN
+        )
+        made.train()
+        found.append((losses(made), norms(made)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=2e-5)
+
+
+def test_the_number_of_items_is_that_of_the_whole_step(tmp_path):
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen.append(float(num_items_in_batch))
+        return nn.functional.mse_loss(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    made = trainer(ours, tmp_path, gradient_accumulation_steps=3, max_steps=2, **PLAIN)
+    made.compute_loss_func = loss
+    made.train()
+    assert seen[:3] == [12.0] * 3
+    assert seen[3:] == [10.0] * 3
+
+
+def test_a_search_is_refused_with_the_loop_to_write(tmp_path):
+    with pytest.raises(ValueError, match="for learning_rate in"):
+        trainer(ours, tmp_path).hyperparameter_search()
+
+
+def test_logging_may_be_wrapped(tmp_path):
+    def make(base):
+        class Mine(base):
+            def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+                self.seen = [*getattr(self, "seen", []), (round(float(tr_loss), 4), round(float(grad_norm), 4))]
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+        return Mine
+
+    found = []
+    for library in BOTH:
+        made = trainer(library, tmp_path, cls=make(library.Trainer), **{**PLAIN, "logging_steps": 3})
+        made.train()
+        found.append(made.seen)
+    assert found[0] == found[1]
+
+
+def test_an_override_that_would_never_be_called_is_refused_by_name(tmp_path):
+    class Mine(ours.Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            pass
+
+    with pytest.raises(ValueError, match="Mine overrides _inner_training_loop, a private method of transformers"):
+        trainer(ours, tmp_path, cls=Mine)
