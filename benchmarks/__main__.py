@@ -18,10 +18,14 @@ import torch
 
 ROWS: Final = {
     "overhead": "benchmarks.overhead",
+    "compiled": "benchmarks.compiled",
+    "everything": "benchmarks.everything",
+    "scaling": "benchmarks.scaling",
     "memory": "benchmarks.memory",
     "import": "benchmarks.startup",
     "checkpoint": "benchmarks.checkpoint",
     "resume": "benchmarks.resume",
+    "gpu": "benchmarks.gpu",
 }
 """Names, and the modules that measure them. To add a row, write one with a function ``run``."""
 

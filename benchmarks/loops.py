@@ -1,7 +1,7 @@
 """This library's loop, and the one that a good engineer writes by hand."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import toolz
@@ -26,7 +26,11 @@ def loader(task: Task) -> DataLoader[Batch]:
 
 def by_hand(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
     """Train with nothing but torch."""
-    model = task.model()
+    return by_hand_with(task.model(), clock, batches)
+
+
+def by_hand_with(model: nn.Module, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
+    """Train a given model, from the weights that it has."""
     optimizer = optimizer_of(model)
     scheduler = LambdaLR(optimizer, clock)
     reports = []
@@ -44,15 +48,23 @@ def by_hand(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Module:
 
 def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> nn.Module:
     """Train with forgather_fn."""
-    model = task.model()
-    plan = ff.Plan(
-        model=model,
+    return by_program(ff.single(plan_of(task, lambda: clock)), task, data)
+
+
+def plan_of(task: Task, clock: Callable[[], Clock], **fields: Any) -> ff.Plan:
+    """Make the plan of a task, with what is not as usual."""
+    return ff.Plan(
+        model=task.model,
         loss=ff.losses.causal_lm,
         optimizer=ff.adamw(weight_decay=WEIGHT_DECAY),
-        schedule=lambda step: PEAK * clock(step),
+        schedule=lambda step: PEAK * clock()(step),
         transforms=(ff.clipped(MAX_NORM),),
+        **fields,
     )
-    program = ff.single(plan)
+
+
+def by_program(program: ff.Program, task: Task, data: ff.Stream | Iterable[Batch]) -> nn.Module:
+    """Train from the beginning with a program, which may be used again."""
     reports: list[Any] = []
     toolz.pipe(
         program.steps(program.init(0), data),
@@ -60,7 +72,7 @@ def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> n
         ff.until(steps=task.updates),
         ff.last,
     )
-    return model  # bound to the last state: its parameters are views of that state's
+    return program.module()  # bound to the last state: its parameters are views of that state's
 
 
 def by_trainer(task: Task, clock: Clock) -> nn.Module:

@@ -1,5 +1,6 @@
 """The models that every arm trains: decoder transformers in plain torch, from few large to many small tensors."""
 
+from collections.abc import Callable
 from typing import cast
 
 import attrs
@@ -79,6 +80,31 @@ class Transformer(nn.Module):
         return cast(Tensor, self.head(self.norm(stream)))
 
 
+class Llama(nn.Module):
+    """Hugging Face's Llama, called as the models here are."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.inner = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocabulary,
+                hidden_size=shape.width,
+                intermediate_size=4 * shape.width,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.heads,
+                max_position_embeddings=shape.context,
+                use_cache=False,
+            )
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map tokens, int64 ``[batch, time]``, to the logits of the next, ``[batch, time, vocabulary]``."""
+        return cast(Tensor, self.inner(input_ids=input_ids).logits)
+
+
 class WithLoss(nn.Module):
     """A model as transformers.Trainer wants it: one that is given the labels and returns its own loss."""
 
@@ -97,8 +123,17 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
 
 
-def built(shape: Shape) -> Transformer:
+def built(shape: Shape) -> nn.Module:
     """Build a transformer with the same initial weights every time."""
+    return _drawn(Transformer, shape)
+
+
+def llama(shape: Shape) -> nn.Module:
+    """Do the same for Hugging Face's Llama."""
+    return _drawn(Llama, shape)
+
+
+def _drawn(model: Callable[[Shape], nn.Module], shape: Shape) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Transformer(shape)
+        return model(shape)

@@ -119,7 +119,7 @@ def by_lightning(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Modul
     return module.model
 
 
-def by_transformers(task: Task, clock: Clock) -> nn.Module:
+def by_transformers(task: Task, clock: Clock, **arguments: Any) -> nn.Module:
     """Train with transformers.Trainer: https://huggingface.co/docs/transformers/trainer."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -140,6 +140,7 @@ def by_transformers(task: Task, clock: Clock) -> nn.Module:
                 disable_tqdm=True,
                 use_cpu=True,
                 seed=0,
+                **arguments,
             ),
             train_dataset=Rows(task.tokens),
             optimizers=(optimizer, LambdaLR(optimizer, clock)),

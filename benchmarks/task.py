@@ -1,6 +1,6 @@
 """What every arm does: the same updates, from the same weights, on the same samples in the same order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Final
 
@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from torch.utils.data import Dataset
 
 from benchmarks import models
-from benchmarks.models import Shape, Transformer, next_token_loss
+from benchmarks.models import Shape, next_token_loss
 
 Batch = dict[str, Tensor]
 
@@ -47,6 +47,7 @@ class Task:
         batch_size: Samples in a step.
         warmup: Steps before the clock starts.
         steps: Steps that are timed.
+        build: Builds the model of a shape, with its initial weights.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     batch_size: int
     warmup: int
     steps: int
+    build: Callable[[Shape], nn.Module] = models.built
 
     @property
     def updates(self) -> int:
@@ -65,9 +67,9 @@ class Task:
         """Say how large a step is."""
         return f"{self.name}, {self.batch_size} x {self.shape.context} tokens a step"
 
-    def model(self) -> Transformer:
+    def model(self) -> nn.Module:
         """Build the model with its initial weights."""
-        return models.built(self.shape)
+        return self.build(self.shape)
 
     @cached_property
     def tokens(self) -> Tensor:

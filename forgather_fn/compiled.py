@@ -208,6 +208,8 @@ def _tensors(arrays: Arrays) -> list[Tensor]:
     known = arrays.params.kept.get("tensors")
     if known is None or known[0]() is not arrays:
         known = arrays.params.kept["tensors"] = (weakref.ref(arrays), tree.tensors(arrays.changing()))
+        for tensor in known[1] if arrays.updates.is_cuda else ():
+            compiler.mark_static(tensor)
     found: list[Tensor] = known[1]
     return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import models, startup
+from benchmarks import compiled, models, startup
 from benchmarks.__main__ import ROWS
 from benchmarks.arms import ALONE, LOADED, PEERS_LOADED, installed, left_out
 from benchmarks.loops import by_hand
@@ -50,6 +50,21 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
     assert all(result["bytes"] > 43_000 * 16 for result in memory["results"])  # weights, gradients and two slots
     assert len(started["results"]) == 3
     assert all(cpu > 0 for result in trainers["results"] for cpu in result["cpu"])
+
+
+def test_the_other_rows_run(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks", "compiled", "everything", "scaling", "gpu", "--quick"]
+    ended = subprocess.run([*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    alone, loaded, everything, microbatches, layers, gpu = json.loads(path.read_text())["tables"]
+    assert {result["arm"] for result in alone["results"]} >= {compiled.WHOLE, compiled.PART, compiled.MODEL_ONLY}
+    for table in (alone, loaded, everything):
+        losses = [loss for result in table["results"] for loss in result["losses"]]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+    assert [result["microbatches"] for result in microbatches["results"]] == [1, 8]
+    assert [result["layers"] for result in layers["results"]] == [1, 12]
+    assert bool(gpu["results"]) == torch.cuda.is_available()
 
 
 def test_an_unknown_row_is_named_by_the_command() -> None:

@@ -368,3 +368,29 @@ def test_inductor(name: str, tmp_path: Any) -> None:
     resumed, rest = run(plan_of("mlp", compile=True, **fields), start=tmp_path)
     assert rest == losses[9:]
     toys.assert_equal(final, resumed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestCuda:
+    """The whole step as a CUDA graph."""
+
+    @pytest.mark.parametrize("microbatches", [1, 2])
+    def test_equals_eager(self, microbatches: int) -> None:
+        fields: dict[str, Any] = {"device": "cuda", "microbatches": microbatches, "average": ff.ema(0.9)}
+        fields |= {"model": transformer, "loss": ff.losses.causal_lm, "transforms": (ff.clipped(0.5),)}
+        batch = specimens.words(8, 8)
+        _, expected = trained(plan_of("mlp", **fields), batch, steps=20)
+        _, seen = trained(plan_of("mlp", compile=True, **fields), batch, steps=20)
+        for ours, theirs in zip(seen, expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+    def test_other_states_may_be_stepped_in_between(self) -> None:
+        program = ff.single(plan_of("mlp", compile=True, device="cuda"))
+        batch = specimens.classes(8)
+        one, other = program.init(0), program.init(1)
+        for _ in range(4):
+            one, _ = program.step(one, batch)
+            other, _ = program.step(other, batch)
+        alone, _ = trained(plan_of("mlp", compile=True, device="cuda"), batch)
+        toys.assert_equal(alone, one)
