@@ -71,6 +71,11 @@ def _alone(backend: str) -> tuple[Arm, ...]:
     )
 
 
+def memory_arms() -> tuple[Arm, ...]:
+    """Give the arms whose memory is measured: the whole step, and the model alone."""
+    return (_alone("inductor")[0], _alone("inductor")[2])
+
+
 def _loaded(backend: str) -> tuple[Arm, ...]:
     whole = kept(lambda task: compiled_program(task, backend, compile=True, data=lambda: streamed(task, columns(task))))
     return (Arm(WHOLE, "yes: batches(columns)", whole),)

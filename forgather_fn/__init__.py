@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from forgather_fn import losses as losses
 from forgather_fn import schedules as schedules
 from forgather_fn.average import ema as ema
+from forgather_fn.compiler import CompileError as CompileError
 from forgather_fn.data import Batch as Batch
 from forgather_fn.data import Stream as Stream
 from forgather_fn.data import batches as batches

@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any, TypeVar, cast
@@ -44,7 +44,8 @@ def whole(function: F, backend: str, device: torch.device) -> F:
     own = {"isolate_recompiles": True}  # or the programs of a process would share one limit
     known = inspect.signature(torch.compile).parameters
     accepted: dict[str, Any] = {name: on for name, on in own.items() if name in known}
-    options = LAUNCH.get(device.type) if backend == "inductor" else None
+    options: dict[str, Any] = dict(LAUNCH.get(device.type, {})) if backend == "inductor" else {}
+    options["guard_filter_fn"] = _guarded
     graph = torch.compile(function, fullgraph=True, backend=backend, options=options, **accepted)
     wanted = {"trace_autograd_ops": True, "ignore_logging_functions": _logging_functions()}
     settings = {name: value for name, value in wanted.items() if hasattr(dynamo.config, name)}
@@ -63,6 +64,19 @@ def whole(function: F, backend: str, device: torch.device) -> F:
             raise CompileError(_explained(error)) from error
 
     return cast(F, call)
+
+
+def _guarded(guards: Sequence[Any]) -> list[bool]:
+    """Choose what is looked at before each call of a graph: all, but for what cannot differ.
+
+    The binding has made sure that the module's parameters are those of the layout; the graph gets them from the state.
+    The kinds of trees that torch knows are what they were.
+    """
+    checked = {"TENSOR_MATCH", "TYPE_MATCH", "DICT_CONTAINS"}
+    return [
+        not ("SUPPORTED_NODES" in guard.name or ("._parameters" in guard.name and guard.guard_type in checked))
+        for guard in guards
+    ]
 
 
 def opaque(function: F) -> F:
