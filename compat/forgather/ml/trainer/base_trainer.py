@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+import forgather_fn as ff
 from forgather.ml.trainer.callbacks import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -22,6 +23,7 @@ from forgather.ml.trainer.objective import smoother
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
+from forgather_fn.plan import Program
 
 
 class AbstractBaseTrainer(abc.ABC):
@@ -158,6 +160,10 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         if getattr(self.model, "config", None) is not None:
             self.model.config.use_cache = self.args.use_cache  # type: ignore[union-attr]
+
+    @abc.abstractmethod
+    def _strategy(self, plan: ff.Plan) -> Program:
+        """Make the program of a plan: all that concrete trainers differ in."""
 
     def _begin(self) -> None:
         """Set what nobody gives."""
