@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import nn
@@ -127,6 +128,8 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         from forgather.ml.trainer.arguments import TrainingArguments, arguments_from
 
         self.args = arguments_from(args, self._arguments_class or TrainingArguments)
+        self._given_args = args
+        self._seen_args = dict(vars(args)) if is_dataclass(args) else {}
         self.distributed_env = distributed_env
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.model_init = model_init
@@ -172,7 +175,7 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self.current_flos, self._flops = 0, 0.0
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        self._share = 1.0
+        self._share, self._uses_items = 1.0, None
         self._initial_num_input_tokens_seen = 0
         self._train_batch_size = self.args.train_batch_size
 
@@ -303,8 +306,14 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         """Look at the arguments once more, since they can be changed after the trainer is made."""
         from forgather.ml.trainer.refusals import refuse_unhonoured
 
-        if hasattr(self.args, "refused"):
-            refuse_unhonoured(self.args)
+        if is_dataclass(self._given_args) and self._given_args is not self.args:
+            # Transformers' own object, of which a copy is used: what was changed in it since then counts.
+            now = dict(vars(self._given_args))
+            for name, value in now.items():
+                if name not in self._seen_args or self._seen_args[name] is not value:
+                    setattr(self.args, name, value)
+            self._seen_args = now
+        refuse_unhonoured(self.args)
 
     @functools.cached_property
     def accelerator(self) -> Any:

@@ -154,10 +154,12 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         assert engine is not None
         if not self.model.training:
             self.model.train()
+        if self.args.torch_compile and len(batches) > 1 and isinstance(items, Tensor) and self._uses_items is None:
+            self._find_use_of_items(batches[0], items)
         weights = [weight_of(batch, self._loss_shifts_labels) for batch in batches]
         if engine.halves:
             return self._step_in_halves(engine, batches, weights, items)
-        parts = microbatches(batches, weights, items)
+        parts = microbatches(batches, weights, items, watch=self._uses_items is None)
         samples = sum(batch_size_of(batch) or 1 for batch in batches)
         data = Parts(tuple(parts)) if engine.program.plan.microbatches > 1 else parts[0]
         state, metrics = engine.program.step(engine.state, ff.Batch(data, samples, None))
