@@ -3,6 +3,7 @@
 import abc
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
@@ -130,6 +131,9 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self.args = arguments_from(args, self._arguments_class or TrainingArguments)
         self._given_args = args
         self._seen_args = dict(vars(args)) if is_dataclass(args) else {}
+        if self.args.log_level != "passive":
+            for name in ("forgather", "forgather_fn"):
+                logging.getLogger(name).setLevel(self.args.get_process_log_level())
         self.distributed_env = distributed_env
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.model_init = model_init

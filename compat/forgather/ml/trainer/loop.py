@@ -152,6 +152,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         run.start = time.time()
         run.first_step = run.last_logged = self.state.global_step
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._tell(run)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self._watched = self._is_watched()
         if self.args.eval_on_start:
@@ -162,6 +163,19 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             if self.control.should_training_stop:
                 break
         return self._finish(run)
+
+    def _tell(self, run: Running) -> None:
+        """Log what is about to be done."""
+        lengths = run.lengths
+        logger.info("***** Running training *****")
+        logger.info("  Num examples = %s", f"{lengths.examples:,}")
+        logger.info("  Num Epochs = %s", f"{lengths.epochs:,}")
+        logger.info("  Total train batch size (w. accumulation) = %s", f"{lengths.batch_size:,}")
+        logger.info("  Gradient Accumulation steps = %s", self.args.gradient_accumulation_steps)
+        logger.info("  Total optimization steps = %s", f"{lengths.max_steps:,}")
+        logger.info("  Number of trainable parameters = %s", f"{self.get_num_trainable_parameters():,}")
+        if run.resumed is not None:
+            logger.info("  Resuming from %s: epoch %d, step %d", run.resumed, run.epoch, self.state.global_step)
 
     def _begin_state(self, run: Running) -> None:
         """Make the state of a new training, or read that of the one that is gone on with."""
