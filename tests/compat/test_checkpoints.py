@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import forgather.ml as ours
-from forgather_fn.checkpoint import catalog
+from forgather.ml.trainer.resuming import newest_checkpoint
+from forgather_fn.checkpoint import catalog, system
 from tests.compat.tiny import MODELS, Regression, regression, rows
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
@@ -226,3 +227,55 @@ def test_a_module_whose_state_is_no_tensor_is_refused_by_name(tmp_path):
     made = trainer(ours, tmp_path, model=Odd(2, 1))
     with pytest.raises(ValueError, match="_extra_state"):
         made.save_model()
+
+
+CALLS = ("make_directory", "create", "write", "sync", "close", "sync_directory", "rename", "unlink", "remove_directory")
+
+
+@pytest.mark.parametrize("keeps", [None, 1])
+def test_wherever_a_save_is_stopped_a_whole_checkpoint_is_found(keeps, tmp_path, monkeypatch):
+    """Every call to the system of the second save is made to fail once; the first or the second save is found then."""
+    state = {"made": 0, "fails": None, "counting": False}
+
+    def failing(name, original):
+        def call(*args):
+            if state["counting"]:
+                state["made"] += 1
+                if state["made"] - 1 == state["fails"]:
+                    if name == "close":
+                        original(*args)
+                    raise OSError(f"call {state['fails']}: {name}")
+            return original(*args)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(system, name, failing(name, getattr(system, name)))
+
+    class Counts(ours.Trainer):
+        def _commit_checkpoint(self):
+            state["counting"] = self.state.global_step == 4
+            super()._commit_checkpoint()
+            state["counting"] = False
+
+    def save(folder, fails):
+        state.update(made=0, fails=fails, counting=False)
+        made = trainer(ours, folder, cls=Counts, max_steps=4, save_total_limit=keeps)
+        try:
+            made.train()
+        except OSError:
+            return False
+        finally:
+            state["counting"] = False
+        return True
+
+    assert save(tmp_path / "whole", None)
+    number = state["made"]
+    assert number > 20
+    for i in range(number):
+        folder = tmp_path / str(i)
+        done = save(folder, i)
+        newest = newest_checkpoint(folder)
+        assert newest in {str(folder / "checkpoint-2"), str(folder / "checkpoint-4")}, i
+        assert not done or newest.endswith("checkpoint-4")
+        assert catalog.verify(newest) == []

@@ -314,3 +314,15 @@ def test_callbacks_of_transformers_run_unmodified(tmp_path):
     made.train()
     assert made.state.global_step < 30
     assert "EarlyStoppingCallback" in made.state.stateful_callbacks
+
+
+def test_arguments_of_transformers_are_read_at_each_training(tmp_path):
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, save_strategy="no", use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    made = ours.Trainer(model=regression(), args=args, train_dataset=rows("regression"))
+    made.train()
+    args.max_steps = 5
+    assert made.train().global_step == 5
+    made.args.max_steps = 2
+    assert made.train().global_step == 2

@@ -378,3 +378,17 @@ def test_an_override_that_would_never_be_called_is_refused_by_name(tmp_path):
 
     with pytest.raises(ValueError, match="Mine overrides _inner_training_loop, a private method of transformers"):
         trainer(ours, tmp_path, cls=Mine)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_accumulation_equals_the_large_batch_when_compiled(kind, tmp_path):
+    found = []
+    for accumulate, batch, backend in ((1, 8, None), (2, 4, "eager")):
+        made = trainer(
+            ours, tmp_path, kind, gradient_accumulation_steps=accumulate, per_device_train_batch_size=batch,
+            torch_compile_backend=backend, **{**PLAIN, "max_steps": 2},
+        )  # fmt: skip
+        made.train()
+        found.append((losses(made), norms(made)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=2e-5)

@@ -3,12 +3,15 @@
 import abc
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import nn
 
+import forgather_fn as ff
 from forgather.ml.trainer.callbacks import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -22,6 +25,7 @@ from forgather.ml.trainer.objective import smoother
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
+from forgather_fn.plan import Program
 
 
 class AbstractBaseTrainer(abc.ABC):
@@ -125,6 +129,11 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         from forgather.ml.trainer.arguments import TrainingArguments, arguments_from
 
         self.args = arguments_from(args, self._arguments_class or TrainingArguments)
+        self._given_args = args
+        self._seen_args = dict(vars(args)) if is_dataclass(args) else {}
+        if self.args.log_level != "passive":
+            for name in ("forgather", "forgather_fn"):
+                logging.getLogger(name).setLevel(self.args.get_process_log_level())
         self.distributed_env = distributed_env
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.model_init = model_init
@@ -159,6 +168,10 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         if getattr(self.model, "config", None) is not None:
             self.model.config.use_cache = self.args.use_cache  # type: ignore[union-attr]
 
+    @abc.abstractmethod
+    def _strategy(self, plan: ff.Plan) -> Program:
+        """Make the program of a plan: all that concrete trainers differ in."""
+
     def _begin(self) -> None:
         """Set what nobody gives."""
         self.is_in_train = self._prepared = self._created_lr_scheduler = self._watched = False
@@ -166,7 +179,7 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self.current_flos, self._flops = 0, 0.0
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        self._share = 1.0
+        self._share, self._uses_items = 1.0, None
         self._initial_num_input_tokens_seen = 0
         self._train_batch_size = self.args.train_batch_size
 
@@ -297,8 +310,14 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         """Look at the arguments once more, since they can be changed after the trainer is made."""
         from forgather.ml.trainer.refusals import refuse_unhonoured
 
-        if hasattr(self.args, "refused"):
-            refuse_unhonoured(self.args)
+        if is_dataclass(self._given_args) and self._given_args is not self.args:
+            # Transformers' own object, of which a copy is used: what was changed in it since then counts.
+            now = dict(vars(self._given_args))
+            for name, value in now.items():
+                if name not in self._seen_args or self._seen_args[name] is not value:
+                    setattr(self.args, name, value)
+            self._seen_args = now
+        refuse_unhonoured(self.args)
 
     @functools.cached_property
     def accelerator(self) -> Any:

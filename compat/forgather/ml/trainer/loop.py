@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -18,6 +19,7 @@ from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.feed import Feed, feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
+from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.rates import RatePart, metric_of
 from forgather.ml.trainer.resuming import ResumingPart
 from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
@@ -98,7 +100,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         self._check_args()
         self.is_in_train = True
         try:
-            with surroundings(self.args), self._session():
+            with surroundings(self.args), self._session(), noting_preemption(self.args) as self._preempted:
                 return self._train_with(resume_from_checkpoint, ignore_keys_for_eval)
         finally:
             self.is_in_train, self._run = False, None
@@ -150,6 +152,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         run.start = time.time()
         run.first_step = run.last_logged = self.state.global_step
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._tell(run)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self._watched = self._is_watched()
         if self.args.eval_on_start:
@@ -160,6 +163,19 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             if self.control.should_training_stop:
                 break
         return self._finish(run)
+
+    def _tell(self, run: Running) -> None:
+        """Log what is about to be done."""
+        lengths = run.lengths
+        logger.info("***** Running training *****")
+        logger.info("  Num examples = %s", f"{lengths.examples:,}")
+        logger.info("  Num Epochs = %s", f"{lengths.epochs:,}")
+        logger.info("  Total train batch size (w. accumulation) = %s", f"{lengths.batch_size:,}")
+        logger.info("  Gradient Accumulation steps = %s", self.args.gradient_accumulation_steps)
+        logger.info("  Total optimization steps = %s", f"{lengths.max_steps:,}")
+        logger.info("  Number of trainable parameters = %s", f"{self.get_num_trainable_parameters():,}")
+        if run.resumed is not None:
+            logger.info("  Resuming from %s: epoch %d, step %d", run.resumed, run.epoch, self.state.global_step)
 
     def _begin_state(self, run: Running) -> None:
         """Make the state of a new training, or read that of the one that is gone on with."""
@@ -177,7 +193,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
     def _prepare_for_training(self, run: Running) -> None:
         """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""
         self.current_flos, self._flops = 0.0, 0.0
-        self._prepared = True
+        self._prepared, self._uses_items = True, None
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer_and_scheduler(num_training_steps=run.lengths.max_steps)
@@ -258,6 +274,8 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         self.state.global_step += 1
         self.state.epoch = epoch + seen / run.lengths.batches_per_epoch
         self.control = handler.on_step_end(args, self.state, self.control)
+        if self._preempted():
+            self.control.should_save = self.control.should_training_stop = True
         self._look_up(run, epoch)
 
     def _show_nonfinite(self, error: NonFiniteError) -> None:
@@ -324,6 +342,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     _run: Running | None
+    _preempted: Callable[[], bool]
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False

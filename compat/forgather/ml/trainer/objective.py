@@ -11,6 +11,8 @@ import forgather_fn as ff
 from forgather.ml.trainer.attributes import Attributes
 from forgather.ml.trainer.counting import Count, counted_labels, shifts_labels
 from forgather_fn.losses import Objective, logits_of
+from forgather_fn.model import evaluation_mode
+from forgather_fn.random import key, seeded
 
 INPUTS, ITEMS, SHARE, WEIGHT, WATCHED, LABELS = "inputs", "items", "share", "weight", "watched", "labels"
 """What a microbatch is made of: the inputs of the model; the number of items of the whole step, as models are given it;
@@ -64,6 +66,7 @@ class ObjectivePart(Attributes):
 
     _loss_shifts_labels: bool
     _share: float
+    _uses_items: bool | None
 
     def compute_loss(
         self,
@@ -125,7 +128,8 @@ class ObjectivePart(Attributes):
         model.train()
         inputs = self._prepare_inputs(inputs)
         items = num_items_in_batch
-        if isinstance(items, Tensor) and not isinstance(items, Count) and self.current_gradient_accumulation_steps > 1:
+        several = self.current_gradient_accumulation_steps > 1
+        if several and self._uses_items is None and isinstance(items, Tensor) and not isinstance(items, Count):
             items = Count.of(items)
         with self.compute_loss_context_manager():
             if items is None and not takes(self.compute_loss, "num_items_in_batch"):
@@ -145,7 +149,27 @@ class ObjectivePart(Attributes):
         """Tell whether a loss is a part of the step's mean already, or the mean over its microbatch."""
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
+        if self._uses_items is not None and items is not None:
+            return self._uses_items
         return items is not None and (not isinstance(items, Count) or items.used)
+
+    def _find_use_of_items(self, batch: Any, items: Tensor) -> None:
+        """Find out, once, whether a compiled model uses the number of items: a graph cannot be watched.
+
+        The uncompiled model is run on a microbatch, without gradients and in evaluation mode.
+        """
+        model, count = self.model, Count.of(items)
+        compiled, model._compiled_call_impl = model._compiled_call_impl, None
+        modes = evaluation_mode(model)
+        try:
+            with torch.no_grad(), seeded(key(self.args.seed, "items"), self.args.device):
+                wants = takes(self.compute_loss, "num_items_in_batch")
+                named: dict[str, Any] = {"num_items_in_batch": count} if wants else {}
+                self.compute_loss(model, self._prepare_inputs(batch), **named)
+        finally:
+            modes.restore()
+            model._compiled_call_impl = compiled
+        self._uses_items = count.used
 
     def _backward(self, loss: Tensor) -> None:
         held = self.__dict__.get("accelerator")
@@ -246,18 +270,19 @@ class ObjectivePart(Attributes):
         )
 
 
-def microbatches(batches: list[Any], weights: list[float], items: Any) -> list[dict[str, Any]]:
+def microbatches(batches: list[Any], weights: list[float], items: Any, watch: bool) -> list[dict[str, Any]]:
     """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step.
 
     Args:
         batches: Collated, as the model takes them.
         weights: What each weighs: its labels, or its samples.
         items: The number of items of the step, if it is counted.
+        watch: Whether it is to be found out if models use that number.
     """
     total = sum(weights)
     if isinstance(items, Tensor):
         items = items.clamp(min=1)  # models divide by it
-    watched = len(batches) > 1 and isinstance(items, Tensor)
+    watched = watch and len(batches) > 1 and isinstance(items, Tensor)
     return [
         {
             INPUTS: inputs,

@@ -49,7 +49,6 @@ REFUSED: Final[Mapping[str, Refusal]] = {
     ),
     "liger_kernel_config": Refusal("apply Liger's kernels to the model yourself"),
     "push_to_hub": Refusal("push what was saved: trainer.model.push_to_hub(...), or `hf upload` with output_dir"),
-    "enable_jit_checkpoint": Refusal("it is not built yet; save_steps says how much a preempted run may lose"),
     "skip_memory_metrics": Refusal("add the callback PeakMemory, which logs the memory that was in use"),
     "construct_model_on": Refusal(
         "it is not built yet; 'device' avoids the copy to an accelerator", lambda value: value == "meta"

@@ -154,10 +154,12 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         assert engine is not None
         if not self.model.training:
             self.model.train()
-        weights = [weight_of(batch, self._loss_shifts_labels) for batch in batches]
+        if self.args.torch_compile and len(batches) > 1 and isinstance(items, Tensor) and self._uses_items is None:
+            self._find_use_of_items(batches[0], items)
+        weights = self._weights(batches, items)
         if engine.halves:
             return self._step_in_halves(engine, batches, weights, items)
-        parts = microbatches(batches, weights, items)
+        parts = microbatches(batches, weights, items, watch=self._uses_items is None)
         samples = sum(batch_size_of(batch) or 1 for batch in batches)
         data = Parts(tuple(parts)) if engine.program.plan.microbatches > 1 else parts[0]
         state, metrics = engine.program.step(engine.state, ff.Batch(data, samples, None))
@@ -165,6 +167,12 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         return metrics["loss"], metrics["grad_norm"]
 
     _watched: bool
+
+    def _weights(self, batches: list[Any], items: Any) -> list[float]:
+        """Weigh the microbatches of a step; one alone weighs what was counted already."""
+        if len(batches) == 1 and isinstance(items, Tensor) and items.device.type == "cpu":
+            return [float(items)]
+        return [weight_of(batch, self._loss_shifts_labels) for batch in batches]
 
     def _step_in_halves(
         self, engine: Engine, batches: list[Any], weights: list[float], items: Any
