@@ -145,6 +145,7 @@ def _graphs(built: Built, arrays: Arrays) -> Graphs:
     """Make the functions that are compiled when they are first called."""
     plan, layout, like = built.plan, built.binding.layout, arrays.changing()
     _check_tensors(like)
+    _check_hooks(built)
     places = _places(like)
     differentiate = graphs.differentiation(built, arrays.buffers.layout, compiler.opaque)
     accumulate = compiler.opaque(functools.partial(graphs.accumulate, layout))
@@ -230,6 +231,16 @@ def _check_tensors(like: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{path} is {leaf!r}, which a compiled step cannot change: an optimizer or a transform keeps tensors, "
                 "torch.tensor(0) for a number"
+            )
+
+
+def _check_hooks(built: Built) -> None:
+    """Make sure that no parameter has a hook: in a graph, gradients are not those of the module's own parameters."""
+    for site, name in built.binding.trainable:
+        if site.tensor._backward_hooks or getattr(site.tensor, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a gradient hook, which a compiled step would not call; write it as a transform "
+                '(ff.stateless(function)), or use compile="model" or compile=False'
             )
 
 

@@ -247,6 +247,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="makes or reshapes buffers"):
             program.step(program.init(0), SPECIMENS["reassigning"].batch(4))
 
+    def test_hooks_of_parameters(self) -> None:
+        model = specimens.mlp()
+        model[0].weight.register_hook(torch.sign)
+        program = ff.single(compiled("mlp", model=model))
+        with pytest.raises(ValueError, match=r"0\.weight has a gradient hook"):
+            program.step(program.init(0), specimens.classes(4))
+
     def test_unrolled_microbatches_that_draw_random_numbers(self) -> None:
         program = ff.single(compiled("dropout", microbatches=2, unroll=True))
         with pytest.raises(ValueError, match="draws random numbers"):
