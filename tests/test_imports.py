@@ -43,9 +43,11 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
     "strategy": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
+    "training": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
+    "config": {"base", "report", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "demo"},
+    "command": {"checkpoint", "config", "demo"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 
