@@ -1,19 +1,30 @@
 """A training as one value: what a configuration builds, and what ``forgather train`` runs."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 import toolz
+from torch import nn
 
-from forgather_fn.checkpoint import latest
+from forgather_fn.average import Average
+from forgather_fn.checkpoint import latest, saved
 from forgather_fn.data import Stream
+from forgather_fn.endings import until
+from forgather_fn.gradient import Transform, clipped
 from forgather_fn.loop import Stage, last
-from forgather_fn.plan import Program
-from forgather_fn.schedules import Schedule
+from forgather_fn.losses import Loss
+from forgather_fn.model import ModelFactory
+from forgather_fn.observers import evaluated, report
+from forgather_fn.optim import Optimizer
+from forgather_fn.plan import Plan, Precision, Program
+from forgather_fn.report import Sink
+from forgather_fn.schedules import Schedule, cosine
+from forgather_fn.stages import Observe, Observer, at, every
 from forgather_fn.state import TrainState
+from forgather_fn.strategy.single import single
 
 
 class ScheduleFactory(Protocol):
@@ -38,7 +49,7 @@ class Training:
 
     program: Program
     data: Stream
-    stages: tuple[Stage, ...] = attrs.field(converter=tuple)
+    stages: tuple[Stage, ...]
     run: Path = attrs.field(converter=Path)
     seed: int = 0
 
@@ -64,6 +75,120 @@ class Training:
         steps = self.program.steps(self.state(resume, allow=allow), self.data)
         final: TrainState = toolz.pipe(steps, *self.stages, last)
         return final
+
+
+class StreamFactory(Protocol):
+    """Make a stream of batches, such as :func:`~forgather_fn.data.batches` with its data set given."""
+
+    def __call__(self, *, batch_size: int) -> Stream:
+        """Give batches of so many samples."""
+        ...
+
+
+class Strategy(Protocol):
+    """Make a program of a plan, such as :func:`~forgather_fn.strategy.single.single`."""
+
+    def __call__(self, plan: Plan, /) -> Program:
+        """Say how the plan is carried out."""
+        ...
+
+
+def assembled(
+    *,
+    model: nn.Module | ModelFactory,
+    loss: Loss,
+    optimizer: Optimizer,
+    data: StreamFactory,
+    run: str | Path,
+    eval_data: Stream | None = None,
+    max_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    schedule: ScheduleFactory = cosine,
+    warmup_ratio: float = 0.0,
+    final_div_factor: float = math.inf,
+    max_grad_norm: float | None = 1.0,
+    transforms: Iterable[Transform] = (),
+    average: Average | None = None,
+    microbatches: int = 1,
+    precision: Precision = "as_built",
+    on_nonfinite: Literal["raise", "skip"] = "raise",
+    device: str = "cpu",
+    seed: int = 0,
+    logging_steps: int = 10,
+    eval_steps: int = 100,
+    save_steps: int = 100,
+    save_total_limit: int | None = None,
+    observers: Iterable[Observe | Observer] = (),
+    sinks: Iterable[Sink] = (),
+    stages: Iterable[Stage] = (),
+    strategy: Strategy = single,
+) -> Training:
+    """Put together the training that most configurations describe: evaluate, report, save, stop.
+
+    It is looked at, evaluated and reported at the first step, each multiple, and the last; saved at each multiple, and
+    at the end.
+
+    Args:
+        model: As in :class:`~forgather_fn.plan.Plan`, and so are ``loss``, ``optimizer``, ``average``,
+            ``microbatches``, ``precision``, ``on_nonfinite`` and ``device``.
+        loss: What is minimised.
+        optimizer: What updates the parameters.
+        data: Makes the stream that is trained on, given ``batch_size``.
+        run: The run directory, for checkpoints.
+        eval_data: What is evaluated on; None for no evaluation.
+        max_steps: Optimizer steps of the whole run.
+        batch_size: Samples in a step.
+        learning_rate: The highest, after the warm-up.
+        schedule: Makes the schedule; see :func:`warmed_up` for ``warmup_ratio`` and ``final_div_factor``.
+        warmup_ratio: Share of the steps that rise.
+        final_div_factor: What the learning rate is divided by at the end.
+        max_grad_norm: What the norm of the gradient is clipped to, after ``transforms``; None for no clipping.
+        transforms: What gradients pass through.
+        average: Of the parameters.
+        microbatches: Parts of a batch.
+        precision: Of forward and backward.
+        on_nonfinite: What happens at a step that is not finite.
+        device: Where it runs.
+        seed: The root of all randomness.
+        logging_steps: Optimizer steps between reports.
+        eval_steps: Optimizer steps between evaluations.
+        save_steps: Optimizer steps between saves.
+        save_total_limit: How many of the newest checkpoints are kept; None for all.
+        observers: Look at each evaluation's tick, after it.
+        sinks: Where reports go.
+        stages: Further stages, before the report.
+        strategy: Makes the program.
+    """
+    clipping = () if max_grad_norm is None else (clipped(max_grad_norm),)
+    plan = Plan(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        schedule=warmed_up(
+            schedule, peak=learning_rate, total=max_steps, warmup=warmup_ratio, final_div_factor=final_div_factor
+        ),
+        transforms=(*transforms, *clipping),
+        average=average,
+        microbatches=microbatches,
+        precision=precision,
+        on_nonfinite=on_nonfinite,
+        device=device,
+    )
+    looked = () if eval_data is None else (evaluated(eval_data),)
+    return Training(
+        program=strategy(plan),
+        data=data(batch_size=batch_size),
+        stages=(
+            at(looks(eval_steps, max_steps), *looked, *observers),
+            *stages,
+            at(looks(logging_steps, max_steps), report(*sinks)),
+            every(save_steps, saved(run, keep=save_total_limit)),
+            until(steps=max_steps),
+        ),
+        run=Path(run),
+        seed=seed,
+    )
 
 
 def warmed_up(

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
-BASE = {"describe", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
+BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
 RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "neftune", "parts", "optim", "schedules", "unfused"}
 DATA = {"data", "fetch", "loading", "order", "permutation"}
 STEP = {
@@ -43,7 +43,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
     "strategy": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
-    "training": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
+    "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
     "config": {"base", "report", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "demo": {"base", "report", "checkpoint", "public"},

@@ -29,6 +29,10 @@ from forgather_fn.checkpoint.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
+RECORD: Final = "record.json"
+"""A file that says how a run was made: where its directory has one, each of its checkpoints has a copy."""
+RECORD_LIMIT: Final = 1 << 26
+"""Bytes of a record that are copied at most."""
 WRITERS: Final = 2
 """Files that are written at the same time: hashing one and writing another take different parts of the machine."""
 
@@ -41,11 +45,13 @@ class Session:
         directory: Where checkpoints lie.
         run: The id of the run; that of the newest checkpoint, if there is one.
         attempt: The id of this process's attempt.
+        record: What the run's directory says of how it was made, if it does.
     """
 
     directory: Path
     run: str
     attempt: str
+    record: bytes | None = None
 
 
 def open_session(run: Path) -> Session:
@@ -60,7 +66,17 @@ def open_session(run: Path) -> Session:
     entries = catalog.list_checkpoints(directory)
     known = [entry.manifest.run for entry in entries if entry.manifest]
     sweep(directory)
-    return Session(directory, known[-1] if known else secrets.token_hex(8), secrets.token_hex(8))
+    run_id = known[-1] if known else secrets.token_hex(8)
+    return Session(directory, run_id, secrets.token_hex(8), _record(run))
+
+
+def _record(run: Path) -> bytes | None:
+    path = run / RECORD
+    if not path.is_file():
+        return None
+    if path.stat().st_size > RECORD_LIMIT:
+        raise ValueError(f"{path} is larger than a record of a run may be: {RECORD_LIMIT:,} bytes")
+    return path.read_bytes()
 
 
 def sweep(directory: Path) -> None:
@@ -98,6 +114,8 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
     Raises:
         OSError: It could not be written; what was there before is as it was.
     """
+    if session.record is not None:
+        snapshot = attrs.evolve(snapshot, texts={**snapshot.texts, RECORD: session.record})
     sweep(session.directory)
     check_space(session.directory, snapshot)
     token = secrets.token_hex(4)

@@ -49,9 +49,9 @@ NAMES: Final = frozenset().union(
     _names("forgather_fn.schedules", "one_cycle one_minus_sqrt piecewise polynomial scaled straight"),
     _names("forgather_fn.schedules", "warmup_stable_decay"),
     _names("forgather_fn.report", "bar console jsonl tensorboard"),
-    _names("forgather_fn.training", "Training looks warmed_up"),
+    _names("forgather_fn.training", "Training assembled looks warmed_up"),
     _names("forgather_fn.demo.model", "Transformer"),
-    _names("forgather_fn.demo.text", "labelled read windows"),
+    _names("forgather_fn.demo.text", "held_out_windows labelled read training_windows"),
     _names("forgather_fn.demo.train", "bits_per_byte show"),
 )
 """Each as a configuration names it."""
