@@ -124,7 +124,7 @@ def layer(module: str) -> str:
     """Name the layer of a module. One that is in none is refused: a new module is put in its place in this file."""
     first = module.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
     named = {"base": BASE, "recipe": RECIPE, "data": DATA, "step": STEP, "loop": LOOP}
-    named |= {"public": {""}, "command": {"cli", "__main__"}}
+    named |= {"public": {""}, "command": {"cli", "completion", "__main__"}}
     for name, members in named.items():
         if first in members:
             return name

@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-from forgather_fn.checkpoint.commit import RECORD as NAME
-from forgather_fn.checkpoint.commit import RECORD_LIMIT
+from forgather_fn.checkpoint.commit import RECORD, RECORD_LIMIT
 from forgather_fn.config.arguments import arguments
 from forgather_fn.config.dump import dump
 from forgather_fn.config.errors import ConfigError
@@ -25,6 +24,8 @@ from forgather_fn.config.scalars import Value
 from forgather_fn.config.secrets import is_secret
 from forgather_fn.config.text import Text
 
+NAME: Final = RECORD
+"""Of the file, in a run directory and in each checkpoint."""
 FORMAT: Final = "forgather-fn record"
 VERSION: Final = 1
 """The version of the file's schema."""
@@ -106,7 +107,7 @@ def record_of(
         templates={name: redacted_text(source, secrets) for name, source in templates.items()},
         rendered=redacted_text(str.__str__(text), secrets),
         graph=written,
-        arguments=arguments(clean, target, known),
+        arguments=arguments(clean, target, {name: value for name, value in known.items() if name != "output_dir"}),
         hash=content_hash(clean),
         versions=surroundings(),
         git=git_state(folder),
