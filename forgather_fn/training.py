@@ -113,6 +113,7 @@ def assembled(
     microbatches: int = 1,
     precision: Precision = "as_built",
     on_nonfinite: Literal["raise", "skip"] = "raise",
+    compile: bool | Literal["model"] = False,
     device: str = "cpu",
     seed: int = 0,
     logging_steps: int = 10,
@@ -131,7 +132,7 @@ def assembled(
 
     Args:
         model: As in :class:`~forgather_fn.plan.Plan`, and so are ``loss``, ``optimizer``, ``average``,
-            ``microbatches``, ``precision``, ``on_nonfinite`` and ``device``.
+            ``microbatches``, ``precision``, ``on_nonfinite``, ``compile`` and ``device``.
         loss: What is minimised.
         optimizer: What updates the parameters.
         data: Makes the stream that is trained on, given ``batch_size``.
@@ -149,6 +150,7 @@ def assembled(
         microbatches: Parts of a batch.
         precision: Of forward and backward.
         on_nonfinite: What happens at a step that is not finite.
+        compile: What is compiled: nothing, the whole step (True), or the model.
         device: Where it runs.
         seed: The root of all randomness.
         logging_steps: Optimizer steps between reports.
@@ -173,6 +175,7 @@ def assembled(
         microbatches=microbatches,
         precision=precision,
         on_nonfinite=on_nonfinite,
+        compile=compile,
         device=device,
     )
     looked = () if eval_data is None else (evaluated(eval_data),)

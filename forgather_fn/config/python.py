@@ -1,8 +1,9 @@
 """Writing a graph as Python source: the same walk as building, with statements for what it would do."""
 
+import builtins
 import keyword
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -14,6 +15,11 @@ from forgather_fn.config.graph import IDENTIFIER, Call, Graph, Items, Pairs, Sca
 from forgather_fn.config.walk import make
 
 _OWN: Final = "forgather_fn.config.builtin"
+_PARTIAL: Final = ("functools", "partial")
+_PARSE: Final = ("forgather_fn.config", "parse")
+_RESOLVE: Final = ("forgather_fn.config.allow", "resolve")
+_FIXED: Final = frozenset({"Any", "context", "str"}) | {name for name in BUILTINS if name in dir(builtins)}
+"""What code refers to by names that cannot be changed."""
 _NUMBERED: Final = re.compile(r"v\d+")
 _HEAD: Final = "# Made from a configuration by forgather_fn.config.to_python."
 
@@ -44,25 +50,58 @@ def to_python(graph: Graph, targets: Collection[str] | None = None) -> str:
             return v1
         <BLANKLINE>
     """
-    imports: set[str] = set()
-    reserved = _reserved(graph)
+    aliases = _aliases(graph)
+    reserved = _FIXED | set(aliases.values())
     functions = []
     for target in graph.targets if targets is None else targets:
-        if _name(target, "a target") in reserved:
+        if _name(target, "a target") in _FIXED:
             raise ConfigError(f"target {target!r} has the name of something that its code calls: rename it")
-        writer = _Writer(imports, reserved)
+        writer = _Writer(aliases, reserved)
         result = make(graph, target, writer)
         body = "".join(f"    {line}\n" for line in writer.lines)
         functions.append(f"def {target}(**context: Any) -> Any:\n{body}    return {result}\n")
-    lines = [_HEAD, *(f"import {module}" for module in sorted(imports)), "from typing import Any"]
-    return "\n\n\n".join(["\n".join(lines), *functions])
+    source = "\n\n\n".join(functions)
+    imported = [_import(place, alias) for place, alias in aliases.items() if re.search(rf"\b{alias}\b", source)]
+    return "\n\n\n".join(["\n".join([_HEAD, *sorted(imported), "from typing import Any"]), *functions])
 
 
-def _reserved(graph: Graph) -> frozenset[str]:
-    """Name what the code refers to: nothing in it may have these names."""
-    modules = {parts_of(node.target)[0] or "builtins" for node in graph.nodes if isinstance(node, Call)}
-    fixed = {"Any", "builtins", "context", "float", "forgather_fn", "functools", "operator", "str", *BUILTINS}
-    return frozenset({module.partition(".")[0] for module in modules} | fixed)
+def _aliases(graph: Graph) -> dict[tuple[str, str], str]:
+    """Choose a name for whatever the code imports: its own, or with a number where that is taken."""
+    places = [_PARTIAL, _PARSE, _RESOLVE]
+    for node in graph.nodes:
+        if isinstance(node, Call):
+            module, name = _place(node.target)
+            if module != "builtins" and not module.endswith(".py"):
+                places.append((module, name.partition(".")[0]))
+    taken = _FIXED | set(graph.targets)
+    found: dict[tuple[str, str], str] = {}
+    for place in dict.fromkeys(places):
+        alias, number = place[1], 2
+        while alias in taken:
+            alias, number = f"{place[1]}_{number}", number + 1
+        taken |= {alias}
+        found[place] = alias
+    return found
+
+
+def _import(place: tuple[str, str], alias: str) -> str:
+    module, name = place
+    for part in (*module.split("."), name):
+        _name(part, f"a part of '{module}:{name}'")
+    return f"from {module} import {name}{f' as {alias}' if alias != name else ''}"
+
+
+def _place(target: str) -> tuple[str, str]:
+    """Tell in which module code finds what a configuration calls, and under which name."""
+    module, name = parts_of(target)
+    if module is not None or name not in BUILTINS:
+        return module or "builtins", name
+    function: Any = BUILTINS[name]
+    if function.__module__ == _OWN:
+        return _OWN, function.__name__
+    if function.__module__ == "_operator":
+        return "operator", function.__name__
+    return "builtins", name
 
 
 def _name(text: str, what: str) -> str:
@@ -75,7 +114,7 @@ def _name(text: str, what: str) -> str:
 class _Writer:
     """Makes an expression of each node; calls become statements, in their order, and their value a name."""
 
-    imports: set[str]
+    aliases: Mapping[tuple[str, str], str]
     reserved: frozenset[str]
     lines: list[str] = attrs.field(factory=list)
 
@@ -109,14 +148,13 @@ class _Writer:
         if node.kind == "partial":
             if not given:
                 return function  # as in building
-            self.imports.add("functools")
-            return self._assigned(f"functools.partial({', '.join([function, *given])})", node)
+            return self._assigned(f"{self.aliases[_PARTIAL]}({', '.join([function, *given])})", node)
         return self._assigned(f"{function}({', '.join(given)})", node)
 
     def meta(self, node: Call, args: Sequence[Graph], kwargs: Sequence[tuple[str, Graph]], key: str) -> str:
-        self.imports.add("forgather_fn.config")
-        texts = [f"forgather_fn.config.parse({dump(graph)!r})" for graph in args]
-        named = [(name, f"forgather_fn.config.parse({dump(graph)!r})") for name, graph in kwargs]
+        parse = self.aliases[_PARSE]
+        texts = [f"{parse}({dump(graph)!r})" for graph in args]
+        named = [(name, f"{parse}({dump(graph)!r})") for name, graph in kwargs]
         return self.call(attrs.evolve(node, kind="singleton"), texts, named, key)
 
     def _assigned(self, expression: str, node: Items | Pairs | Call | Var) -> str:
@@ -133,27 +171,11 @@ class _Writer:
         return name
 
     def _function(self, target: str) -> str:
-        module, name = parts_of(target)
-        if module is None and name in BUILTINS:
-            module, name = _home(BUILTINS[name], name)
-        elif module is not None and module.endswith(".py"):
-            self.imports.add("forgather_fn.config.allow")
-            return f"forgather_fn.config.allow.resolve({target!r}, allow=[{target!r}])"
-        for part in [*(module or "builtins").split("."), *name.split(".")]:
-            _name(part, f"a part of {target!r}")
-        if module == "builtins":
-            return name
-        self.imports.add(module or "builtins")
-        return f"{module or 'builtins'}.{name}"
-
-
-def _home(function: Any, name: str) -> tuple[str, str]:
-    """Tell where code finds what a configuration calls by a bare name."""
-    if function.__module__ == _OWN:
-        return _OWN, function.__name__
-    if function.__module__ == "_operator":
-        return "operator", function.__name__
-    return "builtins", name
+        module, name = _place(target)
+        if module.endswith(".py"):
+            return f"{self.aliases[_RESOLVE]}({target!r}, [{target!r}])"
+        first, *rest = (_name(part, f"a part of {target!r}") for part in name.split("."))
+        return ".".join([first if module == "builtins" else self.aliases[module, first], *rest])
 
 
 def _is_plain(name: str) -> bool:

@@ -87,7 +87,7 @@ def _declare(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
     if not (getattr(options, "config", None) or options.template):
         return
     guessed: dict[str, Any] = {}
-    for flag, value in zip(unknown, [*unknown[1:], ""], strict=True):
+    for flag, value in zip(unknown, [*unknown[1:], ""], strict=False):
         if flag.startswith("--"):
             guessed[flag[2:].partition("=")[0].replace("-", "_")] = flag.partition("=")[2] or value
     first = load(

@@ -69,9 +69,7 @@ def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
         raise ConfigError("--from takes the configuration from the record: do not name another")
     record = records.read(options.source)
     _tell_versions(record)
-    return again(
-        record, given, settings(options.settings).get(OUTPUT) or _free(options.source.rstrip("/") + "-again")
-    )
+    return again(record, given, settings(options.settings).get(OUTPUT) or _free(options.source.rstrip("/") + "-again"))
 
 
 def _run(loaded: Loaded, options: argparse.Namespace) -> None:
