@@ -106,13 +106,18 @@ def _check_definition(target: str, module: str, found: Any, allow: Collection[st
         package = _package(module, allow)
         assert package is not None
         is_own = home == package or home.startswith(f"{package}.") or package.endswith(".py")
-        if is_own and _package(home, allow) is not None and (inspect.isclass(found) or inspect.isroutine(found)):
+        kinds = "class" if package in PACKAGES and module != package else "class or function"
+        if is_own and _package(home, allow) is not None and _is_a(found, kinds):
             return
-        expected = f"a class or function that is defined in {package}"
+        expected = f"a {kinds} that is defined in {package}"
     raise ConfigError(
         f"{target} is {type(found).__name__} {getattr(found, '__qualname__', '')} of {home or 'an unknown module'}, "
         f"expected {expected}: add --allow {target} if you trust this configuration"
     )
+
+
+def _is_a(found: Any, kinds: str) -> bool:
+    return inspect.isclass(found) or (kinds != "class" and inspect.isroutine(found))
 
 
 def resolve_base(name: str) -> type:

@@ -1,6 +1,7 @@
 """Building: a graph to objects."""
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -44,7 +45,7 @@ def build(
     check_allow(allow)
     if target in graph.targets:
         _check_calls(graph, target, allow)
-    return make(graph, target, _Builder(context, allow))
+    return make(graph, target, _Builder(graph, context, allow))
 
 
 def _check_calls(graph: Graph, target: str, allow: Collection[str]) -> None:
@@ -78,6 +79,7 @@ def reached(graph: Graph, start: Ref) -> Iterator[Ref]:
 class _Builder:
     """Makes objects of nodes."""
 
+    graph: Graph
     context: Mapping[str, Any]
     allow: Collection[str]
 
@@ -103,6 +105,7 @@ class _Builder:
     def call(self, node: Call, args: Sequence[Any], kwargs: Sequence[tuple[str, Any]], key: str) -> Any:
         function = self._resolved(node, key)
         named = {name: value for name, value in kwargs if name != "submodule_searchpath" or ".py:" not in node.target}
+        self._check_names(function, node, named, key)
         if node.kind == "partial":
             return functools.partial(function, *args, **named) if args or named else function
         try:
@@ -114,6 +117,22 @@ class _Builder:
 
     def meta(self, node: Call, args: Sequence[Graph], kwargs: Sequence[tuple[str, Graph]], key: str) -> Any:
         return self.call(attrs.evolve(node, kind="singleton"), args, kwargs, key)
+
+    def _check_names(self, function: Any, node: Call, named: Mapping[str, Any], key: str) -> None:
+        """Refuse an argument that the function does not have, where that can be known, at the argument's place."""
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):
+            return
+        kinds = [parameter.kind for parameter in parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            return
+        for name in named:
+            if name not in parameters:
+                near = get_close_matches(name, parameters, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters) or 'none'}"
+                where = self.graph.nodes[dict(node.kwargs)[name]].where
+                raise ConfigError(f"{node.target} has no argument {name}: {hint}", where, f"{key}.{name}")
 
     def _resolved(self, node: Call, key: str) -> Any:
         try:

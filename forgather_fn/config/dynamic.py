@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import attrs
 
-from forgather_fn.config.build import build
 from forgather_fn.config.emit import inline
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import Graph
+from forgather_fn.config.plain import plain
 from forgather_fn.config.scalars import Value
 
 TARGET: Final = "dynamic_args"
@@ -73,7 +73,7 @@ def declared(graph: Graph) -> list[Dynamic]:
     """
     if TARGET not in graph.targets:
         return []
-    given = build(graph, TARGET)
+    given = plain(graph, TARGET)
     if not isinstance(given, dict):
         raise ConfigError(f"{TARGET}: expected a mapping of names, got {given!r}")
     return [_declaration(str(name), spec or {}) for name, spec in given.items()]

@@ -9,11 +9,12 @@ from typing import Any
 import attrs
 
 from forgather_fn.config import project as projects
-from forgather_fn.config.arguments import replaced
+from forgather_fn.config.arguments import arguments, replaced
 from forgather_fn.config.build import build
 from forgather_fn.config.errors import ConfigError
-from forgather_fn.config.graph import Call, Graph, Var
+from forgather_fn.config.graph import Graph, Var
 from forgather_fn.config.parse import parse
+from forgather_fn.config.plain import plain_text
 from forgather_fn.config.project import Project
 from forgather_fn.config.record import Record, record_of
 from forgather_fn.config.redact import REDACTED
@@ -86,7 +87,7 @@ def load(
     """
     file, project = _located(config, project_dir)
     overrides = {name: text for name, text in settings.items() if "." in name or "[" in name}
-    given = {name: plain(name, text) for name, text in settings.items() if name not in overrides}
+    given = {name: plain_text(name, text) for name, text in settings.items() if name not in overrides}
     variables = {OUTPUT: str(Path("runs") / Path(config).stem), **defaults, **given}
     search = () if project is None else project.search_path
     known = {} if project is None else project.variables
@@ -120,38 +121,18 @@ def again(record: Record, settings: Mapping[str, str], output: str) -> Loaded:
     """
     graph = parse(record.graph)
     overrides = {name: text for name, text in settings.items() if "." in name or "[" in name}
-    given = {name: plain(name, text) for name, text in settings.items() if name not in overrides}
+    given = {name: plain_text(name, text) for name, text in settings.items() if name not in overrides}
     variables = {**record.variables, **given, OUTPUT: output}
     used = {node.variable for node in graph.nodes if isinstance(node, Var)}
     for name in given.keys() - used - {OUTPUT}:
         raise ConfigError(f"{name} is no variable of what was built; arguments have paths, such as main.{name}")
     for path, value in overrides.items():
         graph = replaced(graph, path, value)
-    kept = [name for name in used if variables.get(name) == REDACTED]
-    if kept or REDACTED in dump_values(graph):
-        names = ", ".join(kept) or "an argument"
-        raise ConfigError(f"{names} was secret and is not in the record: give it with --set NAME=VALUE")
+    missing = [name for name in used if variables.get(name) == REDACTED]
+    missing += [path for path, value in arguments(graph, record.target).items() if REDACTED in str(value)]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} was secret and is not in the record: give it with --set NAME=VALUE")
     return Loaded(config=record.config, text=record.rendered, graph=graph, variables=variables, overrides=overrides)
-
-
-def dump_values(graph: Graph) -> set[Any]:
-    """Collect the plain values of a graph."""
-    return {getattr(node, "value", None) for node in graph.nodes}
-
-
-def plain(name: str, text: str) -> Any:
-    """Read the value of a variable, as it would stand in YAML, without tags.
-
-    Raises:
-        ConfigError: It is not valid, or has tags.
-    """
-    try:
-        graph = parse(f"x: {text}")
-    except ConfigError as error:
-        raise ConfigError(f"{name}={text}: {error.problem}") from None
-    if any(isinstance(node, Call | Var) for node in graph.nodes):
-        raise ConfigError(f"{name}={text}: a variable is a plain value; tags are for arguments, such as main.{name}")
-    return build(graph, "x")
 
 
 def _located(config: str, project_dir: Path | None) -> tuple[Path | str, Project | None]:

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import attrs
 
-from forgather_fn.config.build import build
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.functions import forgather_config_dir
 from forgather_fn.config.parse import parse
+from forgather_fn.config.plain import plain
 from forgather_fn.config.render import render
 
 META: Final = "meta.yaml"
@@ -92,7 +92,7 @@ def load(directory: Path) -> Project:
     around = [] if workspace is None else [workspace / WORKSPACE]
     text = render(META, [directory, *around, *_user_templates()], variables)
     graph = parse(text)
-    meta = {name: build(graph, name) for name in graph.targets}
+    meta = {name: plain(graph, name) for name in graph.targets}
     for name, value in meta.items():
         if name not in _KNOWN:
             raise ConfigError(f"{directory / META}: {name!r} is not known; expected {', '.join(_KNOWN)}")

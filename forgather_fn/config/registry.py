@@ -59,4 +59,4 @@ NAMES: Final = frozenset().union(
 PACKAGES: Final[Mapping[str, frozenset[str]]] = {
     "forgather.ml": frozenset({"cli", "config", "control", "launch"}),
 }
-"""Packages whose public classes and functions may be built, without the modules in them of these names."""
+"""Packages whose classes may be built, and the functions that they offer themselves; not those of these modules."""

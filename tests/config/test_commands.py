@@ -153,9 +153,9 @@ def test_what_a_configuration_declares_is_in_the_help(run, capsys):
         ("train nowhere.yaml", "there is no configuration 'nowhere.yaml'"),
         ("train mine.yaml --set x=1", "no template refers to the variable x"),
         ("train mine.yaml --set contxt=1", "no template refers to the variable contxt: did you mean context?"),
-        ("train mine.yaml --set main.max_stps=1", "assembled failed: TypeError: assembled() got an unexpected keyword"),
+        ("train mine.yaml --set main.max_stps=1", "assembled has no argument max_stps: did you mean max_steps?"),
         ("train mine.yaml --set context", "--set context: expected NAME=VALUE"),
-        ("train mine.yaml --set context=!call:x", "context=!call:x: a variable is a plain value"),
+        ("train mine.yaml --set context=!call:x", "context=!call:x: a variable takes plain values; it calls x"),
         ("train mine.yaml --set main.model=!call:os:system", "--allow os:system"),
         ("train mine.yaml --from runs/x", "--from takes the configuration from the record"),
         ("train --from runs/x", "cannot read runs/x: No such file"),
@@ -185,9 +185,9 @@ def test_an_error_shows_the_line_of_the_template(run):
     Path("broken.yaml").write_text("-- extends 'mine.yaml'\n[trainer_args]\n    == super()\n    max_stps: 3\n")
     _, _, err = run("train", "broken.yaml", *FLAGS)
     assert err.splitlines()[1:] == [
-        "  at trainers/plan.yaml, line 48, in block trainer",
-        "    | main: !call:forgather_fn.training:assembled",
-        "  key main",
+        "  at broken.yaml, line 4, in block trainer_args",
+        "    | max_stps: 3",
+        "  key main.max_stps",
     ]
     Path("broken.yaml").write_text("-- extends 'mine.yaml'\n[trainer_args]\n    == super()\n    max_steps: !int 3\n")
     _, _, err = run("train", "broken.yaml", *FLAGS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from forgather_fn.config import ConfigError, build, parse, render
 from forgather_fn.config.allow import resolve
+from forgather_fn.config.dynamic import declared
 from forgather_fn.config.registry import NAMES
 
 PIECES = [
@@ -300,3 +301,11 @@ def test_every_name_of_the_registry_is_one_that_can_be_called():
     later = {"forgather_fn:accelerated", "forgather_fn:pipelined"}
     for name in sorted(NAMES - later):
         assert callable(resolve(name, [])), name
+
+
+@pytest.mark.parametrize(
+    "text", ["dynamic_args: !call:dict {}", "dynamic_args: {x: [!factory:torch.nn:Linear [1, 1]]}"]
+)
+def test_looking_at_a_configuration_calls_nothing(text):
+    with pytest.raises(ConfigError, match="dynamic_args takes plain values; it calls"):
+        declared(parse(text))

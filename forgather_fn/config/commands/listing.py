@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from forgather_fn.config import project as projects
-from forgather_fn.config.build import build
 from forgather_fn.config.errors import ConfigError
-from forgather_fn.config.load import load
+from forgather_fn.config.load import OUTPUT, load
+from forgather_fn.config.plain import plain
 from forgather_fn.config.sources import SHIPPED
 
 
@@ -46,7 +46,7 @@ def _groups(directory: Path, recursive: bool) -> Iterator[tuple[str, list[str], 
 def _described(name: str, folder: Path | None) -> str:
     try:
         graph = load(name, project_dir=folder).graph
-        meta = build(graph, "meta") if "meta" in graph.targets else {}
+        meta = plain(graph, "meta", {OUTPUT: ""}) if "meta" in graph.targets else {}
     except ConfigError as error:
         return f"(cannot be read: {error.problem.splitlines()[0]})"
     given = meta if isinstance(meta, dict) else {}

@@ -73,12 +73,15 @@ def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
 
 
 def _run(loaded: Loaded, options: argparse.Namespace) -> None:
+    from forgather_fn.checkpoint.lock import locked
+
     run = Path(str(loaded.variables[OUTPUT]))
     record = loaded.record("main", ["forgather", *sys.argv[1:]])
     _check_run(run, record, options)
     main = loaded.build("main", options.allow)
     if os.environ.get("RANK", "0") == "0":
-        records.write(run, record)
+        with locked(run):
+            records.write(run, record)
     print(f"run    {run} (configuration {record.hash[:12]})", flush=True)
     resume = Path(options.resume) if isinstance(options.resume, str) else bool(options.resume)
     _tell(start(main, resume, changes=options.allow_changes))
