@@ -45,13 +45,11 @@ class Session:
         directory: Where checkpoints lie.
         run: The id of the run; that of the newest checkpoint, if there is one.
         attempt: The id of this process's attempt.
-        record: What the run's directory says of how it was made, if it does.
     """
 
     directory: Path
     run: str
     attempt: str
-    record: bytes | None = None
 
 
 def open_session(run: Path) -> Session:
@@ -66,11 +64,19 @@ def open_session(run: Path) -> Session:
     entries = catalog.list_checkpoints(directory)
     known = [entry.manifest.run for entry in entries if entry.manifest]
     sweep(directory)
-    run_id = known[-1] if known else secrets.token_hex(8)
-    return Session(directory, run_id, secrets.token_hex(8), _record(run))
+    return Session(directory, known[-1] if known else secrets.token_hex(8), secrets.token_hex(8))
 
 
-def _record(run: Path) -> bytes | None:
+def recorded(directory: Path) -> bytes | None:
+    """Read what a run says of how it was made, if it does.
+
+    Args:
+        directory: Where its checkpoints lie: the run's own, or ``checkpoints`` in it.
+
+    Raises:
+        ValueError: It is larger than a record may be.
+    """
+    run = directory.parent if directory.name == catalog.DIRECTORY else directory
     path = run / RECORD
     if not path.is_file():
         return None
@@ -114,8 +120,8 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
     Raises:
         OSError: It could not be written; what was there before is as it was.
     """
-    if session.record is not None:
-        snapshot = attrs.evolve(snapshot, texts={**snapshot.texts, RECORD: session.record})
+    if (record := recorded(session.directory)) is not None:
+        snapshot = attrs.evolve(snapshot, texts={**snapshot.texts, RECORD: record})
     sweep(session.directory)
     check_space(session.directory, snapshot)
     token = secrets.token_hex(4)

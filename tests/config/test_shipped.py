@@ -6,9 +6,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from forgather import ml
+from forgather_fn.checkpoint import list_checkpoints
 from forgather_fn.config import build, parse, render, to_python
 from forgather_fn.config.allow import check_allowed
+from forgather_fn.config.commands.train import Trainer, start
 from forgather_fn.config.graph import Call
 from forgather_fn.config.load import load
 from forgather_fn.config.sources import SHIPPED
@@ -92,3 +96,39 @@ def test_the_wheel_contains_the_templates(tmp_path):
     (wheel,) = hatchling.WheelBuilder(str(source)).build(directory=str(tmp_path / "dist"))
     held = zipfile.ZipFile(wheel).namelist()
     assert {f"forgather_fn/config/templates/{name}" for name in NAMES} <= set(held)
+
+
+class Scores(torch.nn.Module):
+    """A model that returns its loss, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = self.linear(x)
+        return {"loss": torch.nn.functional.cross_entropy(scores, labels), "logits": scores}
+
+
+def scores() -> torch.nn.Module:
+    return Scores()
+
+
+def samples() -> list[dict[str, object]]:
+    return [{"x": torch.full((4,), float(i)), "labels": i % 3} for i in range(24)]
+
+
+@pytest.mark.skipif(not hasattr(ml, "Trainer"), reason="the class layer is not there")
+def test_the_class_layer_trains(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "-- extends 'trainers/trainer.yaml'\n"
+        f"[model]\n.model: &model !partial:{__name__}:scores []\n"
+        f"[datasets]\n.train_dataset: &train_dataset !call:{__name__}:samples []\n"
+        ".eval_dataset: &eval_dataset ~\n.data_collator: &data_collator ~\n"
+        "[trainer_args]\n    == super()\n    max_steps: 4\n    report_to: none\n    disable_tqdm: true\n"
+    )
+    loaded = load(str(tmp_path / "mine.yaml"), {"output_dir": str(tmp_path / "run"), "main.args.save_steps": "2"})
+    trainer = loaded.build("main", [f"{__name__}:scores", f"{__name__}:samples"])
+    assert isinstance(trainer, Trainer)
+    assert start(trainer, False, changes=False).global_step == 4
+    assert {entry.step for entry in list_checkpoints(tmp_path / "run")} == {2, 4}

@@ -73,6 +73,7 @@ def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
 
 
 def _run(loaded: Loaded, options: argparse.Namespace) -> None:
+    from forgather_fn.checkpoint import latest
     from forgather_fn.checkpoint.lock import locked
 
     run = Path(str(loaded.variables[OUTPUT]))
@@ -83,7 +84,7 @@ def _run(loaded: Loaded, options: argparse.Namespace) -> None:
         with locked(run):
             records.write(run, record)
     print(f"run    {run} (configuration {record.hash[:12]})", flush=True)
-    resume = Path(options.resume) if isinstance(options.resume, str) else bool(options.resume)
+    resume = Path(options.resume) if isinstance(options.resume, str) else bool(options.resume and latest(run))
     _tell(start(main, resume, changes=options.allow_changes))
 
 
