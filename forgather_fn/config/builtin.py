@@ -2,15 +2,21 @@
 
 import operator
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from forgather_fn.config.bounds import SOURCE
 
 WIDEST: Final = 10_000
 """Characters that a field of a format string may be padded to."""
 
 
 class _Fields(string.Formatter):
-    """Format strings that look at no private names."""
+    """Format strings that look at no private names. One object serves one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if any(part.startswith("_") for part in field_name.replace("[", ".").replace("]", ".").split(".")):
@@ -22,6 +28,8 @@ class _Fields(string.Formatter):
         if any(len(one) > 6 or int(one) > WIDEST for one in digits):
             raise ValueError(f"format: {format_spec!r} asks for more than {WIDEST} characters")
         text: str = super().format_field(value, format_spec)
+        self.length += len(text)
+        _check_length("format", self.length)
         return text
 
 
@@ -39,6 +47,22 @@ def format_text(text: str, *args: Any, **kwargs: Any) -> str:
         ValueError: format: the field '0.__class__' has a private name; expected public ones
     """
     return _Fields().vformat(text, args, kwargs)
+
+
+def join_text(separator: str, parts: Iterable[str]) -> str:
+    """Join as ``str.join`` does.
+
+    Raises:
+        ValueError: The result would be too long.
+    """
+    given = list(parts)
+    _check_length("join", sum(map(len, given)) + len(separator) * len(given))
+    return separator.join(given)
+
+
+def _check_length(name: str, length: int) -> None:
+    if length > SOURCE:
+        raise ValueError(f"{name}: the result has more than {SOURCE:,} characters")
 
 
 def items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
@@ -74,13 +98,14 @@ def named_dict(**given: Any) -> dict[str, Any]:
 _OWN: Final = (items, keys, values, named_list, named_tuple, named_dict)
 _PYTHON: Final = (
     *(dict, list, tuple, set, frozenset, int, float, bool, str, complex, slice),
-    *(abs, len, max, min, round, sorted, sum),
+    *(abs, len, max, min, round, sorted),
 )
 BUILTINS: Final[Mapping[str, Callable[..., Any]]] = {
     **{kind.__name__: kind for kind in _PYTHON},
     **{function.__name__: function for function in _OWN},
-    **{f"str.{name}": getattr(str, name) for name in ("join", "lower", "split", "strip", "upper")},
+    **{f"str.{name}": getattr(str, name) for name in ("lower", "split", "strip", "upper")},
     "str.format": format_text,
+    "str.join": join_text,
     "format": format_text,
     "getitem": operator.getitem,
     "call": operator.call,

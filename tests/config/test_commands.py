@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from forgather_fn.checkpoint import list_checkpoints
+from forgather_fn.checkpoint.lock import locked
 from forgather_fn.cli import COMMANDS, main
 from forgather_fn.completion import script
 from forgather_fn.config import record as records
@@ -115,6 +116,16 @@ def test_a_run_is_not_written_over(run):
     code, _, err = run("train", "mine.yaml", *FLAGS)
     assert code == 2
     assert err.startswith("forgather: error: runs/mine holds a run at step 12: --resume goes on with it, --set ")
+
+
+def test_a_run_that_another_process_writes_to_keeps_its_record(run):
+    run("train", "mine.yaml", *FLAGS, "--set", "main.save_steps=100", "main.max_steps=1")
+    before = Path("runs/mine/record.json").read_bytes()
+    with locked(Path("runs/mine")):
+        code, _, err = run("train", "mine.yaml", *FLAGS, "--resume", "--allow-changes")
+    assert code == 2
+    assert "is being written to by process" in err
+    assert Path("runs/mine/record.json").read_bytes() == before
 
 
 def test_a_changed_configuration_is_shown_and_refused_unless_allowed(run):

@@ -309,3 +309,22 @@ def test_every_name_of_the_registry_is_one_that_can_be_called():
 def test_looking_at_a_configuration_calls_nothing(text):
     with pytest.raises(ConfigError, match="dynamic_args takes plain values; it calls"):
         declared(parse(text))
+
+
+def grown(call: str) -> str:
+    steps = "".join(f".a{i}: &a{i} {call.replace('@', f'*a{i - 1}')}\n" for i in range(1, 30))
+    return f".a0: &a0 xxxx\n{steps}main: *a29"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        grown("!call:str.format ['{0}{0}', @]"),
+        ".s: &s !call:format ['{0:>9999}', x]\nmain: !call:str.join ['', [" + "*s, " * 200 + "]]",
+        grown("!call:format ['{0:>9999}{0:>9999}', @]"),
+        "main: !call:str.format {arg0: '" + "{0:9999}" * 9_000 + "', arg1: x}",
+    ],
+)
+def test_what_is_built_does_not_grow_without_bound(text):
+    with pytest.raises(ConfigError, match="more than 1,000,000 characters"):
+        build(parse(text))
