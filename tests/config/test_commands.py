@@ -298,6 +298,11 @@ def test_several_processes_are_started_by_torch(run, monkeypatch):
         return subprocess.CompletedProcess(command, 7)
 
     monkeypatch.setattr("subprocess.run", record)
+    code, _, err = run("train", "mine.yaml", "-n", "2", "--resume")
+    assert (code, started) == (2, [])
+    assert ".strategy: &strategy !partial:forgather_fn:accelerated []" in err
+    with Path("mine.yaml").open("a") as file:
+        file.write("[distributed_env]\n.strategy: &strategy !partial:forgather_fn:accelerated []\n")
     assert run("train", "mine.yaml", "-n", "2", "--resume")[0] == 7
     assert started[0][1:] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "forgather_fn"),

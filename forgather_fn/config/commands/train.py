@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from forgather_fn.config import record as records
-from forgather_fn.config.arguments import differences
+from forgather_fn.config.arguments import arguments, differences
 from forgather_fn.config.commands.common import add_allow, add_source, all_settings, named, settings
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.grid import points
 from forgather_fn.config.load import OUTPUT, Loaded, again, load
 
+_ONE_PROCESS = "!partial:forgather_fn:single"
 _EXAMPLES = """examples:
   forgather train projects/demo.yaml --set main.max_steps=200
   forgather train mine.yaml --resume
@@ -53,7 +54,7 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
 
     def execute(options: argparse.Namespace) -> int:
         if options.processes != 1:
-            return _launched(options.processes)
+            return _launched(options)
         if options.grid:
             return _sweep(options)
         _run(_loaded(options, all_settings(options)), options)
@@ -183,10 +184,17 @@ def _sweep(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _launched(processes: int) -> int:
+def _launched(options: argparse.Namespace) -> int:
     """Start this command in several processes, by torch's launcher."""
+    processes = options.processes
     if processes < 1:
         raise ConfigError(f"-n {processes}: expected a number of processes, at least 1")
+    strategy = arguments(_loaded(options, all_settings(options)).graph).get("main.strategy")
+    if strategy == _ONE_PROCESS:
+        raise ConfigError(
+            f"-n {processes}: this configuration trains in one process; for several, set its strategy:\n"
+            "  [distributed_env]\n  .strategy: &strategy !partial:forgather_fn:accelerated []"
+        )
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--module", "forgather_fn"]
     return subprocess.run([sys.executable, "-m", *launcher, *_without_processes(sys.argv[1:])], check=False).returncode
 
