@@ -2,6 +2,7 @@
 
 import functools
 import re
+import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
@@ -35,7 +36,7 @@ _STRING_METHODS: Final = frozenset({
 # fmt: on
 _ANY_NUMBER: Final = frozenset({"d", "default", "toyaml", "select", "reject", "selectattr", "rejectattr", "map"})
 """Filters whose arguments are values, and not widths or counts."""
-_WIDE: Final = re.compile(r"\d{6}")
+_WIDE: Final = re.compile(r"%[-+ #0]*(?:\d*\.)?(?:\d{6}|\*)")
 
 
 class Sandbox(SandboxedEnvironment):
@@ -226,7 +227,14 @@ class _Tracing:
 
 
 def _check_format(text: Any) -> None:
-    if isinstance(text, str) and (_WIDE.search(text) or "{}}" in text or re.search(r"\{[^{}]*\{|%[^%]*\*", text)):
+    """Refuse a format string, of either kind, whose widths are large or come from elsewhere."""
+    if not isinstance(text, str):
+        return
+    try:
+        specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(text)]
+    except ValueError:
+        specs = []  # no format string of this kind; formatting says so
+    if _WIDE.search(text) or any("{" in spec or re.search(r"\d{6}", spec) for spec in specs):
         raise ConfigError(f"a template formats with {text[:80]!r}: widths must be numbers below {NUMBER:,}")
 
 

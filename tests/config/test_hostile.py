@@ -78,6 +78,7 @@ def test_whatever_is_parsed_gives_a_graph_or_an_error(text):
 
 BOMBS = {
     "nested loops": "-- for i in range(99999)\n-- for j in range(99999)\n-- set x = i\n-- endfor\n-- endfor\n",
+    "nested loops over a list": "-- set r = range(99999)|list\n-- for i in r\n-- for j in r\n-- endfor\n-- endfor\n",
     "much output": "-- for i in range(99999)\n{{ 'x' * 999 }}\n-- endfor\n",
     "long range": "{{ range(10**9) }}",
     "repetition": "{{ 'x' * 10**9 }}",

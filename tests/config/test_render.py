@@ -127,6 +127,13 @@ def test_functions_and_filters():
     )
 
 
+def test_formats_that_are_small_are_formatted():
+    assert render("{{ 'run-{}-2024010112' .format(1) }} {{ '{{{}}}'.format(2) }} {{ '%05d-1000000' % 3 }}") == (
+        "run-1-2024010112 {2} 00003-1000000"
+    )
+    assert render("{{ '%s' | format('x') }} {{ '{:>4}'.format(1) }} {{ 50 % 7 }}") == "x    1 1"
+
+
 def test_secrets_that_were_looked_up_are_known():
     text = render("a: {{ getenv('HF_TOKEN') }} {{ getenv('HOME') }}", environ={"HF_TOKEN": "hush", "HOME": "/h"})
     assert text.secrets == {"hush"}
