@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.functions import versions
 from forgather_fn.config.graph import Graph
 from forgather_fn.config.parse import parse
-from forgather_fn.config.redact import REDACTED, redacted_command, redacted_graph, redacted_text, secrets_in
+from forgather_fn.config.redact import REDACTED, redacted_command, redacted_graph, redacted_text, secrets_in, without
 from forgather_fn.config.scalars import Value
 from forgather_fn.config.secrets import is_secret
 from forgather_fn.config.text import Text
@@ -95,7 +95,7 @@ def record_of(
     clean = redacted_graph(graph, secrets)
     written = dump(clean)
     templates = text.templates if isinstance(text, Text) else {}
-    known = {name: REDACTED if is_secret(name) else value for name, value in variables.items()}
+    known = {name: REDACTED if is_secret(name) else _clean(value, secrets) for name, value in variables.items()}
     return Record(
         config=config,
         target=target,
@@ -114,6 +114,10 @@ def record_of(
         command=redacted_command(command, secrets),
         redacted=bool(secrets),
     )
+
+
+def _clean(value: Any, secrets: Collection[str]) -> Any:
+    return without(value, secrets) if isinstance(value, str) else value
 
 
 def content_hash(graph: Graph) -> str:

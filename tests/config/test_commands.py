@@ -111,6 +111,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(run):
     assert (code, fingerprint(out)) == (0, expected)
 
 
+def test_a_run_goes_on_from_a_checkpoint_of_another(run):
+    expected = fingerprint(run("train", "mine.yaml", *FLAGS)[1])
+    source = "runs/mine/checkpoints/checkpoint-4"
+    other = ("train", "mine.yaml", *FLAGS, "--resume", source, "--set", "output_dir=runs/other")
+    code, out, _ = run(*other)
+    assert (code, fingerprint(out)) == (0, expected)
+    assert [entry.step for entry in list_checkpoints("runs/other")] == [8, 12]
+    assert run(*other, "main.seed=1")[0] == 2
+
+
+def test_resuming_what_has_not_begun_begins(run):
+    code, out, _ = run("train", "mine.yaml", *FLAGS, "--resume")
+    assert (code, "step 12\n" in out) == (0, True)
+
+
 def test_a_run_is_not_written_over(run):
     run("train", "mine.yaml", *FLAGS)
     code, _, err = run("train", "mine.yaml", *FLAGS)

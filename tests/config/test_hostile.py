@@ -4,11 +4,13 @@ import contextlib
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import forgather_fn as ff
 from forgather_fn.config import ConfigError, build, parse, render
 from forgather_fn.config.allow import resolve
 from forgather_fn.config.dynamic import declared
@@ -296,6 +298,34 @@ def test_the_configuration_cannot_allow_anything():
 def test_format_strings_see_no_private_names_and_stay_small(text):
     with pytest.raises(ConfigError):
         build(parse(f"main: !call:str.format {{arg0: '{text}', arg1: x, arg2: 99999999, a: y}}"))
+
+
+def test_every_public_name_was_thought_of():
+    left_out = [
+        "Batch",
+        "ConsumedStateError",
+        "Gradients",
+        "NonFiniteError",
+        "Observer",
+        "Optimizer",
+        "Preempted",
+        "Program",
+        "Steps",
+        "Stream",
+        "Tick",
+        "TrainState",
+        "checkpoint",
+        "difference",
+        "fold",
+        "last",
+        "losses",
+        "schedules",
+        "testing",
+    ]
+    public = {name for name in vars(ff) if not name.startswith("_")} - {"TYPE_CHECKING", "Any", "importlib"}
+    modules = {name for name in public if isinstance(getattr(ff, name), ModuleType)}
+    admitted = {name.removeprefix("forgather_fn:") for name in NAMES if name.startswith("forgather_fn:")}
+    assert public - modules - set(left_out) <= admitted
 
 
 def test_every_name_of_the_registry_is_one_that_can_be_called():

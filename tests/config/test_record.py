@@ -38,7 +38,7 @@ def made(template: str = TEMPLATE, **changes: object) -> Record:
     text = render(template, environ={"HF_TOKEN": "hf_abcdef"})
     given: dict[str, object] = {
         "config": "mine.yaml",
-        "variables": {"output_dir": "runs/mine", "wandb_key": "w4ndbk3y", "x": 1},
+        "variables": {"output_dir": "runs/mine", "wandb_key": "w4ndbk3y", "x": 1, "url": "https://w4ndbk3y@host"},
         "overrides": {"main.api_key": "sesame-open", "main.lr": "1e-3"},
         "command": [
             "forgather",
