@@ -1,6 +1,7 @@
 """The command line: each subcommand is one function, in the package of what it is about."""
 
 import argparse
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,8 @@ _EXIT_CODES: Final = """exit codes:
   1    something was found: a damaged checkpoint, a difference, a failed run of several
   2    something was asked for that cannot be done; what, and how to set it right, is said
   75   the run was told to end, and saved: run it again with --resume
-  130  Ctrl-C"""
+  130  Ctrl-C
+  141  what reads the output has ended"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"forgather: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has read enough; nothing is left to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("forgather: interrupted", file=sys.stderr)
         return 130

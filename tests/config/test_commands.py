@@ -349,6 +349,14 @@ def test_every_command_about_configurations_shows_an_example(name, capsys):
     assert re.search(rf"examples?:\s+forgather .*{name}", capsys.readouterr().out)
 
 
+def test_a_reader_that_has_read_enough_is_no_error(folder):
+    Path("long.yaml").write_text("".join(f"key{i}: {'x' * 90}\n" for i in range(3_000)))  # more than a pipe holds
+    command = f"{sys.executable} -m forgather_fn -t long.yaml pp | head -n 1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_exit_codes_are_in_the_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
