@@ -63,5 +63,5 @@ class Budget:
             raise ConfigError(
                 f"rendering takes more than {WORK:,} outputs, calls and loop items: is there a loop without an end?"
             )
-        if self.left % 64 == 0 and self.clock() > self.deadline:
+        if self.clock() > self.deadline:
             raise ConfigError(f"rendering takes more than {SECONDS:g} seconds: is there a loop without an end?")

@@ -63,7 +63,8 @@ def render(
     except (AttributeError, LookupError, OSError, AssertionError) as error:
         raise _explained(error, sandbox, known) from error
     assert isinstance(text, Text)
-    return Text(text, text.origins, MappingProxyType(sources.files), surroundings.secrets, sandbox.names)
+    files = MappingProxyType(sources.files)
+    return Text(text, text.origins, files, surroundings.secrets, sandbox.names, sources.references)
 
 
 def _opened(template: str | Path, search_path: Sequence[str | Path]) -> tuple[Sources, str]:

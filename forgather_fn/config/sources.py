@@ -57,12 +57,14 @@ class Sources:
         files: The text of each file that was used, by name.
         loaded: Each template that was loaded, by its unique name.
         parts: The unique names of the templates that a part's name may mean.
+        references: Pairs of a template and one that it asked for.
     """
 
     path: Sequence[Path]
     files: dict[str, str] = attrs.field(factory=dict)
     loaded: dict[str, Source] = attrs.field(factory=dict)
     parts: dict[str, list[str]] = attrs.field(factory=dict)
+    references: dict[tuple[str, str], None] = attrs.field(factory=dict)
 
     def add(self, name: str, text: str) -> None:
         """Take a file's text, by the name that it will be known under.
@@ -92,6 +94,11 @@ class Sources:
         Raises:
             ConfigError: Two other files have such a part.
         """
+        found = self._named(name, parent)
+        self.references[parent, found] = None
+        return found
+
+    def _named(self, name: str, parent: str) -> str:
         own = f"{parent.partition('#')[0]}#{name}"
         if name in self.loaded or own in self.loaded:
             return own if own in self.loaded else name

@@ -17,12 +17,14 @@ class Text(str):
         templates: The source of each template that was used, by its name.
         secrets: Values that were looked up under secret names, which no record may hold.
         variables: Names that the templates refer to.
+        references: Which template extends, includes or imports which, in the order in which they are first asked for.
     """
 
     origins: tuple[Position, ...]
     templates: Mapping[str, str]
     secrets: frozenset[str]
     variables: frozenset[str]
+    references: tuple[tuple[str, str], ...]
 
     def __new__(
         cls,
@@ -31,6 +33,7 @@ class Text(str):
         templates: Mapping[str, str] = MappingProxyType({}),
         secrets: Iterable[str] = (),
         variables: Iterable[str] = (),
+        references: Iterable[tuple[str, str]] = (),
     ) -> "Text":
         """Make a string with origins, one for each line, or none."""
         made = super().__new__(cls, text)
@@ -38,13 +41,21 @@ class Text(str):
         made.templates = templates
         made.secrets = frozenset(secrets)
         made.variables = frozenset(variables)
+        made.references = tuple(references)
         return made
 
     def __str__(self) -> str:
         return self  # Jinja converts all output by str(); the origins must come through
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Text, (str.__str__(self), self.origins, dict(self.templates), self.secrets, self.variables)
+        return Text, (
+            str.__str__(self),
+            self.origins,
+            dict(self.templates),
+            self.secrets,
+            self.variables,
+            self.references,
+        )
 
     def origin(self, line: int) -> Position:
         """Tell where a line, counted from 0, came from."""

@@ -238,6 +238,10 @@ def test_each_stage_is_printed(run):
     assert run("-t", "mine.yaml", "targets")[1] == "meta\ndynamic_args\nmain\n"
     assert run("-t", "mine.yaml", "trefs")[1].split() == list(records_templates())
     assert "- `mine.yaml`" in run("-t", "mine.yaml", "trefs", "--format", "md")[1]
+    assert run("-t", "mine.yaml", "trefs", "--format", "tree")[1].splitlines() == [
+        f"{'  ' * depth}{name}" for depth, name in enumerate(records_templates())
+    ]
+    assert '  "mine.yaml" -> "projects/demo.yaml";\n' in run("-t", "mine.yaml", "trefs", "--format", "dot")[1]
     compile(run("-t", "mine.yaml", "code")[1], "mine.py", "exec")
     for kind in ("yaml", "python", "repr", "none"):
         assert run("-t", "mine.yaml", "graph", "--format", kind)[0] == 0

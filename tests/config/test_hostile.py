@@ -125,6 +125,12 @@ def test_a_template_bomb_ends_soon_in_an_error(name, tmp_path):
     assert time.monotonic() - start < 8
 
 
+@pytest.mark.parametrize("name", [name for name in BOMBS if "format" in name])
+def test_a_wide_format_is_refused_before_it_is_made(name):
+    with pytest.raises(ConfigError, match=r"widths must be numbers below|width or count above"):
+        render(BOMBS[name])
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -39,6 +39,11 @@ def test_the_templates_that_were_used_are_kept():
     assert sorted(text.templates) == ["base/run.yaml", "base/trainer.yaml", "wide.yaml"]
     assert text.templates["wide.yaml"] == (GOLDEN / "wide.yaml").read_text()
     assert {"max_steps", "ns"} <= text.variables
+    assert text.references == (
+        ("wide.yaml", "base/run.yaml"),
+        ("wide.yaml", "wide.yaml#wide.trainer"),
+        ("wide.yaml#wide.trainer", "base/trainer.yaml"),
+    )
 
 
 @pytest.mark.parametrize(

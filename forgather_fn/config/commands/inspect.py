@@ -1,6 +1,7 @@
 """``forgather -t CONFIG pp | graph | targets | code | construct | trefs``: a configuration at each stage."""
 
 import argparse
+import json
 import pprint
 from collections.abc import Callable
 
@@ -97,13 +98,49 @@ def construct(parser: argparse.ArgumentParser, /) -> Execute:
 def trefs(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather trefs``; give what lists the templates that a configuration uses."""
     add_source(parser)
-    parser.add_argument("--format", choices=("files", "md"), default="files", help="(default: files)")
-    parser.epilog = "example: forgather -t projects/demo.yaml trefs"
+    formats = {"files": files, "md": markdown, "tree": tree, "dot": dot}
+    parser.add_argument("--format", choices=formats, default="files", help="(default: files)")
+    parser.epilog = "example: forgather -t projects/demo.yaml trefs --format tree"
 
     def execute(options: argparse.Namespace) -> int:
         text = loaded(options).text
-        for name in text.templates if isinstance(text, Text) else ():
-            print(f"- `{name}`" if options.format == "md" else name)
+        assert isinstance(text, Text)
+        print(*formats[options.format](text), sep="\n")
         return 0
 
     return execute
+
+
+def files(text: Text) -> list[str]:
+    """List the files that were used."""
+    return list(text.templates)
+
+
+def markdown(text: Text) -> list[str]:
+    """List the files that were used, in Markdown."""
+    return [f"- `{name}`" for name in text.templates]
+
+
+def tree(text: Text) -> list[str]:
+    """Draw which template asks for which; one that was drawn before is not drawn again."""
+    below: dict[str, list[str]] = {}
+    for parent, name in text.references:
+        below.setdefault(parent, []).append(name)
+    lines: list[str] = []
+    drawn: set[str] = set()
+
+    def draw(name: str, depth: int) -> None:
+        lines.append(f"{'  ' * depth}{name}")
+        if name not in drawn:
+            drawn.add(name)
+            for one in below.get(name, []):
+                draw(one, depth + 1)
+
+    draw(next(iter(text.templates)), 0)
+    return lines
+
+
+def dot(text: Text) -> list[str]:
+    """Write which template asks for which in the language of Graphviz."""
+    edges = [f"  {json.dumps(parent)} -> {json.dumps(name)};" for parent, name in text.references]
+    return ["digraph templates {", *edges, "}"]
