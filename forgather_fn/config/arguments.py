@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -10,6 +9,7 @@ import attrs
 
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import Call, Graph, Items, Node, Pairs, Ref, Scalar, Var, graph_of
+from forgather_fn.config.hints import nearest
 from forgather_fn.config.parse import parse
 from forgather_fn.config.redact import REDACTED
 from forgather_fn.config.scalars import Value
@@ -93,8 +93,8 @@ def replaced(graph: Graph, path: str, text: str) -> Graph:
     """
     steps = [f".{name}" if name else f"[{number}]" for name, number in _STEP.findall(path)]
     if "".join(steps).removeprefix(".") != path or not steps or steps[0][1:] not in graph.targets:
-        near = get_close_matches(path, [path for name in graph.targets for path in arguments(graph, name)], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"targets are {', '.join(graph.targets)}"
+        near = nearest(path, [path for name in graph.targets for path in arguments(graph, name)])
+        hint = f"did you mean {near}?" if near else f"targets are {', '.join(graph.targets)}"
         raise ConfigError(f"{path} is no path to an argument: {hint}")
     given = _value(path, text)
     nodes = dict(enumerate(graph.nodes))
@@ -138,10 +138,8 @@ def _with(node: Node, step: str, new: Ref, path: str) -> Node:
 
 def _lost(path: str, where: str, known: Mapping[str, Ref]) -> ConfigError:
     last = where.rpartition(".")[2]
-    near = get_close_matches(last, [step.lstrip(".") for step in known], n=1)
-    hint = (
-        f"did you mean {near[0]}?" if near else f"there are {', '.join(step.lstrip('.') for step in known) or 'none'}"
-    )
+    near = nearest(last, [step.lstrip(".") for step in known])
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(step.lstrip('.') for step in known) or 'none'}"
     return ConfigError(f"{path}: there is no {where.lstrip('.')}; {hint}")
 
 

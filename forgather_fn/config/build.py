@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +11,7 @@ import attrs
 from forgather_fn.config.allow import check_allow, check_allowed, resolve
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import Call, Graph, Items, Pairs, Ref, Scalar, Var, children
+from forgather_fn.config.hints import nearest
 from forgather_fn.config.walk import make
 
 
@@ -98,8 +98,8 @@ class _Builder:
             return self.context[node.variable]
         if default is not None:
             return default()
-        near = get_close_matches(node.variable, self.context, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self.context) or 'none'}"
+        near = nearest(node.variable, self.context)
+        known = f"did you mean {near!r}?" if near else f"known are {', '.join(self.context) or 'none'}"
         raise ConfigError(f"variable {node.variable!r} has no value and no default; {known}", node.where)
 
     def call(self, node: Call, args: Sequence[Any], kwargs: Sequence[tuple[str, Any]], key: str) -> Any:
@@ -129,8 +129,8 @@ class _Builder:
             return
         for name in named:
             if name not in parameters:
-                near = get_close_matches(name, parameters, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parameters) or 'none'}"
+                near = nearest(name, parameters)
+                hint = f"did you mean {near}?" if near else f"it has {', '.join(parameters) or 'none'}"
                 where = self.graph.nodes[dict(node.kwargs)[name]].where
                 raise ConfigError(f"{node.target} has no argument {name}: {hint}", where, f"{key}.{name}")
 

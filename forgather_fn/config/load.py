@@ -1,7 +1,6 @@
 """Loading: from what a command line says to a graph that is ready to be built."""
 
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +12,7 @@ from forgather_fn.config.arguments import arguments, replaced
 from forgather_fn.config.build import build
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import Graph, Var
+from forgather_fn.config.hints import nearest
 from forgather_fn.config.parse import parse
 from forgather_fn.config.plain import plain_text
 from forgather_fn.config.project import Project
@@ -158,6 +158,6 @@ def _check_used(names: Collection[str], referred: Collection[str], graph: Graph)
     used = {node.variable for node in graph.nodes if isinstance(node, Var)} | set(referred)
     for name in sorted(names):
         if name not in used:
-            near = get_close_matches(name, used, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"to set an argument, give its path, such as main.{name}"
+            near = nearest(name, used)
+            hint = f"did you mean {near}?" if near else f"to set an argument, give its path, such as main.{name}"
             raise ConfigError(f"no template refers to the variable {name}: {hint}")

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from typing import Any, Final, Literal, cast
 
 import yaml
@@ -21,6 +20,7 @@ from forgather_fn.config.graph import (
     Var,
     graph_of,
 )
+from forgather_fn.config.hints import nearest
 from forgather_fn.config.scalars import Value, scalar
 from forgather_fn.config.tags import CALLS, LISTS, MAPPINGS, SCALARS, Tag, tag_of
 from forgather_fn.config.text import origin
@@ -101,10 +101,10 @@ class _Parser:
         if isinstance(event, ev.AliasEvent):
             if event.anchor in self.anchors:
                 return self.anchors[event.anchor]
-            near = get_close_matches(str(event.anchor), self.anchors, n=1)
+            near = nearest(str(event.anchor), self.anchors)
             known = "this lies inside of it" if event.anchor in self.opened else "no anchor before this has that name"
             raise ConfigError(
-                f"*{event.anchor}: {known}{f'; did you mean *{near[0]}?' if near else ''}", self.place(event), path
+                f"*{event.anchor}: {known}{f'; did you mean *{near}?' if near else ''}", self.place(event), path
             )
         assert isinstance(event, ev.NodeEvent)
         if event.anchor is not None:

@@ -15,7 +15,7 @@ from typing import Final
 
 import attrs
 
-_STATEMENT: Final = re.compile(r"\s*(--|<<|>>|==|=>)\s+(.*?)\s*$")
+_STATEMENT: Final = re.compile(r"\s*(--|<<|>>|==|=>)\s+(.*)$")
 _BLOCK: Final = re.compile(r"(\s*)\[([A-Za-z_]\w*)(!?)\]\s*$")
 _COMMENT: Final = re.compile(r"\s*##")
 _FORMS: Final = {
@@ -62,7 +62,7 @@ def _line(line: str, opened: list[_Open]) -> str:
     line = without_tail(line)
     if block := _BLOCK.match(line):
         return _block(len(block[1].expandtabs()), block[2], bool(block[3]), opened)
-    if statement := _STATEMENT.match(line):
+    if statement := _STATEMENT.match(line.rstrip()):
         marker, body = statement.groups()
         before = _track(body, opened) if marker in ("--", "<<", ">>") else ""
         return before + _FORMS[marker].format(body)

@@ -15,7 +15,7 @@ REDACTED: Final = "<redacted>"
 _SHORT: Final = 4
 """Secrets of fewer characters are taken out where their name stands, and not wherever the same characters do."""
 _NAMED: Final = re.compile(
-    r"""(?P<head>["']?(?P<name>[\w.-]+)["']?[ \t]*[:=][ \t]*(?:[&!]\S+[ \t]+)*)"""
+    r"""(?P<head>(?<![\w.-])["']?(?P<name>[\w.-]+)["']?[ \t]*[:=][ \t]*(?:[&!]\S+[ \t]+)*)"""
     r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,}\]\)\#|>&!*{][^\s,}\]\)]*)"""
 )
 _EMPTY: Final = frozenset({"null", "~", "true", "false", "none", "None", '""', "''", REDACTED})

@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ from jinja2 import TemplateError, TemplateNotFound, TemplateSyntaxError, Undefin
 
 from forgather_fn.config.errors import ConfigError, Position
 from forgather_fn.config.functions import FILTERS, Surroundings, global_names
+from forgather_fn.config.hints import nearest
 from forgather_fn.config.sandbox import Sandbox
 from forgather_fn.config.sources import SHIPPED, Sources
 from forgather_fn.config.text import Text
@@ -108,8 +108,8 @@ def _near(message: str, known: Mapping[str, Any]) -> str:
     name = message.partition("'")[2].partition("'")[0]
     if not message.endswith("is undefined") or " " in name:
         return ""
-    close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; give it with --set {name}=VALUE, or in the template"
+    close = nearest(name, known)
+    return f"; did you mean {close!r}?" if close else f"; give it with --set {name}=VALUE, or in the template"
 
 
 def _last_place(error: BaseException, sandbox: Sandbox) -> Position | None:

@@ -1,13 +1,13 @@
 """Tags: what they say, and what may follow them."""
 
 import re
-from difflib import get_close_matches
 from typing import Final, Literal
 
 import attrs
 
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import IDENTIFIER, parts_of
+from forgather_fn.config.hints import nearest
 
 CALLS: Final[dict[str, Literal["singleton", "factory", "partial", "meta"]]] = {
     "call": "singleton",
@@ -60,8 +60,8 @@ def tag_of(text: str) -> Tag | None:
     known = (*CALLS, "var", *LISTS, *MAPPINGS)
     match = _TAG.fullmatch(text)
     if match is None or match["kind"] not in known:
-        near = get_close_matches(match["kind"], known, n=1) if match else []
-        hint = f"did you mean !{near[0]}?" if near else f"expected one of {', '.join('!' + one for one in known)}"
+        near = nearest(match["kind"], known) if match else None
+        hint = f"did you mean !{near}?" if near else f"expected one of {', '.join('!' + one for one in known)}"
         raise ConfigError(f"unknown tag {text}: {hint}")
     tag = Tag(match["kind"], match["target"] or "", match["name"])
     if tag.name is not None and not IDENTIFIER.fullmatch(tag.name):

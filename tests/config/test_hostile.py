@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import forgather_fn as ff
 from forgather_fn.config import ConfigError, build, parse, render
 from forgather_fn.config.allow import resolve
+from forgather_fn.config.arguments import replaced
 from forgather_fn.config.dynamic import declared
+from forgather_fn.config.redact import redacted_text
 from forgather_fn.config.registry import NAMES
 
 PIECES = [
@@ -119,10 +121,10 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_bomb_ends_soon_in_an_error(name, tmp_path):
     (tmp_path / "bomb.yaml").write_text(BOMBS[name])
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError):
         render("bomb.yaml", [tmp_path])
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8
 
 
 @pytest.mark.parametrize("name", [name for name in BOMBS if "format" in name])
@@ -190,10 +192,10 @@ YAML_BOMBS = {
 
 @pytest.mark.parametrize("name", YAML_BOMBS)
 def test_a_yaml_bomb_ends_soon_in_an_error(name):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError):
         parse(YAML_BOMBS[name])
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8
 
 
 RESOLVABLE = [
@@ -365,3 +367,25 @@ def grown(call: str) -> str:
 def test_what_is_built_does_not_grow_without_bound(text):
     with pytest.raises(ConfigError, match="more than 1,000,000 characters"):
         build(parse(text))
+
+
+LONG = {
+    "blanks in a statement": lambda: render("-- set x = 1" + " " * 500_000 + "+ 1\n"),
+    "one word": lambda: redacted_text("a" * 900_000, []),
+    "many words": lambda: redacted_text("a " * 400_000, []),
+    "many tags": lambda: redacted_text("a_key: " + "&x " * 300_000, []),
+    "separators": lambda: render("#" + "-" * 500_000 + " x\n"),
+    "quotes": lambda: render("a: " + " '" * 200_001 + "\n"),
+    "double quotes": lambda: render("a: " + ' "\\' * 200_001 + "\n"),
+    "a long alias": lambda: parse(f"a: &{'x' * 200_000}y 1\nb: *{'x' * 200_000}z"),
+    "a long tag": lambda: parse(f"a: !call:{'x.' * 200_000} 1"),
+    "a long path": lambda: replaced(parse("a: {b: 1}"), "a." + "b" * 200_000, "1"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_lines_take_time_in_proportion(name):
+    start = time.process_time()
+    with contextlib.suppress(ConfigError):
+        LONG[name]()
+    assert time.process_time() - start < 8
