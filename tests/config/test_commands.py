@@ -94,6 +94,21 @@ def test_a_run_is_made_again_to_the_bit_from_its_record_alone(run):
     assert run("config", "diff", "runs/mine", "runs/b") == (0, "", "")
 
 
+def test_what_was_allowed_once_is_to_be_allowed_again(run, folder, monkeypatch):
+    Path("own_models_of_a_user.py").write_text(
+        "from forgather_fn.demo.model import Transformer\ndef tiny(): return Transformer(width=8, layers=1, heads=1)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    own = ("--set", "main.model=!partial:own_models_of_a_user:tiny []")
+    code, _, err = run("train", "mine.yaml", *FLAGS, *own)
+    assert (code, "--allow own_models_of_a_user:tiny" in err) == (2, True)
+    allowed = ("--allow", "own_models_of_a_user:tiny")
+    first = fingerprint(run("train", "mine.yaml", *FLAGS, *own, *allowed)[1])
+    code, _, err = run("train", "--from", "runs/mine")
+    assert (code, "--allow own_models_of_a_user:tiny" in err) == (2, True)
+    assert fingerprint(run("train", "--from", "runs/mine", *allowed)[1]) == first
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(run):
     expected = fingerprint(run("train", "mine.yaml", *FLAGS)[1])
     command = [sys.executable, "-m", "forgather_fn", "train", "mine.yaml", *FLAGS, "--set", "output_dir=runs/killed"]

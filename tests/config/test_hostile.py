@@ -250,6 +250,12 @@ def test_what_is_not_admitted_is_refused(target):
     assert any(part in str(error.value) for part in ("--allow", "never called", "is not there", "cannot be called"))
 
 
+@pytest.mark.parametrize("target", ["eval", "os:system", "torch.hub:load"])
+def test_a_name_is_checked_by_itself_too(target):
+    with pytest.raises(ConfigError, match="--allow"):
+        resolve(target, [])
+
+
 def test_nothing_is_imported_before_all_names_were_looked_at():
     script = """
 import sys
