@@ -159,6 +159,8 @@ def seal(
     Raises:
         OSError: It could not be written; what was there before is as it was.
     """
+    if (record := recorded(session.directory)) is not None:
+        (temporary / RECORD).write_bytes(record)
     files = {path.name: _synced(path) for path in sorted(temporary.iterdir()) if path.is_file()}
     for directory, _, names in os.walk(temporary):  # what lies deeper is on the disk too, but not checked later
         if Path(directory) != temporary:

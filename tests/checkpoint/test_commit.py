@@ -262,6 +262,13 @@ class TestADirectoryThatOthersHaveWritten:
         assert (entry.step, entry.manifest.samples, entry.manifest.metrics) == (7, 28, {"loss": 0.5})
         assert list(entry.manifest.files) == ["a.txt"]
 
+    def test_it_has_a_copy_of_how_its_run_was_made(self, tmp_path):
+        session = commit.open_session(tmp_path)
+        (tmp_path / commit.RECORD).write_text("a record")
+        home = commit.seal(session, commit.staged(session, 7), step=7, samples=28)
+        assert (home / commit.RECORD).read_text() == "a record"
+        assert commit.RECORD in manifests.read(home).files
+
     def test_what_is_not_sealed_is_swept_away(self, tmp_path):
         session = commit.open_session(tmp_path)
         temporary = commit.staged(session, 7)
