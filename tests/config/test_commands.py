@@ -109,6 +109,54 @@ def test_what_was_allowed_once_is_to_be_allowed_again(run, folder, monkeypatch):
     assert fingerprint(run("train", "--from", "runs/mine", *allowed)[1]) == first
 
 
+SCORES = """
+import torch
+class Scores(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+    def forward(self, x, labels):
+        scores = self.linear(x)
+        return {"loss": torch.nn.functional.cross_entropy(scores, labels), "logits": scores}
+def make(): return Scores()
+def samples(): return [{"x": torch.full((4,), i / 9), "labels": i % 3} for i in range(24)]
+"""
+CLASSES = """-- extends 'trainers/trainer.yaml'
+[model]
+.model: &model !partial:own_scores:make []
+[datasets]
+.train_dataset: &train_dataset !call:own_scores:samples []
+.eval_dataset: &eval_dataset ~
+.data_collator: &data_collator ~
+[trainer_args]
+    == super()
+    max_steps: 4
+    save_steps: 2
+    report_to: none
+    disable_tqdm: true
+"""
+
+
+def test_the_class_layer_is_trained_recorded_and_made_again(run, folder, monkeypatch):
+    Path("own_scores.py").write_text(SCORES)
+    Path("classes.yaml").write_text(CLASSES)
+    monkeypatch.syspath_prepend(folder)
+    assert run("train", "classes.yaml", "--allow", "own_scores")[0] == 0
+    record = records.read("runs/classes")
+    checkpoints = list_checkpoints("runs/classes")
+    assert [entry.step for entry in checkpoints] == [2, 4]
+    assert [records.read(entry.path) for entry in checkpoints] == [record, record]
+    assert run("train", "classes.yaml", "--allow", "own_scores")[0] == 2  # there is one already
+    assert run("train", "--from", "runs/classes", "--allow", "own_scores")[0] == 0
+    first, again = (Path(name, "checkpoint-4/model.safetensors") for name in ("runs/classes", "runs/classes-again"))
+    assert first.read_bytes() == again.read_bytes()
+    code, _, err = run("train", "classes.yaml", "--allow", "own_scores", "--resume", "--max-steps", "6")
+    assert (code, "main.args.max_steps: 4 -> 6" in err) == (2, True)
+    changed = ("--resume", "--max-steps", "6", "--allow-changes")
+    assert run("train", "classes.yaml", "--allow", "own_scores", *changed)[0] == 0
+    assert [entry.step for entry in list_checkpoints("runs/classes")][-1] == 6
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(run):
     expected = fingerprint(run("train", "mine.yaml", *FLAGS)[1])
     command = [sys.executable, "-m", "forgather_fn", "train", "mine.yaml", *FLAGS, "--set", "output_dir=runs/killed"]

@@ -308,7 +308,9 @@ def test_the_configuration_cannot_allow_anything():
         build(parse("allow: ['os:system']\nmeta: {allow: ['os:system']}\nmain: !call:os:system [ls]"))
 
 
-@pytest.mark.parametrize("text", ["{0.__class__}", "{0[__class__]}", "{a._x}", "{0:>1000000000}", "{0:{1}}"])
+@pytest.mark.parametrize(
+    "text", ["{0.__class__}", "{0[__class__]}", "{a._x}", "{0:>1000000000}", "{0:{1}}", "{0:>99999}"]
+)
 def test_format_strings_see_no_private_names_and_stay_small(text):
     with pytest.raises(ConfigError):
         build(parse(f"main: !call:str.format {{arg0: '{text}', arg1: x, arg2: 99999999, a: y}}"))
