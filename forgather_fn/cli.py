@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [part for name, value in before if value is not None for part in (name, value)] + chosen.arguments
     try:
         options = _parsed(_command_parser(chosen.command), arguments)
+        options.command_line = ["forgather", *(sys.argv[1:] if argv is None else argv)]
         code: int = options.execute(options)
     except ValueError as error:
         if "--debug" in arguments:

@@ -20,6 +20,7 @@ from forgather_fn.config.record import Record, record_of
 from forgather_fn.config.redact import REDACTED
 from forgather_fn.config.render import render
 from forgather_fn.config.sources import SHIPPED
+from forgather_fn.config.text import Text
 
 OUTPUT = "output_dir"
 """The variable that every configuration is given: the run directory."""
@@ -132,7 +133,8 @@ def again(record: Record, settings: Mapping[str, str], output: str) -> Loaded:
     missing += [path for path, value in arguments(graph, record.target).items() if REDACTED in str(value)]
     if missing:
         raise ConfigError(f"{', '.join(missing)} was secret and is not in the record: give it with --set NAME=VALUE")
-    return Loaded(config=record.config, text=record.rendered, graph=graph, variables=variables, overrides=overrides)
+    text = Text(record.rendered, templates=record.templates)
+    return Loaded(config=record.config, text=text, graph=graph, variables=variables, overrides=overrides)
 
 
 def _located(config: str, project_dir: Path | None) -> tuple[Path | str, Project | None]:

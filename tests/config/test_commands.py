@@ -41,11 +41,10 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys):
     """Run a command line; give its exit code and what it wrote."""
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["forgather", *arguments])
         code = main(arguments)
         return code, *capsys.readouterr()
 
@@ -89,6 +88,8 @@ def test_a_run_is_made_again_to_the_bit_from_its_record_alone(run):
     Path("mine.yaml").unlink()
     code, out, _ = run("train", "--from", "runs/mine")
     assert (code, fingerprint(out)) == (0, first)
+    old, new = records.read("runs/mine"), records.read("runs/mine-again")
+    assert (old.templates, old.rendered, old.graph, old.hash) == (new.templates, new.rendered, new.graph, new.hash)
     code, out, _ = run("train", "--from", "runs/mine/checkpoints/checkpoint-4", "--set", "output_dir=runs/b")
     assert (code, fingerprint(out)) == (0, first)
     assert run("config", "diff", "runs/mine", "runs/b") == (0, "", "")

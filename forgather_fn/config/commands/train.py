@@ -78,7 +78,7 @@ def _run(loaded: Loaded, options: argparse.Namespace) -> None:
     from forgather_fn.checkpoint.lock import locked
 
     run = Path(str(loaded.variables[OUTPUT]))
-    record = loaded.record("main", ["forgather", *sys.argv[1:]])
+    record = loaded.record("main", options.command_line)
     _check_run(run, record, options)
     main = loaded.build("main", options.allow)
     if os.environ.get("RANK", "0") == "0":
@@ -196,7 +196,9 @@ def _launched(options: argparse.Namespace) -> int:
             "  [distributed_env]\n  .strategy: &strategy !partial:forgather_fn:accelerated []"
         )
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--module", "forgather_fn"]
-    return subprocess.run([sys.executable, "-m", *launcher, *_without_processes(sys.argv[1:])], check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *_without_processes(options.command_line[1:])], check=False
+    ).returncode
 
 
 def _without_processes(arguments: Sequence[str]) -> list[str]:
