@@ -168,6 +168,7 @@ def write(run: Path, record: Record) -> Path:
             number = sum(1 for _ in run.glob("record-*.json")) + 1
             path.rename(run / f"record-{number}.json")
         sibling = path.with_name(f".{NAME}.tmp")
+        sibling.touch(mode=0o600)  # as checkpoints: for the owner alone
         sibling.write_text(text, encoding="utf-8")
         sibling.replace(path)
     except OSError as error:

@@ -60,6 +60,7 @@ def test_a_record_is_read_back_as_it_was(tmp_path):
     records.write(tmp_path, record)
     assert records.read(tmp_path) == record
     assert records.read(tmp_path / "record.json") == record
+    assert (tmp_path / "record.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_record_has_all_that_a_run_was_made_from():
