@@ -279,3 +279,18 @@ def test_names_of_nodes_do_not_hide_what_the_code_calls():
     namespace: dict[str, object] = {}
     exec(source, namespace)
     assert namespace["main"](y=3)[2] == {"x": 3}
+
+
+def test_names_that_are_alike_are_told_apart_in_code():
+    source = to_python(
+        parse(
+            "Linear: !call:torch.nn:Linear [1, 2]\n"
+            "samplers: [!partial:torch.utils.data:DistributedSampler [], !partial:torch.nn.modules:Linear []]\n"
+        )
+    )
+    namespace: dict[str, object] = {}
+    exec(source, namespace)
+    assert "from torch.nn import Linear as Linear_2\n" in source
+    assert "from torch.nn.modules import Linear as Linear_3\n" in source
+    assert namespace["Linear"]().out_features == 2
+    assert namespace["samplers"]()[1] is torch.nn.Linear
