@@ -1,6 +1,7 @@
 """The command line: each subcommand is one function, in the package of what it is about."""
 
 import argparse
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,18 @@ class Command(Protocol):
 
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("train a small language model on text that every machine has", "forgather_fn.demo:command"),
+    "train": ("train what a configuration says", "forgather_fn.config.commands.train:command"),
+    "pp": ("print what a configuration renders to", "forgather_fn.config.commands.inspect:pp"),
+    "graph": ("print what a configuration says, templates resolved", "forgather_fn.config.commands.inspect:graph"),
+    "targets": ("list what a configuration can build", "forgather_fn.config.commands.inspect:targets"),
+    "code": ("print a configuration as Python source", "forgather_fn.config.commands.inspect:code"),
+    "construct": ("build a target of a configuration, and show it", "forgather_fn.config.commands.inspect:construct"),
+    "trefs": ("list the templates that a configuration uses", "forgather_fn.config.commands.inspect:trefs"),
+    "ls": ("list the configurations that there are", "forgather_fn.config.commands.listing:command"),
+    "tb": ("open TensorBoard on a run", "forgather_fn.config.commands.runs:tensorboard"),
+    "config": ("show or compare the configurations of runs", "forgather_fn.config.commands.runs:config"),
+    "runs": ("compare runs by a metric, and by what differs", "forgather_fn.config.commands.runs:command"),
+    "completion": ("print what a shell needs to complete commands", "forgather_fn.completion:command"),
     "checkpoint": ("list, verify or show the checkpoints of a run", "forgather_fn.checkpoint.cli:command"),
     "replay": (
         "execute one step of a run again, to the bit, and show what it did",
@@ -24,6 +37,14 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     ),
 }
 """Each subcommand by name: what it does, in one line, and where its :class:`Command` is, imported when it is chosen."""
+
+_EXIT_CODES: Final = """exit codes:
+  0    it was done
+  1    something was found: a damaged checkpoint, a difference, a failed run of several
+  2    something was asked for that cannot be done; what, and how to set it right, is said
+  75   the run was told to end, and saved: run it again with --resume
+  130  Ctrl-C
+  141  what reads the output has ended"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,18 +62,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: The arguments cannot be parsed (2), or ask for help (0).
     """
     chosen = _parser().parse_args(argv)
-    options = _command_parser(chosen.command).parse_args(chosen.arguments)
+    before = [("--template", chosen.template), ("--project-dir", chosen.project_dir)]
+    arguments = [part for name, value in before if value is not None for part in (name, value)] + chosen.arguments
     try:
+        options = _parsed(_command_parser(chosen.command), arguments)
+        options.command_line = ["forgather", *(sys.argv[1:] if argv is None else argv)]
         code: int = options.execute(options)
     except ValueError as error:
-        if options.debug:
+        if "--debug" in arguments:
             raise
         print(f"forgather: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has read enough; nothing is left to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("forgather: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of a command; twice, where what they say adds options to it (its default ``declare``)."""
+    declare = parser.get_default("declare")
+    if declare is not None:
+        known, unknown = parser.parse_known_args([one for one in arguments if one not in ("-h", "--help")])
+        declare(parser, known, unknown)
+    return parser.parse_args(arguments)
+
+
+def options_of() -> dict[str, list[str]]:
+    """List the options of each command, for the completion of a shell."""
+    parsers = {name: _command_parser(name) for name in COMMANDS}
+    return {
+        name: sorted(flag for action in parser._actions for flag in action.option_strings)
+        for name, parser in parsers.items()
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,11 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = "\n".join(f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="forgather",
-        usage="%(prog)s COMMAND ...",
+        usage="%(prog)s [-t CONFIG] [-p DIR] COMMAND ...",
         description="Training as a fold.",
-        epilog=f"commands:\n{commands}\n\nforgather COMMAND --help tells of one of them.",
+        epilog=f"commands:\n{commands}\n\nforgather COMMAND --help tells of one of them.\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("-t", "--template", metavar="CONFIG", help="the configuration that the command is about")
+    parser.add_argument("-p", "--project-dir", metavar="DIR", help="the project that the command is about")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
-BASE = {"describe", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
+BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
 RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "neftune", "parts", "optim", "schedules", "unfused"}
 DATA = {"data", "fetch", "loading", "order", "permutation"}
 STEP = {
@@ -43,9 +43,11 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
     "strategy": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
+    "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
+    "config": {"base", "report", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "demo"},
+    "command": {"checkpoint", "config", "demo"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 
@@ -122,7 +124,7 @@ def layer(module: str) -> str:
     """Name the layer of a module. One that is in none is refused: a new module is put in its place in this file."""
     first = module.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
     named = {"base": BASE, "recipe": RECIPE, "data": DATA, "step": STEP, "loop": LOOP}
-    named |= {"public": {""}, "command": {"cli", "__main__"}}
+    named |= {"public": {""}, "command": {"cli", "completion", "__main__"}}
     for name, members in named.items():
         if first in members:
             return name

@@ -29,6 +29,10 @@ from forgather_fn.checkpoint.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
+RECORD: Final = "record.json"
+"""A file that says how a run was made: where its directory has one, each of its checkpoints has a copy."""
+RECORD_LIMIT: Final = 1 << 26
+"""Bytes of a record that are copied at most."""
 WRITERS: Final = 2
 """Files that are written at the same time: hashing one and writing another take different parts of the machine."""
 
@@ -61,6 +65,24 @@ def open_session(run: Path) -> Session:
     known = [entry.manifest.run for entry in entries if entry.manifest]
     sweep(directory)
     return Session(directory, known[-1] if known else secrets.token_hex(8), secrets.token_hex(8))
+
+
+def recorded(directory: Path) -> bytes | None:
+    """Read what a run says of how it was made, if it does.
+
+    Args:
+        directory: Where its checkpoints lie: the run's own, or ``checkpoints`` in it.
+
+    Raises:
+        ValueError: It is larger than a record may be.
+    """
+    run = directory.parent if directory.name == catalog.DIRECTORY else directory
+    path = run / RECORD
+    if not path.is_file():
+        return None
+    if path.stat().st_size > RECORD_LIMIT:
+        raise ValueError(f"{path} is larger than a record of a run may be: {RECORD_LIMIT:,} bytes")
+    return path.read_bytes()
 
 
 def sweep(directory: Path) -> None:
@@ -98,6 +120,8 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
     Raises:
         OSError: It could not be written; what was there before is as it was.
     """
+    if (record := recorded(session.directory)) is not None:
+        snapshot = attrs.evolve(snapshot, texts={**snapshot.texts, RECORD: record})
     sweep(session.directory)
     check_space(session.directory, snapshot)
     token = secrets.token_hex(4)
@@ -135,6 +159,8 @@ def seal(
     Raises:
         OSError: It could not be written; what was there before is as it was.
     """
+    if (record := recorded(session.directory)) is not None:
+        (temporary / RECORD).write_bytes(record)
     files = {path.name: _synced(path) for path in sorted(temporary.iterdir()) if path.is_file()}
     for directory, _, names in os.walk(temporary):  # what lies deeper is on the disk too, but not checked later
         if Path(directory) != temporary:

@@ -76,13 +76,23 @@ def windows(text: Tensor, context: int) -> Windows:
     return Windows(text[: len(text) // context * context].view(-1, context))
 
 
+def training_windows(text: Text, context: int) -> Windows:
+    """Cut what is trained on into windows."""
+    return windows(text.training, context)
+
+
+def held_out_windows(text: Text, context: int, most: int = 256) -> Windows:
+    """Cut what is held out into windows, and choose at most so many of them."""
+    return windows(text.held_out, context).spread(most)
+
+
 def labelled(samples: Sequence[Tensor]) -> dict[str, Tensor]:
     """Collate windows to a batch; they are the labels as well, since the loss compares each byte with the next."""
     input_ids = torch.stack(tuple(samples))
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def read(path: Path | None, context: int) -> Text:
+def read(path: str | Path | None, context: int) -> Text:
     """Read a text and split it.
 
     Of a folder, all files at any depth are read, by their sorted relative paths, except hidden ones, and those that
@@ -96,6 +106,7 @@ def read(path: Path | None, context: int) -> Text:
         ValueError: There is nothing at the path, it cannot be read, or the text in it is too short for a window in
             each part.
     """
+    path = None if path is None else Path(path)
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         source = f"the standard library of Python {platform.python_version()}"

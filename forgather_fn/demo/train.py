@@ -1,28 +1,26 @@
 """The run of the demonstration: a plan, a program, and a pipe of stages."""
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import math
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import attrs
 import toolz
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import forgather_fn as ff
 from forgather_fn.checkpoint import CheckpointError, latest
 from forgather_fn.demo import Settings
 from forgather_fn.demo.model import Transformer
-from forgather_fn.demo.text import Text, labelled, read, windows
+from forgather_fn.demo.text import Text, held_out_windows, labelled, read, training_windows
+from forgather_fn.fingerprint import fingerprint
 from forgather_fn.random import key
 from forgather_fn.report import bar, curve, jsonl, tensorboard
 from forgather_fn.report.path import naming
@@ -49,7 +47,7 @@ def train(settings: Settings) -> str:
     text = read(settings.data, settings.context)
     prepare(settings.run)
     training = stream(settings, text)
-    held_out = ff.batches(windows(text.held_out, settings.context).spread(256), batch_size=64, collate=labelled)
+    held_out = ff.batches(held_out_windows(text, settings.context), batch_size=64, collate=labelled)
     print(f"text   {text.description}")
     print(f"model  {sum(map(torch.numel, state.params.values())):,} parameters")
     if latest(settings.run):
@@ -114,7 +112,7 @@ def restored(program: ff.Program, run: Path) -> ff.TrainState:
 
 def stream(settings: Settings, text: Text) -> ff.Stream:
     """Say in what order the model sees the text."""
-    return ff.batches(windows(text.training, settings.context), batch_size=settings.batch_size, collate=labelled)
+    return ff.batches(training_windows(text, settings.context), batch_size=settings.batch_size, collate=labelled)
 
 
 def remember(settings: Settings, text: Text) -> None:
@@ -188,20 +186,6 @@ def readable(text: bytes) -> str:
     safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in decoded)
     encoding = sys.stdout.encoding or "ascii"
     return safe.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash tensors (SHA-256) by sorted name, data type, shape, and bytes: 64 hexadecimal digits.
-
-    Example:
-        >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.tensor([0.0, -0.0])})
-        False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def versions() -> str:

@@ -262,6 +262,13 @@ class TestADirectoryThatOthersHaveWritten:
         assert (entry.step, entry.manifest.samples, entry.manifest.metrics) == (7, 28, {"loss": 0.5})
         assert list(entry.manifest.files) == ["a.txt"]
 
+    def test_it_has_a_copy_of_how_its_run_was_made(self, tmp_path):
+        session = commit.open_session(tmp_path)
+        (tmp_path / commit.RECORD).write_text("a record")
+        home = commit.seal(session, commit.staged(session, 7), step=7, samples=28)
+        assert (home / commit.RECORD).read_text() == "a record"
+        assert commit.RECORD in manifests.read(home).files
+
     def test_what_is_not_sealed_is_swept_away(self, tmp_path):
         session = commit.open_session(tmp_path)
         temporary = commit.staged(session, 7)
@@ -278,3 +285,19 @@ class TestADirectoryThatOthersHaveWritten:
             home = commit.seal(session, temporary, step=7, samples=28)
         assert (home / "a.txt").read_text() == "two"
         assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_each_checkpoint_has_a_copy_of_how_its_run_was_made(program, tmp_path):
+    home = save(tmp_path, trajectory()[2], program)
+    assert not (home / commit.RECORD).exists()
+    (tmp_path / commit.RECORD).write_text("a record")
+    home = save(tmp_path, trajectory()[3], program)
+    assert (home / commit.RECORD).read_text() == "a record"
+    assert commit.RECORD in manifests.read(home).files
+
+
+def test_a_record_that_cannot_be_one_is_refused(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "RECORD_LIMIT", 3)
+    (tmp_path / commit.RECORD).write_text("a record")
+    with pytest.raises(ValueError, match="larger than a record"):
+        save(tmp_path, trajectory()[2], program)

@@ -1,6 +1,7 @@
 """Repeated and mixed calls behave, and leave the user's arguments as they are."""
 
 import copy
+import functools
 import os
 
 import numpy as np
@@ -61,6 +62,18 @@ def test_a_factory_may_take_a_trial(tmp_path):
         ours.Trainer(model_init=lambda a, b: Regression(), args={"output_dir": str(tmp_path)})
     with pytest.raises(RuntimeError, match="should not return None"):
         ours.Trainer(model_init=lambda: None, args={"output_dir": str(tmp_path)})
+
+
+def test_a_factory_may_be_a_partial_whose_arguments_are_given_or_have_defaults(tmp_path):
+    def build(width, depth=2):
+        return torch.nn.Linear(width, depth)
+
+    def tried(trial, width):
+        assert trial is None
+        return torch.nn.Linear(width, 1)
+
+    for factory in (functools.partial(build, width=3), functools.partial(build, 3), functools.partial(tried, width=3)):
+        assert ours.Trainer(model_init=factory, args={"output_dir": str(tmp_path)}).model.in_features == 3
 
 
 def test_evaluation_before_and_after_training(tmp_path):

@@ -198,7 +198,10 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         """
         assert self.model_init is not None
         build = self.model_init
-        number = len(inspect.signature(build).parameters)
+        parameters = list(inspect.signature(build).parameters.values())
+        if isinstance(build, functools.partial):  # what it was not given, and needs
+            parameters = [one for one in parameters if one.default is one.empty]
+        number = len(parameters)
         if number > 1:
             raise RuntimeError("model_init should have 0 or 1 argument.")
         model = constructed(functools.partial(build, trial) if number else build, self.args)

@@ -1,0 +1,220 @@
+"""``forgather train CONFIG``: run what a configuration says, and write down what it was."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from forgather_fn.config import record as records
+from forgather_fn.config.arguments import arguments, differences
+from forgather_fn.config.commands.common import add_allow, add_source, all_settings, named, settings
+from forgather_fn.config.errors import ConfigError
+from forgather_fn.config.grid import points
+from forgather_fn.config.load import OUTPUT, Loaded, again, load
+
+_ONE_PROCESS = "!partial:forgather_fn:single"
+_EXAMPLES = """examples:
+  forgather train projects/demo.yaml --set main.max_steps=200
+  forgather train mine.yaml --resume
+  forgather train mine.yaml --grid main.learning_rate=1e-3,3e-4 main.batch_size=8,16
+  forgather train --from runs/mine"""
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """A trainer of the class layer."""
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> Any:
+        """Run it, from a checkpoint where one is named."""
+        ...
+
+
+def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
+    """Add the arguments of ``forgather train`` to a parser, and give what runs it."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a file, or the name of a configuration")
+    add_source(parser)
+    add_allow(parser)
+    parser.add_argument("-n", "--processes", type=int, default=1, metavar="N", help="processes on this machine")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="PATH",
+        help="go on from the run's latest checkpoint, or from this one",
+    )
+    parser.add_argument("--allow-changes", action="store_true", help="go on although the configuration was changed")
+    parser.add_argument("--from", dest="source", metavar="RUN", help="make the run again that is recorded there")
+    parser.add_argument("--grid", nargs="+", metavar="NAME=A,B", help="one run for each combination of these values")
+    parser.epilog = _EXAMPLES
+
+    def execute(options: argparse.Namespace) -> int:
+        if options.processes != 1:
+            return _launched(options)
+        if options.grid:
+            return _sweep(options)
+        _run(_loaded(options, all_settings(options)), options)
+        return 0
+
+    return execute
+
+
+def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
+    if options.source is None:
+        return load(named(options), given, project_dir=options.project_dir)
+    if options.config or options.template:
+        raise ConfigError("--from takes the configuration from the record: do not name another")
+    record = records.read(options.source)
+    _tell_versions(record)
+    return again(record, given, settings(options.settings).get(OUTPUT) or _free(options.source.rstrip("/") + "-again"))
+
+
+def _run(loaded: Loaded, options: argparse.Namespace) -> None:
+    from forgather_fn.checkpoint import latest
+    from forgather_fn.checkpoint.lock import locked
+
+    run = Path(str(loaded.variables[OUTPUT]))
+    record = loaded.record("main", options.command_line)
+    _check_run(run, record, options)
+    main = loaded.build("main", options.allow)
+    if os.environ.get("RANK", "0") == "0":
+        with locked(run):
+            records.write(run, record)
+    print(f"run    {run} (configuration {record.hash[:12]})", flush=True)
+    resume = Path(options.resume) if isinstance(options.resume, str) else bool(options.resume and latest(run))
+    _tell(start(main, resume, changes=options.allow_changes))
+
+
+def start(main: Any, resume: bool | Path, *, changes: bool) -> Any:
+    """Run what a configuration has built.
+
+    Args:
+        main: A :class:`~forgather_fn.training.Training`, or a trainer of the class layer.
+        resume: As :meth:`forgather_fn.training.Training.state` takes it.
+        changes: Whether the plan may differ from the checkpoint's.
+
+    Returns:
+        What it gives: the final state, or what the trainer returns.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    from forgather_fn.checkpoint.loading import ALLOWED
+    from forgather_fn.training import Training
+
+    if isinstance(main, Training):
+        return main.train(resume, allow=ALLOWED if changes else ())
+    if isinstance(main, Trainer):
+        return main.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume or None)
+    raise ConfigError(f"main is {type(main).__name__}: expected a Training, or something with a method train")
+
+
+def _check_run(run: Path, record: records.Record, options: argparse.Namespace) -> None:
+    """Refuse to write over a run, and to go on with another configuration unless that is allowed."""
+    from forgather_fn.checkpoint import latest
+
+    source = Path(options.resume) if isinstance(options.resume, str) else run
+    found = latest(run)
+    if found is not None and not options.resume:
+        raise ConfigError(
+            f"{run} holds a run at step {found.step}: --resume goes on with it, --set {OUTPUT}=DIR makes another"
+        )
+    if not options.resume or not (source / records.NAME).is_file():
+        return
+    changed = differences(records.read(source).arguments, record.arguments)
+    if not changed:
+        return
+    shown = "\n".join(f"  {path}: {before} -> {after}" for path, before, after in changed)
+    if not options.allow_changes:
+        raise ConfigError(
+            f"the configuration is not the one that {source} was made with:\n{shown}\n"
+            "Set it back, or add --allow-changes to go on with the changed one"
+        )
+    print(f"changed since {source} was made:\n{shown}", flush=True)
+
+
+def _tell(result: Any) -> None:
+    from forgather_fn.fingerprint import fingerprint
+    from forgather_fn.state import TrainState
+
+    if isinstance(result, TrainState):
+        print(f"step {result.step}\nfingerprint: {fingerprint(result.params)}")
+    elif result is not None:
+        print(result)
+
+
+def _tell_versions(record: records.Record) -> None:
+    """Say what may make other bits of the same configuration."""
+    now = records.surroundings()
+    for name in sorted({*now, *record.versions}):
+        if record.versions.get(name) != now.get(name):
+            print(f"note: {name} was {record.versions.get(name)}, and is {now.get(name)}: the bits may differ")
+
+
+def _free(path: str) -> str:
+    """Find a name for a directory that is not there yet."""
+    number = 1
+    while Path(found := path if number == 1 else f"{path}-{number}").exists():
+        number += 1
+    return found
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Make one run after the other; the exit code is 1 if any failed."""
+    if options.resume and isinstance(options.resume, str):
+        raise ConfigError("--resume of a grid goes on with each run that is there: it takes no path")
+    failed: list[str] = []
+    grid = points(options.grid)
+    first = _loaded(options, {**all_settings(options), **grid[0]})
+    base = Path(str(first.variables[OUTPUT]))
+    for number, point in enumerate(grid, 1):
+        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items()).replace("/", "_")
+        print(f"\n{number}/{len(grid)}  {name}", flush=True)
+        try:
+            _run(_loaded(options, {**all_settings(options), **point, OUTPUT: str(base / name)}), options)
+        except ValueError as error:
+            failed.append(name)
+            print(f"forgather: error: {error}", file=sys.stderr, flush=True)
+    if failed:
+        print(f"\n{len(failed)} of {len(grid)} runs failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _launched(options: argparse.Namespace) -> int:
+    """Start this command in several processes, by torch's launcher."""
+    processes = options.processes
+    if processes < 1:
+        raise ConfigError(f"-n {processes}: expected a number of processes, at least 1")
+    strategy = arguments(_loaded(options, all_settings(options)).graph).get("main.strategy")
+    if strategy == _ONE_PROCESS:
+        raise ConfigError(
+            f"-n {processes}: this configuration trains in one process; for several, set its strategy:\n"
+            "  [distributed_env]\n  .strategy: &strategy !partial:forgather_fn:accelerated []"
+        )
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--module", "forgather_fn"]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *_without_processes(options.command_line[1:])], check=False
+    ).returncode
+
+
+def _without_processes(arguments: Sequence[str]) -> list[str]:
+    """Leave out how many processes there are to be: each of them is one.
+
+    Example:
+        >>> _without_processes(["train", "a.yaml", "-n", "2", "--resume"])
+        ['train', 'a.yaml', '--resume']
+    """
+    found: list[str] = []
+    skip = False
+    for one in arguments:
+        if skip:
+            skip = False
+        elif one in ("-n", "--processes"):
+            skip = True
+        elif not one.startswith(("-n", "--processes=")):
+            found.append(one)
+    return found

@@ -1,0 +1,204 @@
+"""The record of a run: all that its configuration was, and what it ran on, in one file."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from forgather_fn.checkpoint.commit import RECORD, RECORD_LIMIT
+from forgather_fn.config.arguments import arguments
+from forgather_fn.config.dump import dump
+from forgather_fn.config.errors import ConfigError
+from forgather_fn.config.functions import versions
+from forgather_fn.config.graph import Graph
+from forgather_fn.config.parse import parse
+from forgather_fn.config.redact import REDACTED, redacted_command, redacted_graph, redacted_text, secrets_in, without
+from forgather_fn.config.scalars import Value
+from forgather_fn.config.secrets import is_secret
+from forgather_fn.config.text import Text
+
+NAME: Final = RECORD
+"""Of the file, in a run directory and in each checkpoint."""
+FORMAT: Final = "forgather-fn record"
+VERSION: Final = 1
+"""The version of the file's schema."""
+
+
+@attrs.frozen(kw_only=True)
+class Record:
+    """What a run was made from. Secrets are not in it.
+
+    Attributes:
+        config: The configuration, as it was named on the command line.
+        target: What was built.
+        variables: Values of variables, for templates and for ``!var``.
+        overrides: Arguments that were given by their paths, as text; the graph has them.
+        templates: The source of each template that was used, by name.
+        rendered: What they were rendered to.
+        graph: What was built, as text that :func:`~forgather_fn.config.parse.parse` takes.
+        arguments: The values in it, by their paths.
+        hash: Of the graph, sha256.
+        versions: Of Python, the libraries, the platform, and how many threads torch had.
+        git: The revision and whether the tree was dirty; None outside of a repository.
+        command: The command line.
+        redacted: Whether a secret was taken out.
+    """
+
+    config: str
+    target: str
+    variables: Mapping[str, Any]
+    overrides: Mapping[str, str]
+    templates: Mapping[str, str]
+    rendered: str
+    graph: str
+    arguments: Mapping[str, Value]
+    hash: str
+    versions: Mapping[str, str]
+    git: Mapping[str, Any] | None
+    command: Sequence[str]
+    redacted: bool
+
+
+def record_of(
+    text: str,
+    graph: Graph,
+    *,
+    config: str,
+    target: str = "main",
+    variables: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    command: Sequence[str],
+    folder: Path,
+) -> Record:
+    """Put together the record of a run that is about to begin.
+
+    Args:
+        text: As rendered.
+        graph: What will be built: parsed from the text, with the overrides.
+        config: As it was named.
+        target: What will be built.
+        variables: For templates and for ``!var``.
+        overrides: Arguments that were given by their paths.
+        command: The command line.
+        folder: In whose repository the configuration is.
+    """
+    looked_up = text.secrets if isinstance(text, Text) else frozenset()
+    given = {str(value) for name, value in variables.items() if is_secret(name) and value is not None}
+    secrets = secrets_in(graph) | looked_up | given
+    clean = redacted_graph(graph, secrets)
+    written = dump(clean)
+    templates = text.templates if isinstance(text, Text) else {}
+    known = {name: REDACTED if is_secret(name) else _clean(value, secrets) for name, value in variables.items()}
+    return Record(
+        config=config,
+        target=target,
+        variables=known,
+        overrides={
+            path: REDACTED if is_secret(path.rpartition(".")[2]) else redacted_text(value, secrets)
+            for path, value in overrides.items()
+        },
+        templates={name: redacted_text(source, secrets) for name, source in templates.items()},
+        rendered=redacted_text(str.__str__(text), secrets),
+        graph=written,
+        arguments=arguments(clean, target, {name: value for name, value in known.items() if name != "output_dir"}),
+        hash=content_hash(clean),
+        versions=surroundings(),
+        git=git_state(folder),
+        command=redacted_command(command, secrets),
+        redacted=bool(secrets),
+    )
+
+
+def _clean(value: Any, secrets: Collection[str]) -> Any:
+    return without(value, secrets) if isinstance(value, str) else value
+
+
+def content_hash(graph: Graph) -> str:
+    """Hash what a configuration says: sha256 of its dump, 64 hexadecimal digits."""
+    return hashlib.sha256(dump(graph).encode("utf-8")).hexdigest()
+
+
+def surroundings() -> dict[str, str]:
+    """Name what the bits of a run depend on besides its configuration."""
+    found = {**versions(), "platform": platform.platform(), "machine": platform.machine()}
+    torch = sys.modules.get("torch")
+    return found if torch is None else {**found, "threads": str(torch.get_num_threads())}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Tell the revision of the repository that a folder is in, and whether anything in it was changed."""
+    try:
+        revision = _git(folder, "rev-parse", "HEAD").strip()
+        return {"revision": revision, "dirty": bool(_git(folder, "status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+        env=environment,
+    )
+    return done.stdout
+
+
+def write(run: Path, record: Record) -> Path:
+    """Write the record of a run into its directory; one of another content that was there is kept beside it.
+
+    Raises:
+        ConfigError: The directory cannot be written to.
+    """
+    path = run / NAME
+    text = json.dumps({"format": FORMAT, "version": VERSION, **attrs.asdict(record)}, indent=1, default=str)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            number = sum(1 for _ in run.glob("record-*.json")) + 1
+            path.rename(run / f"record-{number}.json")
+        sibling = path.with_name(f".{NAME}.tmp")
+        sibling.touch(mode=0o600)  # as checkpoints: for the owner alone
+        sibling.write_text(text, encoding="utf-8")
+        sibling.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def read(path: str | Path) -> Record:
+    """Read the record of a run, by its directory, one of its checkpoints, or the file.
+
+    Raises:
+        ConfigError: There is none, it is damaged, or of a newer version.
+    """
+    file = Path(path) / NAME if Path(path).is_dir() else Path(path)
+    try:
+        with file.open("rb") as opened:
+            fields = json.loads(opened.read(RECORD_LIMIT))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}; expected a run of forgather train") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not a record of a run: {error}") from None
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise ConfigError(f"{file} is not a record of a run")
+    version = fields.pop("version", None)
+    if not isinstance(version, int) or version > VERSION:
+        raise ConfigError(f"{file} has version {version!r} of the schema; this library reads up to {VERSION}")
+    names = {field.name for field in attrs.fields(Record)}
+    if names - fields.keys():
+        raise ConfigError(f"{file} lacks {', '.join(sorted(names - fields.keys()))}")
+    record = Record(**{name: fields[name] for name in names})
+    if content_hash(parse(str(record.graph))) != record.hash:
+        raise ConfigError(f"{file}: its graph was changed: the hash differs")
+    return record

@@ -1,0 +1,62 @@
+"""What may be built without being allowed: constructors that do no more than construct."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import attrs
+
+
+@attrs.frozen
+class Family:
+    """The classes of a module that have a common base.
+
+    Attributes:
+        base: ``module:Name`` of the base.
+        defined: What the names of the modules that define them begin with.
+    """
+
+    base: str
+    defined: str
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "torch.nn": Family("torch.nn:Module", "torch.nn.modules."),
+    "torch.optim": Family("torch.optim:Optimizer", "torch.optim."),
+    "torch.optim.lr_scheduler": Family("torch.optim.lr_scheduler:LRScheduler", "torch.optim.lr_scheduler"),
+}
+"""By the module that a configuration names."""
+
+
+def _names(module: str, names: str) -> frozenset[str]:
+    return frozenset(f"{module}:{name}" for name in names.split())
+
+
+NAMES: Final = frozenset().union(
+    _names("torch", "device tensor Generator"),
+    _names("torch.utils.data", "TensorDataset StackDataset ConcatDataset ChainDataset Subset DataLoader"),
+    _names(
+        "torch.utils.data", "BatchSampler RandomSampler SequentialSampler SubsetRandomSampler WeightedRandomSampler"
+    ),
+    _names("torch.utils.data.distributed", "DistributedSampler"),
+    _names("torch.utils.data", "DistributedSampler"),
+    _names(
+        "forgather_fn", "Mean Plan Transform accelerated adam adamw at at_end batches chain clipped early_stopped ema"
+    ),
+    _names("forgather_fn", "evaluated every every_seconds from_torch group noise pipelined report saved sgd single"),
+    _names("forgather_fn", "stateless stopped_by until"),
+    _names("forgather_fn.losses", "causal_lm cross_entropy from_output mse"),
+    _names("forgather_fn.schedules", "constant cosine cosine_with_restarts half_cosine inverse_sqrt joined linear"),
+    _names("forgather_fn.schedules", "one_cycle one_minus_sqrt piecewise polynomial scaled straight"),
+    _names("forgather_fn.schedules", "warmup_stable_decay"),
+    _names("forgather_fn.report", "bar console jsonl tensorboard"),
+    _names("forgather_fn.training", "Training assembled looks warmed_up"),
+    _names("forgather_fn.demo.model", "Transformer"),
+    _names("forgather_fn.demo.text", "held_out_windows labelled read training_windows"),
+    _names("forgather_fn.demo.train", "bits_per_byte show"),
+)
+"""Each as a configuration names it."""
+
+PACKAGES: Final[Mapping[str, frozenset[str]]] = {
+    "forgather.ml": frozenset({"cli", "config", "control", "launch"}),
+}
+"""Packages whose classes may be built, and the functions that they offer themselves; not those of these modules."""
