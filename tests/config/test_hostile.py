@@ -319,6 +319,7 @@ def test_format_strings_see_no_private_names_and_stay_small(text):
 def test_every_public_name_was_thought_of():
     left_out = [
         "Batch",
+        "CompileError",
         "ConsumedStateError",
         "Gradients",
         "NonFiniteError",
