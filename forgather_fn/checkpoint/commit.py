@@ -12,9 +12,10 @@ import errno
 import logging
 import os
 import secrets
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -198,9 +199,35 @@ def _write_files(directory: Path, snapshot: Snapshot) -> dict[str, Written]:
         tasks[name] = lambda name=name, tensors=tensors: write_tensors(directory / name, tensors)  # type: ignore[misc]
     for name, text in snapshot.texts.items():
         tasks[name] = lambda name=name, text=text: write_file(directory / name, iter([memoryview(text)]))  # type: ignore[misc]
-    with ThreadPoolExecutor(max_workers=WRITERS, thread_name_prefix="checkpoint") as pool:
-        futures = {name: pool.submit(task) for name, task in tasks.items()}
-        return {name: future.result() for name, future in futures.items()}
+    return _in_threads(tasks)
+
+
+def _in_threads(tasks: Mapping[str, Callable[[], Written]]) -> dict[str, Written]:
+    """Run tasks in a few threads, all to their end, and raise the error of the first that failed, if one did.
+
+    An executor would do, but takes no work once the main thread has ended, when the last save may still be running.
+    """
+    waiting, results = deque(tasks), dict[str, Written]()
+    errors: dict[str, BaseException] = {}
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                name = waiting.popleft()
+                try:
+                    results[name] = tasks[name]()
+                except BaseException as error:  # whatever it is, it is raised below
+                    errors[name] = error
+
+    threads = [threading.Thread(target=work, name=f"checkpoint {i}") for i in range(min(WRITERS, len(tasks)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in tasks:
+        if name in errors:
+            raise errors[name]
+    return {name: results[name] for name in tasks}
 
 
 def _manifest(session: Session, snapshot: Snapshot, files: dict[str, Written], pinned: bool) -> Manifest:
