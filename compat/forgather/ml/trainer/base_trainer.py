@@ -87,9 +87,6 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
         self.args = arguments_from(args, self._arguments_class or TrainingArguments)
         self._given_args = args
         self._seen_args = dict(vars(args)) if is_dataclass(args) else {}
-        if self.args.log_level != "passive":
-            for name in ("forgather", "forgather_fn"):
-                logging.getLogger(name).setLevel(self.args.get_process_log_level())
         self.distributed_env = distributed_env
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.model_init = model_init
@@ -112,14 +109,7 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
         self.callback_handler.add_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         for name in ("model", "processing_class", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
-        if self.args.should_save:
-            os.makedirs(self.args.output_dir, exist_ok=True)
-        self.control = TrainerControl()
-        self.state = TrainerState(
-            is_local_process_zero=self.is_local_process_zero(),
-            is_world_process_zero=self.is_world_process_zero(),
-            stateful_callbacks=self._exportable(),  # type: ignore[arg-type]
-        )
+        self._begin_books()
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         if getattr(self.model, "config", None) is not None:
             self.model.config.use_cache = self.args.use_cache  # type: ignore[union-attr]
@@ -138,6 +128,20 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
         self._share, self._uses_items = 1.0, None
         self._initial_num_input_tokens_seen = 0
         self._train_batch_size = self.args.train_batch_size
+
+    def _begin_books(self) -> None:
+        """Make what callbacks read, the output directory, and the level of the loggers."""
+        if self.args.should_save:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+        if self.args.log_level != "passive":
+            for name in ("forgather", "forgather_fn"):
+                logging.getLogger(name).setLevel(self.args.get_process_log_level())
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            is_local_process_zero=self.is_local_process_zero(),
+            is_world_process_zero=self.is_world_process_zero(),
+            stateful_callbacks=self._exportable(),  # type: ignore[arg-type]
+        )
 
     def _given_model(self, model: nn.Module | None) -> nn.Module:
         if model is None and self.model_init is None:

@@ -5,6 +5,7 @@ What "step" counts: ``state.global_step`` is the number of updates made; a step 
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from forgather.ml.trainer.between import BetweenPart, out_of_memory
-from forgather.ml.trainer.data import Lengths
+from forgather.ml.trainer.data import Lengths, has_length
 from forgather.ml.trainer.feed import feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
@@ -151,11 +152,25 @@ class LoopPart(SteppingPart, BetweenPart):
         self.state.compute_steps(self.args, run.lengths.max_steps)
         if run.resumed is not None:
             self._resume_state(run.resumed)
-            per_epoch = run.lengths.updates_per_epoch
-            run.epoch = self.state.global_step // per_epoch
-            if not self.args.ignore_data_skip and getattr(self.args, "restore_dataset_state", True):
-                run.skip = self.state.global_step % per_epoch * self.args.gradient_accumulation_steps
+            self._find_position(run)
         self.state.init_training_references(self, run.lengths.max_steps, run.lengths.epochs, None)
+
+    def _find_position(self, run: Running) -> None:
+        """Find where in the data the run goes on."""
+        steps, accumulate = self.state.global_step, self.args.gradient_accumulation_steps
+        from_start = self.args.ignore_data_skip or not getattr(self.args, "restore_dataset_state", True)
+        if has_length(run.feed.loader) or from_start:
+            run.epoch = steps // run.lengths.updates_per_epoch
+            run.skip = 0 if from_start else steps % run.lengths.updates_per_epoch * accumulate
+            return
+        while steps:  # how long an epoch is, only reading tells
+            run.opened, run.skip = run.feed.open(run.epoch, 0), 0
+            while steps and (window := list(itertools.islice(run.opened, accumulate))):
+                run.skip += len(window)
+                steps -= 1
+            if not steps or not run.skip:
+                return
+            run.epoch += 1
 
     def _prepare_for_training(self, run: Running) -> None:
         """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""
@@ -188,7 +203,7 @@ class LoopPart(SteppingPart, BetweenPart):
         accumulate, per_epoch = self.args.gradient_accumulation_steps, run.lengths.updates_per_epoch
         first = epoch == run.epoch and run.resumed is not None
         skip = run.skip if first else 0
-        batches = run.feed.open(epoch, skip)
+        batches = run.opened if first and run.opened is not None else run.feed.open(epoch, skip)
         if first and run.resumed is not None:
             self._load_rng_state(run.resumed)
         seen, run.grad_norm, run.learning_rate = skip, None, None

@@ -1,5 +1,8 @@
 """What one call of ``train`` holds."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import attrs
 from torch import Tensor
 
@@ -25,6 +28,7 @@ class Running:
         learning_rate: Of the last step.
         skip: Microbatches of the first epoch that were trained on before.
         epoch: In which it begins.
+        opened: The batches of that epoch, where what was trained on before had to be read to find it.
     """
 
     lengths: Lengths
@@ -39,3 +43,4 @@ class Running:
     learning_rate: float | None = None
     skip: int = 0
     epoch: int = 0
+    opened: Iterator[Any] | None = None
