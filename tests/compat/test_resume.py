@@ -174,3 +174,24 @@ def test_an_iterable_dataset_goes_on_where_it_was(tmp_path):
     other = made(tmp_path / "b")
     other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     same(weights(whole), weights(other))
+
+
+class RandomStream(torch.utils.data.IterableDataset):
+    """Draws in its workers."""
+
+    def __iter__(self):
+        for row in rows("regression", 20):
+            yield {**row, "x": row["x"] + random.random() + torch.rand(()) + np.random.rand()}
+
+
+def test_random_streams_in_workers_are_those_of_the_run(tmp_path):
+    def made(folder):
+        t = trainer(ours, folder, dataloader_num_workers=1, **LONG)
+        t.train_dataset = RandomStream()
+        return t
+
+    whole = made(tmp_path / "a")
+    whole.train()
+    other = made(tmp_path / "b")
+    other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    assert losses(other)[10:] == losses(whole)[10:]

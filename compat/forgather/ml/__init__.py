@@ -10,11 +10,11 @@ from forgather.ml import trainer as _trainer
 
 if TYPE_CHECKING:
     from forgather.ml.distributed import DistributedEnvironment as DistributedEnvironment
+    from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
+    from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
     from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
     from forgather.ml.trainer.arguments import TrainingArguments as TrainingArguments
-    from forgather.ml.trainer.base_trainer import AbstractBaseTrainer as AbstractBaseTrainer
     from forgather.ml.trainer.base_trainer import BaseTrainer as BaseTrainer
-    from forgather.ml.trainer.base_trainer import ExtensibleTrainer as ExtensibleTrainer
     from forgather.ml.trainer.callbacks import CallbackHandler as CallbackHandler
     from forgather.ml.trainer.callbacks import DefaultFlowCallback as DefaultFlowCallback
     from forgather.ml.trainer.callbacks import DivergenceDetector as DivergenceDetector

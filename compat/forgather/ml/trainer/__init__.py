@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
+    from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
     from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
     from forgather.ml.trainer.arguments import TrainingArguments as TrainingArguments
-    from forgather.ml.trainer.base_trainer import AbstractBaseTrainer as AbstractBaseTrainer
     from forgather.ml.trainer.base_trainer import BaseTrainer as BaseTrainer
-    from forgather.ml.trainer.base_trainer import ExtensibleTrainer as ExtensibleTrainer
     from forgather.ml.trainer.callbacks import CallbackHandler as CallbackHandler
     from forgather.ml.trainer.callbacks import DefaultFlowCallback as DefaultFlowCallback
     from forgather.ml.trainer.callbacks import DivergenceDetector as DivergenceDetector
@@ -54,11 +54,8 @@ _WHERE: Final = {
         "Seq2SeqTrainingArguments",
         "TrainingArguments",
     ),
-    "base_trainer": (
-        "AbstractBaseTrainer",
-        "BaseTrainer",
-        "ExtensibleTrainer",
-    ),
+    "abstract": ("AbstractBaseTrainer", "ExtensibleTrainer"),
+    "base_trainer": ("BaseTrainer",),
     "callbacks": (
         "CallbackHandler",
         "DefaultFlowCallback",

@@ -1,4 +1,4 @@
-"""The hierarchy of trainers: what every trainer can do, callbacks, and the work that all share."""
+"""The work that all trainers share."""
 
 import abc
 import functools
@@ -12,64 +12,20 @@ from typing import Any
 from torch import nn
 
 import forgather_fn as ff
-from forgather.ml.trainer.callbacks import (
-    CallbackHandler,
-    DefaultFlowCallback,
-    PrinterCallback,
-    ProgressCallback,
-)
+from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
+from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
+from forgather.ml.trainer.callbacks import PrinterCallback, ProgressCallback
+from forgather.ml.trainer.checking import CheckingPart
 from forgather.ml.trainer.collators import default_collator
 from forgather.ml.trainer.loop import LoopPart
 from forgather.ml.trainer.model_settings import constructed
-from forgather.ml.trainer.objective import smoother
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
 from forgather_fn.plan import Program
 
 
-class AbstractBaseTrainer(abc.ABC):
-    """What every trainer can do."""
-
-    @abc.abstractmethod
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the model."""
-
-    @abc.abstractmethod
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the model."""
-
-    @abc.abstractmethod
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Write the model to a directory."""
-
-
-class ExtensibleTrainer(AbstractBaseTrainer):
-    """A trainer with callbacks.
-
-    Attributes:
-        callback_handler: Holds them, in order, and calls them.
-    """
-
-    callback_handler: CallbackHandler
-
-    def __init__(self, callbacks: Any = ()) -> None:
-        self.callback_handler = CallbackHandler([DefaultFlowCallback, *(callbacks or ())])
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback, or an instance of a callback class."""
-        self.callback_handler.add_callback(callback)
-
-    def pop_callback(self, callback: Any) -> Any:
-        """Remove a callback, or the first of a class, and give it; None if there is none."""
-        return self.callback_handler.pop_callback(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        """Remove a callback, or the first of a class."""
-        self.callback_handler.remove_callback(callback)
-
-
-class BaseTrainer(LoopPart, ExtensibleTrainer):
+class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
     """The work that all trainers share: everything but the strategy by which a plan becomes a program.
 
     A drop-in for ``transformers.Trainer``. Positional arguments are in its order; those of Forgather's trainers are
@@ -131,9 +87,6 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self.args = arguments_from(args, self._arguments_class or TrainingArguments)
         self._given_args = args
         self._seen_args = dict(vars(args)) if is_dataclass(args) else {}
-        if self.args.log_level != "passive":
-            for name in ("forgather", "forgather_fn"):
-                logging.getLogger(name).setLevel(self.args.get_process_log_level())
         self.distributed_env = distributed_env
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.model_init = model_init
@@ -156,14 +109,7 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self.callback_handler.add_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         for name in ("model", "processing_class", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
-        if self.args.should_save:
-            os.makedirs(self.args.output_dir, exist_ok=True)
-        self.control = TrainerControl()
-        self.state = TrainerState(
-            is_local_process_zero=self.is_local_process_zero(),
-            is_world_process_zero=self.is_world_process_zero(),
-            stateful_callbacks=self._exportable(),  # type: ignore[arg-type]
-        )
+        self._begin_books()
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         if getattr(self.model, "config", None) is not None:
             self.model.config.use_cache = self.args.use_cache  # type: ignore[union-attr]
@@ -182,6 +128,20 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         self._share, self._uses_items = 1.0, None
         self._initial_num_input_tokens_seen = 0
         self._train_batch_size = self.args.train_batch_size
+
+    def _begin_books(self) -> None:
+        """Make what callbacks read, the output directory, and the level of the loggers."""
+        if self.args.should_save:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+        if self.args.log_level != "passive":
+            for name in ("forgather", "forgather_fn"):
+                logging.getLogger(name).setLevel(self.args.get_process_log_level())
+        self.control = TrainerControl()
+        self.state = TrainerState(
+            is_local_process_zero=self.is_local_process_zero(),
+            is_world_process_zero=self.is_world_process_zero(),
+            stateful_callbacks=self._exportable(),  # type: ignore[arg-type]
+        )
 
     def _given_model(self, model: nn.Module | None) -> nn.Module:
         if model is None and self.model_init is None:
@@ -244,84 +204,6 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
             "it one, or wrap its layers in torch.utils.checkpoint.checkpoint."
         )
 
-    def _smoother(self) -> Any:
-        if not self.args.label_smoothing_factor:
-            return None
-        kind = getattr(getattr(self.model, "config", None), "problem_type", None)
-        if kind == "multi_label_classification":
-            raise ValueError("label_smoothing_factor is not defined for problem_type='multi_label_classification'")
-        return smoother(self.args.label_smoothing_factor)
-
-    def _check_overrides(self) -> None:
-        """Refuse a subclass that overrides what is never called here: it would be ignored.
-
-        Raises:
-            ValueError: It does; what to override instead is named.
-        """
-        for name, instead in NEVER_CALLED.items():
-            if hasattr(type(self), name):
-                raise ValueError(
-                    f"{type(self).__name__} overrides {name}, a private method of transformers that this trainer does "
-                    f"not call: {instead}"
-                )
-
-    def _check_construction(self) -> None:
-        """Refuse what does not fit together."""
-        args = self.args
-        self._check_overrides()
-        metrics = self.compute_metrics
-        if args.batch_eval_metrics and metrics and "compute_result" not in inspect.signature(metrics).parameters:
-            raise ValueError(
-                "When using `batch_eval_metrics`, your `compute_metrics` function must take a `compute_result` boolean "
-                "argument which will be triggered after the last batch of the eval set to signal that the summary "
-                "statistics should be returned by the function."
-            )
-        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and self.eval_dataset is None:
-            raise ValueError(
-                f"You have set `args.eval_strategy` to {args.eval_strategy} but you didn't pass an `eval_dataset` to "
-                "`Trainer`. Either set `args.eval_strategy` to `no` or pass an `eval_dataset`. "
-            )
-        best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best" or args.load_best_model_at_end
-        if best and args.metric_for_best_model is None:
-            raise ValueError(
-                "`args.metric_for_best_model` must be provided when using 'best' save_strategy or if "
-                "`args.load_best_model_at_end` is set to `True`."
-            )
-        if self.optimizer_cls_and_kwargs is not None and self.optimizer is not None:
-            raise RuntimeError("Passing both `optimizers` and `optimizer_cls_and_kwargs` arguments is incompatible.")
-        if self.model_init is not None and (self.optimizer is not None or self.lr_scheduler is not None):
-            raise RuntimeError(
-                "Passing a `model_init` is incompatible with providing the `optimizers` argument. "
-                "You should subclass `Trainer` and override the `create_optimizer_and_scheduler` method."
-            )
-        self._check_data()
-
-    def _check_data(self) -> None:
-        from forgather.ml.trainer.data import has_length
-
-        collator = self.data_collator
-        if not callable(collator) and callable(getattr(collator, "collate_batch", None)):
-            raise TypeError("The `data_collator` should be a simple callable (function, class with `__call__`).")
-        if self.train_dataset is not None and not has_length(self.train_dataset) and self.args.max_steps <= 0:
-            raise ValueError(
-                "The train_dataset does not implement __len__, so the number of training steps cannot be inferred; "
-                "max_steps has to be specified. The total number of steps must be known in advance to bound the "
-                "training loop and to configure the learning rate scheduler."
-            )
-
-    def _check_args(self) -> None:
-        """Look at the arguments once more, since they can be changed after the trainer is made."""
-        from forgather.ml.trainer.refusals import refuse_unhonoured
-
-        if is_dataclass(self._given_args) and self._given_args is not self.args:
-            # Transformers' own object, of which a copy is used: what was changed in it since then counts.
-            now = dict(vars(self._given_args))
-            for name, value in now.items():
-                if name not in self._seen_args or self._seen_args[name] is not value:
-                    setattr(self.args, name, value)
-            self._seen_args = now
-        refuse_unhonoured(self.args)
-
     @functools.cached_property
     def accelerator(self) -> Any:
         """Accelerate's object, made when it is first asked for: the trainer itself does not need it."""
@@ -359,27 +241,6 @@ class BaseTrainer(LoopPart, ExtensibleTrainer):
         held = self.__dict__.get("accelerator")
         if held is not None:
             held.end_training()
-
-
-_EVENTS_OR_STEP = "override training_step, compute_loss or log, or write a callback"
-NEVER_CALLED = {
-    "_inner_training_loop": _EVENTS_OR_STEP,
-    "_run_epoch": _EVENTS_OR_STEP,
-    "_init_training_state": "override train(), or write a callback with on_train_begin",
-    "_finalize_training": "write a callback with on_train_end",
-    "_clip_grad_norm": "write a callback with on_pre_optimizer_step, and set max_grad_norm=0",
-    "_get_grad_norm": "write a callback with on_pre_optimizer_step",
-    "_wrap_model": "wrap the model before it is given to the trainer",
-    "_validate_args": "override __init__",
-    "_load_callback_state": "give the callback state() and from_state()",
-    "_load_scaler": "float16 is not supported yet",
-    "_save_scaler": "float16 is not supported yet",
-    "create_accelerator_and_postprocess": "set trainer.accelerator after the trainer is made",
-    "_build_accelerator_args": "set trainer.accelerator after the trainer is made",
-    "_nested_gather": "there is one process: what is to be gathered is there",
-    "_pad_across_processes": "there is one process: nothing is padded for others",
-}
-"""Private methods of transformers' Trainer that are not called here, and what to override instead."""
 
 
 def _one(name: str, given: Any, other: str, alias: Any) -> Any:

@@ -4,7 +4,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sized
-from functools import partial
 from typing import Any
 
 import attrs
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from forgather.ml.trainer.attributes import Attributes
 from forgather.ml.trainer.columns import RemoveColumnsCollator
 from forgather.ml.trainer.sampler import EpochSampler, LengthGroupedSampler, lengths_of
+from forgather.ml.trainer.seeding import seed_worker
 
 
 def has_length(data: Any) -> bool:
@@ -22,14 +22,6 @@ def has_length(data: Any) -> bool:
         return len(data) is not None
     except (TypeError, AttributeError, NotImplementedError):
         return False
-
-
-def seed_worker(worker_id: int, seed: int) -> None:
-    """Seed the generators of a data worker; a module-level function, so that it can be sent to one."""
-    from forgather.ml.trainer.seeding import set_seed
-    from forgather_fn.random import key
-
-    set_seed(key(seed, "worker", worker_id) % 2**32)
 
 
 @attrs.frozen
@@ -125,7 +117,7 @@ class DataPart(Attributes):
                 options["sampler"] = self._seeded(sampler) if is_training else sampler
             options["drop_last"] = args.dataloader_drop_last
         if is_training:
-            options["worker_init_fn"] = partial(seed_worker, seed=args.seed)
+            options["worker_init_fn"] = seed_worker
         return DataLoader(dataset, **options)
 
     def _seeded(self, sampler: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from forgather.ml.trainer.seeding import seed_worker
 from forgather_fn.random import key, seeded
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def feed(loader: Any, seed: int) -> Feed:
     """
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if not plain or loader.batch_sampler is None:
-        return Feed(loader, lambda epoch, skip: _read(loader, epoch, skip))
+        return Feed(loader, lambda epoch, skip: _read(loader, seed, epoch, skip))
     rest = Rest(loader.batch_sampler, seed, numbered=loader.num_workers > 0)
     dataset: Any = Keyed(loader.dataset, seed) if loader.num_workers else loader.dataset
     mine: DataLoader[Any] = DataLoader(
@@ -129,8 +130,10 @@ def feed(loader: Any, seed: int) -> Feed:
     return Feed(loader, opened)
 
 
-def _read(loader: Any, epoch: int, skip: int) -> Generator[Any, None, None]:
+def _read(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any, None, None]:
     set_epoch(loader, epoch)
+    if getattr(loader, "worker_init_fn", None) is seed_worker:  # a loader of ours: its workers draw by epoch
+        loader.generator.manual_seed(key(seed, "workers", epoch))
     batches = iter(loader)
     for _ in itertools.islice(batches, skip):
         pass

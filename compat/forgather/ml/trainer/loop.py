@@ -5,23 +5,22 @@ What "step" counts: ``state.global_step`` is the number of updates made; a step 
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
-import attrs
 import torch
-from torch import Tensor
 
-from forgather.ml.trainer.data import Lengths
-from forgather.ml.trainer.feed import Feed, feed
+from forgather.ml.trainer.between import BetweenPart, out_of_memory
+from forgather.ml.trainer.data import Lengths, has_length
+from forgather.ml.trainer.feed import feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
 from forgather.ml.trainer.preemption import noting_preemption
-from forgather.ml.trainer.rates import RatePart, metric_of
-from forgather.ml.trainer.resuming import ResumingPart
+from forgather.ml.trainer.running import Running
 from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
 from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
@@ -30,41 +29,10 @@ from forgather_fn.state import NonFiniteError
 logger = logging.getLogger(__name__)
 
 
-@attrs.define(eq=False)
-class Running:
-    """What one call of ``train`` holds.
-
-    Attributes:
-        lengths: How long it is.
-        feed: Its data.
-        losses: Of its steps.
-        resumed: The checkpoint that it goes on from, if any.
-        start: When it began, in seconds.
-        first_step: Updates made before it began.
-        last_logged: At which step was logged last.
-        ignore_keys: Outputs that evaluations leave out.
-        grad_norm: Of the last step.
-        learning_rate: Of the last step.
-        skip: Microbatches of the first epoch that were trained on before.
-        epoch: In which it begins.
-    """
-
-    lengths: Lengths
-    feed: Feed
-    losses: Losses
-    resumed: str | None
-    start: float
-    first_step: int
-    last_logged: int
-    ignore_keys: list[str] | None
-    grad_norm: Tensor | None = None
-    learning_rate: float | None = None
-    skip: int = 0
-    epoch: int = 0
-
-
-class LoopPart(SteppingPart, ResumingPart, RatePart):
+class LoopPart(SteppingPart, BetweenPart):
     """The part of a trainer that trains."""
+
+    _preempted: Callable[[], bool]
 
     def _check_args(self) -> None:
         raise NotImplementedError
@@ -125,7 +93,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
                 return self._train_from(resumed, ignore_keys)
             except (RuntimeError, MemoryError) as error:
                 smaller = int(self._train_batch_size * 0.9)
-                if not (self.args.auto_find_batch_size and _out_of_memory(error)):
+                if not (self.args.auto_find_batch_size and out_of_memory(error)):
                     raise
                 if smaller < 1:
                     raise RuntimeError("No executable batch size found, reached zero.") from error
@@ -184,11 +152,25 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         self.state.compute_steps(self.args, run.lengths.max_steps)
         if run.resumed is not None:
             self._resume_state(run.resumed)
-            per_epoch = run.lengths.updates_per_epoch
-            run.epoch = self.state.global_step // per_epoch
-            if not self.args.ignore_data_skip and getattr(self.args, "restore_dataset_state", True):
-                run.skip = self.state.global_step % per_epoch * self.args.gradient_accumulation_steps
+            self._find_position(run)
         self.state.init_training_references(self, run.lengths.max_steps, run.lengths.epochs, None)
+
+    def _find_position(self, run: Running) -> None:
+        """Find where in the data the run goes on."""
+        steps, accumulate = self.state.global_step, self.args.gradient_accumulation_steps
+        from_start = self.args.ignore_data_skip or not getattr(self.args, "restore_dataset_state", True)
+        if has_length(run.feed.loader) or from_start:
+            run.epoch = steps // run.lengths.updates_per_epoch
+            run.skip = 0 if from_start else steps % run.lengths.updates_per_epoch * accumulate
+            return
+        while steps:  # how long an epoch is, only reading tells
+            run.opened, run.skip = run.feed.open(run.epoch, 0), 0
+            while steps and (window := list(itertools.islice(run.opened, accumulate))):
+                run.skip += len(window)
+                steps -= 1
+            if not steps or not run.skip:
+                return
+            run.epoch += 1
 
     def _prepare_for_training(self, run: Running) -> None:
         """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""
@@ -221,7 +203,7 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
         accumulate, per_epoch = self.args.gradient_accumulation_steps, run.lengths.updates_per_epoch
         first = epoch == run.epoch and run.resumed is not None
         skip = run.skip if first else 0
-        batches = run.feed.open(epoch, skip)
+        batches = run.opened if first and run.opened is not None else run.feed.open(epoch, skip)
         if first and run.resumed is not None:
             self._load_rng_state(run.resumed)
         seen, run.grad_norm, run.learning_rate = skip, None, None
@@ -286,98 +268,6 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
             "give logging_nan_inf_filter=True (as transformers logs then) or False (log them as nan)."
         )
 
-    def _look_up(self, run: Running, epoch: int) -> None:
-        """Do what callbacks asked for."""
-        tr_loss = None
-        if type(self)._maybe_log_save_evaluate is not LoopPart._maybe_log_save_evaluate:
-            tr_loss = torch.tensor(run.losses.sum_since())
-        self._maybe_log_save_evaluate(
-            tr_loss, run.grad_norm, self.model, None, epoch, run.ignore_keys, run.start, learning_rate=run.learning_rate
-        )
-
-    def _maybe_log_save_evaluate(
-        self,
-        tr_loss: Tensor | None,
-        grad_norm: Tensor | float | None,
-        model: Any,
-        trial: Any,
-        epoch: float,
-        ignore_keys_for_eval: list[str] | None,
-        start_time: float,
-        learning_rate: float | None = None,
-    ) -> None:
-        """Log, evaluate and save, as far as callbacks asked for it.
-
-        Args:
-            tr_loss: The sum of the losses since the last log; made for overrides, and not read here.
-            grad_norm: Of the last step, before clipping.
-            model: The live module.
-            trial: None.
-            epoch: The number of the pass over the data.
-            ignore_keys_for_eval: Names of outputs that are no predictions.
-            start_time: Of the training, in seconds.
-            learning_rate: Of the last step.
-        """
-        del tr_loss, model, epoch
-        run = self._run
-        assert run is not None
-        if self.control.should_log and self.state.global_step > run.last_logged:
-            steps = self.state.global_step - run.last_logged
-            logs: dict[str, float] = {"loss": run.losses.drained() / steps}
-            if grad_norm is not None:
-                logs["grad_norm"] = float(grad_norm)
-            logs["learning_rate"] = learning_rate if learning_rate is not None else self._get_learning_rate()
-            run.last_logged = self.state.global_step
-            self.store_flos()
-            self.log(logs, start_time)
-        if self.control.should_save and getattr(self.args, "eval_on_save", False) and self.eval_dataset is not None:
-            self.control.should_evaluate = True
-        if self.control.should_evaluate:
-            metrics = self._evaluate(trial, ignore_keys_for_eval)
-            is_best = self._determine_best_metric(metrics, trial)
-            if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
-                self.control.should_save = is_best
-        if self.control.should_save:
-            self._commit_checkpoint()
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    _run: Running | None
-    _preempted: Callable[[], bool]
-
-    def _evaluate(
-        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
-    ) -> dict[str, float]:
-        """Evaluate in a training, and step a scheduler that waits for metrics."""
-        del trial
-        try:
-            metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
-        except (RuntimeError, MemoryError) as error:
-            if self.args.auto_find_batch_size and _out_of_memory(error):
-                raise ValueError(
-                    "Evaluation hit an out-of-memory error. `auto_find_batch_size` only adjusts the training batch "
-                    "size, reduce `per_device_eval_batch_size` instead."
-                ) from error
-            raise
-        if not skip_scheduler:
-            self._step_scheduler_on(metrics)
-        return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
-        """Compare an evaluation with the best before, and tell whether it is better; nan never is."""
-        if self.args.metric_for_best_model is None:
-            return False
-        value, best = metric_of(metrics, self.args.metric_for_best_model), self.state.best_metric
-        greater = self.args.greater_is_better
-        if best is None:
-            best = float("-inf") if greater else float("inf")
-            self.state.best_metric = best
-        if not (value > best if greater else value < best):
-            return False
-        self.state.best_metric = value
-        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no":
-            self.state.best_global_step = self.state.global_step
-        return True
-
     def _finish(self, run: Running) -> TrainOutput:
         """Log how it went, load the best model where that was asked for, and tell callbacks."""
         steps = self.state.global_step - run.first_step
@@ -406,8 +296,3 @@ class LoopPart(SteppingPart, ResumingPart, RatePart):
 def _closing(batches: Any) -> Any:
     """End a generator with the block; other iterators have nothing to end."""
     return contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    known = ("CUDA out of memory.", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in known)

@@ -1,64 +1,19 @@
 """The loss: how the model is called, and what of its outputs is minimised."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import forgather_fn as ff
+from forgather.ml.trainer.asking import accepts_loss_kwargs, returned_loss, takes, unwrapped
 from forgather.ml.trainer.attributes import Attributes
 from forgather.ml.trainer.counting import Count, counted_labels, shifts_labels
+from forgather.ml.trainer.microbatches import INPUTS, ITEMS, LABELS, SHARE, WATCHED, WEIGHT, shared
 from forgather_fn.losses import Objective, logits_of
 from forgather_fn.model import evaluation_mode
 from forgather_fn.random import key, seeded
-
-INPUTS, ITEMS, SHARE, WEIGHT, WATCHED, LABELS = "inputs", "items", "share", "weight", "watched", "labels"
-"""What a microbatch is made of: the inputs of the model; the number of items of the whole step, as models are given it;
-its share of the step, by which a mean over it alone is multiplied; what it adds to the weight of the step, which is 1;
-whether the use of the number is watched; and the labels, once taken out."""
-
-
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Tell whether a function can be given a keyword."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def accepts_loss_kwargs(model: nn.Module) -> bool:
-    """Tell whether a model is given ``num_items_in_batch``: it says so, or its forward takes any keyword."""
-    model = unwrapped(model)
-    if hasattr(model, "accepts_loss_kwargs"):
-        return bool(model.accepts_loss_kwargs)
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Give the model that PEFT has wrapped, or the model itself."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
-
-
-def returned_loss(outputs: Any, inputs: Any) -> Tensor:
-    """Find the loss that a model returned: under ``"loss"``, or first in a tuple.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if isinstance(outputs, Mapping) and "loss" not in outputs:
-        raise ValueError(
-            f"The model did not return a loss from the inputs, only the following keys: {','.join(outputs.keys())}. "
-            f"For reference, the inputs it received are {','.join(inputs) if isinstance(inputs, Mapping) else inputs}."
-        )
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs if isinstance(outputs, Tensor) else outputs[0]
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"The model did not return a loss, but {shape}: return {{'loss': ...}} or (loss, logits), or give the "
-            "trainer compute_loss_func=, which is called with the outputs and the labels."
-        )
-    return loss
 
 
 class ObjectivePart(Attributes):
@@ -268,49 +223,3 @@ class ObjectivePart(Attributes):
         return Objective(
             total=total, weight=lambda part: part[WEIGHT], arguments=arguments, description="the trainer's loss"
         )
-
-
-def microbatches(batches: list[Any], weights: list[float], items: Any, watch: bool) -> list[dict[str, Any]]:
-    """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step.
-
-    Args:
-        batches: Collated, as the model takes them.
-        weights: What each weighs: its labels, or its samples.
-        items: The number of items of the step, if it is counted.
-        watch: Whether it is to be found out if models use that number.
-    """
-    total = sum(weights)
-    if isinstance(items, Tensor):
-        items = items.clamp(min=1)  # models divide by it
-    watched = watch and len(batches) > 1 and isinstance(items, Tensor)
-    return [
-        {
-            INPUTS: inputs,
-            ITEMS: items,
-            SHARE: weight / total if total else 0.0,
-            WEIGHT: 0.0 if i else 1.0,
-            WATCHED: watched,
-            LABELS: None,
-        }
-        for i, (inputs, weight) in enumerate(zip(batches, weights, strict=True))
-    ]
-
-
-def shared(loss: Tensor, share: float) -> Tensor:
-    """Take a microbatch's part of the mean over the step. A mean over nothing is nan, and counts for nothing."""
-    if share == 1.0:
-        return loss
-    return loss * share if share else torch.where(torch.isfinite(loss), loss, 0.0) * 0.0
-
-
-def smoother(epsilon: float) -> Callable[..., Tensor]:
-    """Make the function that smooths labels, in the form that transformers calls it."""
-
-    def smoothed(outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Tensor:
-        logits = logits_of(outputs)
-        if shift_labels:
-            logits, labels = logits[..., :-1, :], labels[..., 1:]
-        mean = ff.losses.smoothed_cross_entropy(logits, labels, epsilon)
-        return mean.total / (mean.weight if num_items_in_batch is None else num_items_in_batch)
-
-    return smoothed

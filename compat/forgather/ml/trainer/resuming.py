@@ -10,10 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from forgather.ml.trainer.saving import SavingPart
 from forgather.ml.trainer.trainer_types import TrainerState
+from forgather.ml.trainer.weights import (
+    ADAPTER,
+    INDEX,
+    OLD_ADAPTER,
+    OLD_INDEX,
+    OLD_WEIGHTS,
+    WEIGHTS,
+    has,
+    has_adapters,
+    read_weights,
+)
 from forgather_fn.checkpoint import catalog, safe
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError
@@ -21,8 +32,6 @@ from forgather_fn.checkpoint.manifest import CheckpointError
 logger = logging.getLogger(__name__)
 
 STATE, OPTIMIZER, SCHEDULER, RNG = "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"
-WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-OLD_WEIGHTS, OLD_INDEX, OLD_ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
 
 
 class ResumingPart(SavingPart):
@@ -45,13 +54,13 @@ class ResumingPart(SavingPart):
             return found
         path = str(os.fspath(given))
         files = (WEIGHTS, INDEX, ADAPTER, OLD_WEIGHTS, OLD_INDEX, OLD_ADAPTER)
-        if not any(_has(path, name) for name in files) and not _adapters(path):
+        if not any(has(path, name) for name in files) and not has_adapters(path):
             raise ValueError(f"Can't find a valid checkpoint at {path}")
         check_whole(Path(path))
         return path
 
     def _batch_size_of(self, resumed: str | None) -> int:
-        if resumed is not None and _has(resumed, STATE):
+        if resumed is not None and has(resumed, STATE):
             size = TrainerState.load_from_json(os.path.join(resumed, STATE)).train_batch_size
             if size is not None:
                 return size
@@ -131,7 +140,7 @@ class ResumingPart(SavingPart):
         """Read the states of optimizer and scheduler, where they were saved."""
         if checkpoint is None:
             return
-        if not (_has(checkpoint, OPTIMIZER) and _has(checkpoint, SCHEDULER)):
+        if not (has(checkpoint, OPTIMIZER) and has(checkpoint, SCHEDULER)):
             logger.warning("%s holds no states of optimizer and scheduler: both begin anew", checkpoint)
             return
         device = self.args.device if self.args.world_size > 1 else "cpu"
@@ -177,7 +186,7 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     Those that transformers wrote are found too, adapters of PEFT among them.
     """
     for entry in reversed(catalog.list_checkpoints(folder)):
-        if entry.whole or (entry.manifest is None and _has(entry.path, STATE) and _adapters(entry.path)):
+        if entry.whole or (entry.manifest is None and has(entry.path, STATE) and has_adapters(entry.path)):
             return str(entry.path)
         try:
             check_whole(entry.path)
@@ -198,7 +207,7 @@ def check_whole(path: Path) -> None:
     """
     manifest = manifests.read(path)
     if manifest is None:
-        if not _has(path, STATE):
+        if not has(path, STATE):
             raise CheckpointError(f"{path} has no {STATE}: its save did not end, or it is no checkpoint")
         return
     faults = manifests.hash_faults(path, manifest)
@@ -217,96 +226,8 @@ def _is_rewritten(path: Path, fault: str) -> bool:
     gone = fault.endswith(" is missing") and fault.startswith(("model", "adapter_model"))
     if not gone and not fault.startswith(f"{INDEX}:") and not fault.startswith(f"{INDEX} has"):
         return False
-    if _has(path, INDEX):
+    if has(path, INDEX):
         names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
     else:
         names = {WEIGHTS, ADAPTER} & {entry.name for entry in path.iterdir()}
     return bool(names) and not any(safe.fault(path / name) for name in names)
-
-
-def read_weights(model: nn.Module, folder: str) -> None:
-    """Read weights into a module, in place, whatever their files.
-
-    Raises:
-        ValueError: The directory has none.
-    """
-    if hasattr(model, "load_adapter") and hasattr(model, "active_adapters") and _adapters(folder):
-        _read_adapters(model, folder)
-        return
-    state: dict[str, Tensor] = {}
-    if _has(folder, INDEX):
-        names = set(json.loads(Path(folder, INDEX).read_bytes())["weight_map"].values())
-        for name in sorted(names):
-            state.update(_read_safe(os.path.join(folder, name)))
-    elif _has(folder, WEIGHTS):
-        state = _read_safe(os.path.join(folder, WEIGHTS))
-    elif _has(folder, OLD_INDEX):
-        names = set(json.loads(Path(folder, OLD_INDEX).read_bytes())["weight_map"].values())
-        for name in sorted(names):
-            state.update(torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True))
-    elif _has(folder, OLD_WEIGHTS):
-        state = torch.load(os.path.join(folder, OLD_WEIGHTS), map_location="cpu", weights_only=True)
-    else:
-        raise ValueError(f"Can't find a valid checkpoint at {folder}")
-    result = model.load_state_dict(state, strict=False)
-    _tell(model, result, state)
-
-
-def _read_safe(path: str) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(path, device="cpu")
-
-
-def _tell(model: Any, result: Any, state: dict[str, Tensor]) -> None:
-    """Report keys that did not match; those of tied weights are no surprise, since each is written once."""
-    named = dict(model.state_dict(keep_vars=True))
-    loaded = {id(named[name]) for name in state if name in named}
-    pointers = {named[name].data_ptr() for name in state if name in named}
-    missing = [n for n in result.missing_keys if id(named.get(n)) not in loaded and _pointer(named, n) not in pointers]
-    if missing:
-        logger.warning("There were missing keys in the checkpoint model loaded: %s.", missing)
-    if result.unexpected_keys:
-        logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)
-
-
-def _pointer(named: dict[str, Any], name: str) -> int | None:
-    tensor = named.get(name)
-    return tensor.data_ptr() if isinstance(tensor, Tensor) else None
-
-
-def _read_adapters(model: Any, folder: str) -> None:
-    """Read the adapters of a PEFT model; which of them is trained stays as it is."""
-    import importlib
-
-    read: Any = importlib.import_module("peft").set_peft_model_state_dict
-    active = model.active_adapters[0]
-    found = {active: folder} if _has(folder, ADAPTER) or _has(folder, OLD_ADAPTER) else {}
-    if _has(folder, ADAPTER) and _subfolders(folder):
-        found = {"default": folder}
-    found |= {name: os.path.join(folder, name) for name in _subfolders(folder)}
-    for name, place in found.items():
-        path = os.path.join(place, ADAPTER)
-        state = (
-            _read_safe(path)
-            if os.path.isfile(path)
-            else torch.load(os.path.join(place, OLD_ADAPTER), map_location="cpu", weights_only=True)
-        )
-        result = read(model, state, adapter_name=name)
-        if result.unexpected_keys:
-            logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)
-
-
-def _adapters(folder: str | os.PathLike[str]) -> bool:
-    return _has(folder, ADAPTER) or _has(folder, OLD_ADAPTER) or bool(_subfolders(folder))
-
-
-def _subfolders(folder: str | os.PathLike[str]) -> list[str]:
-    if not os.path.isdir(folder):
-        return []
-    names = sorted(os.listdir(folder))
-    return [n for n in names if _has(os.path.join(folder, n), ADAPTER) or _has(os.path.join(folder, n), OLD_ADAPTER)]
-
-
-def _has(folder: str | os.PathLike[str], name: str) -> bool:
-    return os.path.isfile(os.path.join(folder, name))

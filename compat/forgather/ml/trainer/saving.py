@@ -13,9 +13,10 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from forgather.ml.trainer.logs import LogPart
+from forgather.ml.trainer.weights import write_weights
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, discard, seal, staged, sweep
 from forgather_fn.checkpoint.lock import NAME as LOCK
@@ -249,24 +250,3 @@ def superfluous(folder: Path, limit: int | None, protected: set[Path]) -> list[P
 
 def _looks_whole(entry: catalog.Entry) -> bool:
     return entry.whole or (entry.manifest is None and (entry.path / "trainer_state.json").is_file())
-
-
-def write_weights(model: nn.Module, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write the weights of a plain module as ``model.safetensors``; tied ones once, under their first name."""
-    import safetensors.torch
-
-    state = model.state_dict() if state_dict is None else state_dict
-    seen: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{type(model).__name__}.state_dict() has {name!r}, a {type(tensor).__name__}, which safetensors "
-                "cannot hold. Override save_model to write it, or keep it out of the state_dict."
-            )
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
-        if place not in seen:
-            seen[place] = name
-            tensors[name] = tensor.detach().contiguous()
-    path = folder / "model.safetensors"
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})

@@ -39,3 +39,9 @@ def enable_full_determinism(seed: int, warn_only: bool = False) -> None:
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def seed_worker(worker_id: int) -> None:
+    """Seed the global generators of a data worker by what torch has seeded its own with."""
+    del worker_id
+    set_seed(torch.initial_seed() % 2**32)

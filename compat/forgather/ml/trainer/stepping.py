@@ -11,7 +11,7 @@ import forgather_fn as ff
 from forgather.ml.trainer.counting import batch_size_of, weight_of
 from forgather.ml.trainer.evaluation import EvaluationPart
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
-from forgather.ml.trainer.objective import microbatches
+from forgather.ml.trainer.microbatches import microbatches
 from forgather.ml.trainer.optimizing import OptimizerPart
 from forgather_fn.batch import Parts
 from forgather_fn.flat import Flat

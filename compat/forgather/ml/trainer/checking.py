@@ -1,0 +1,112 @@
+"""What does not fit together is refused when a trainer is made, or trains."""
+
+import inspect
+from dataclasses import is_dataclass
+from typing import Any
+
+from forgather.ml.trainer.attributes import Attributes
+from forgather.ml.trainer.data import has_length
+from forgather.ml.trainer.microbatches import smoother
+from forgather.ml.trainer.refusals import refuse_unhonoured
+
+_EVENTS_OR_STEP = "override training_step, compute_loss or log, or write a callback"
+NEVER_CALLED = {
+    "_inner_training_loop": _EVENTS_OR_STEP,
+    "_run_epoch": _EVENTS_OR_STEP,
+    "_init_training_state": "override train(), or write a callback with on_train_begin",
+    "_finalize_training": "write a callback with on_train_end",
+    "_clip_grad_norm": "write a callback with on_pre_optimizer_step, and set max_grad_norm=0",
+    "_get_grad_norm": "write a callback with on_pre_optimizer_step",
+    "_wrap_model": "wrap the model before it is given to the trainer",
+    "_validate_args": "override __init__",
+    "_load_callback_state": "give the callback state() and from_state()",
+    "_load_scaler": "float16 is not supported yet",
+    "_save_scaler": "float16 is not supported yet",
+    "create_accelerator_and_postprocess": "set trainer.accelerator after the trainer is made",
+    "_build_accelerator_args": "set trainer.accelerator after the trainer is made",
+    "_nested_gather": "there is one process: what is to be gathered is there",
+    "_pad_across_processes": "there is one process: nothing is padded for others",
+}
+"""Private methods of transformers' Trainer that are not called here, and what to override instead."""
+
+
+class CheckingPart(Attributes):
+    """The part of a trainer that checks what it is given."""
+
+    _given_args: Any
+    _seen_args: dict[str, Any]
+
+    def _smoother(self) -> Any:
+        if not self.args.label_smoothing_factor:
+            return None
+        kind = getattr(getattr(self.model, "config", None), "problem_type", None)
+        if kind == "multi_label_classification":
+            raise ValueError("label_smoothing_factor is not defined for problem_type='multi_label_classification'")
+        return smoother(self.args.label_smoothing_factor)
+
+    def _check_overrides(self) -> None:
+        """Refuse a subclass that overrides what is never called here: it would be ignored.
+
+        Raises:
+            ValueError: It does; what to override instead is named.
+        """
+        for name, instead in NEVER_CALLED.items():
+            if hasattr(type(self), name):
+                raise ValueError(
+                    f"{type(self).__name__} overrides {name}, a private method of transformers that this trainer does "
+                    f"not call: {instead}"
+                )
+
+    def _check_construction(self) -> None:
+        """Refuse what does not fit together."""
+        args = self.args
+        self._check_overrides()
+        metrics = self.compute_metrics
+        if args.batch_eval_metrics and metrics and "compute_result" not in inspect.signature(metrics).parameters:
+            raise ValueError(
+                "When using `batch_eval_metrics`, your `compute_metrics` function must take a `compute_result` boolean "
+                "argument which will be triggered after the last batch of the eval set to signal that the summary "
+                "statistics should be returned by the function."
+            )
+        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and self.eval_dataset is None:
+            raise ValueError(
+                f"You have set `args.eval_strategy` to {args.eval_strategy} but you didn't pass an `eval_dataset` to "
+                "`Trainer`. Either set `args.eval_strategy` to `no` or pass an `eval_dataset`. "
+            )
+        best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best" or args.load_best_model_at_end
+        if best and args.metric_for_best_model is None:
+            raise ValueError(
+                "`args.metric_for_best_model` must be provided when using 'best' save_strategy or if "
+                "`args.load_best_model_at_end` is set to `True`."
+            )
+        if self.optimizer_cls_and_kwargs is not None and self.optimizer is not None:
+            raise RuntimeError("Passing both `optimizers` and `optimizer_cls_and_kwargs` arguments is incompatible.")
+        if self.model_init is not None and (self.optimizer is not None or self.lr_scheduler is not None):
+            raise RuntimeError(
+                "Passing a `model_init` is incompatible with providing the `optimizers` argument. "
+                "You should subclass `Trainer` and override the `create_optimizer_and_scheduler` method."
+            )
+        self._check_data()
+
+    def _check_data(self) -> None:
+
+        collator = self.data_collator
+        if not callable(collator) and callable(getattr(collator, "collate_batch", None)):
+            raise TypeError("The `data_collator` should be a simple callable (function, class with `__call__`).")
+        if self.train_dataset is not None and not has_length(self.train_dataset) and self.args.max_steps <= 0:
+            raise ValueError(
+                "The train_dataset does not implement __len__, so the number of training steps cannot be inferred; "
+                "max_steps has to be specified. The total number of steps must be known in advance to bound the "
+                "training loop and to configure the learning rate scheduler."
+            )
+
+    def _check_args(self) -> None:
+        """Look at the arguments once more, since they can be changed after the trainer is made."""
+        if is_dataclass(self._given_args) and self._given_args is not self.args:
+            # Transformers' own object, of which a copy is used: what was changed in it since then counts.
+            now = dict(vars(self._given_args))
+            for name, value in now.items():
+                if name not in self._seen_args or self._seen_args[name] is not value:
+                    setattr(self.args, name, value)
+            self._seen_args = now
+        refuse_unhonoured(self.args)

@@ -1,0 +1,61 @@
+"""The microbatches of a step: what the loss of a plan reads of each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import forgather_fn as ff
+from forgather_fn.losses import logits_of
+
+INPUTS, ITEMS, SHARE, WEIGHT, WATCHED, LABELS = "inputs", "items", "share", "weight", "watched", "labels"
+"""What a microbatch is made of: the inputs of the model; the number of items of the whole step, as models are given it;
+its share of the step, by which a mean over it alone is multiplied; what it adds to the weight of the step, which is 1;
+whether the use of the number is watched; and the labels, once taken out."""
+
+
+def microbatches(batches: list[Any], weights: list[float], items: Any, watch: bool) -> list[dict[str, Any]]:
+    """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step.
+
+    Args:
+        batches: Collated, as the model takes them.
+        weights: What each weighs: its labels, or its samples.
+        items: The number of items of the step, if it is counted.
+        watch: Whether it is to be found out if models use that number.
+    """
+    total = sum(weights)
+    if isinstance(items, Tensor):
+        items = items.clamp(min=1)  # models divide by it
+    watched = watch and len(batches) > 1 and isinstance(items, Tensor)
+    return [
+        {
+            INPUTS: inputs,
+            ITEMS: items,
+            SHARE: weight / total if total else 0.0,
+            WEIGHT: 0.0 if i else 1.0,
+            WATCHED: watched,
+            LABELS: None,
+        }
+        for i, (inputs, weight) in enumerate(zip(batches, weights, strict=True))
+    ]
+
+
+def shared(loss: Tensor, share: float) -> Tensor:
+    """Take a microbatch's part of the mean over the step. A mean over nothing is nan, and counts for nothing."""
+    if share == 1.0:
+        return loss
+    return loss * share if share else torch.where(torch.isfinite(loss), loss, 0.0) * 0.0
+
+
+def smoother(epsilon: float) -> Callable[..., Tensor]:
+    """Make the function that smooths labels, in the form that transformers calls it."""
+
+    def smoothed(outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        logits = logits_of(outputs)
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        mean = ff.losses.smoothed_cross_entropy(logits, labels, epsilon)
+        return mean.total / (mean.weight if num_items_in_batch is None else num_items_in_batch)
+
+    return smoothed

@@ -1,0 +1,126 @@
+"""Weights on the disk: written for other tools, and read whatever tool wrote them."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+OLD_WEIGHTS, OLD_INDEX, OLD_ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
+
+
+def write_weights(model: nn.Module, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write the weights of a plain module as ``model.safetensors``; tied ones once, under their first name."""
+    import safetensors.torch
+
+    state = model.state_dict() if state_dict is None else state_dict
+    seen: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{type(model).__name__}.state_dict() has {name!r}, a {type(tensor).__name__}, which safetensors "
+                "cannot hold. Override save_model to write it, or keep it out of the state_dict."
+            )
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if place not in seen:
+            seen[place] = name
+            tensors[name] = tensor.detach().contiguous()
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def read_weights(model: nn.Module, folder: str) -> None:
+    """Read weights into a module, in place, whatever their files.
+
+    Raises:
+        ValueError: The directory has none.
+    """
+    if hasattr(model, "load_adapter") and hasattr(model, "active_adapters") and has_adapters(folder):
+        _read_adapters(model, folder)
+        return
+    state: dict[str, Tensor] = {}
+    if has(folder, INDEX):
+        names = set(json.loads(Path(folder, INDEX).read_bytes())["weight_map"].values())
+        for name in sorted(names):
+            state.update(_read_safe(os.path.join(folder, name)))
+    elif has(folder, WEIGHTS):
+        state = _read_safe(os.path.join(folder, WEIGHTS))
+    elif has(folder, OLD_INDEX):
+        names = set(json.loads(Path(folder, OLD_INDEX).read_bytes())["weight_map"].values())
+        for name in sorted(names):
+            state.update(torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True))
+    elif has(folder, OLD_WEIGHTS):
+        state = torch.load(os.path.join(folder, OLD_WEIGHTS), map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"Can't find a valid checkpoint at {folder}")
+    result = model.load_state_dict(state, strict=False)
+    _tell(model, result, state)
+
+
+def _read_safe(path: str) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path, device="cpu")
+
+
+def _tell(model: Any, result: Any, state: dict[str, Tensor]) -> None:
+    """Report keys that did not match; those of tied weights are no surprise, since each is written once."""
+    named = dict(model.state_dict(keep_vars=True))
+    loaded = {id(named[name]) for name in state if name in named}
+    pointers = {named[name].data_ptr() for name in state if name in named}
+    missing = [n for n in result.missing_keys if id(named.get(n)) not in loaded and _pointer(named, n) not in pointers]
+    if missing:
+        logger.warning("There were missing keys in the checkpoint model loaded: %s.", missing)
+    if result.unexpected_keys:
+        logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)
+
+
+def _pointer(named: dict[str, Any], name: str) -> int | None:
+    tensor = named.get(name)
+    return tensor.data_ptr() if isinstance(tensor, Tensor) else None
+
+
+def _read_adapters(model: Any, folder: str) -> None:
+    """Read the adapters of a PEFT model; which of them is trained stays as it is."""
+    import importlib
+
+    read: Any = importlib.import_module("peft").set_peft_model_state_dict
+    active = model.active_adapters[0]
+    found = {active: folder} if has(folder, ADAPTER) or has(folder, OLD_ADAPTER) else {}
+    if has(folder, ADAPTER) and _subfolders(folder):
+        found = {"default": folder}
+    found |= {name: os.path.join(folder, name) for name in _subfolders(folder)}
+    for name, place in found.items():
+        path = os.path.join(place, ADAPTER)
+        state = (
+            _read_safe(path)
+            if os.path.isfile(path)
+            else torch.load(os.path.join(place, OLD_ADAPTER), map_location="cpu", weights_only=True)
+        )
+        result = read(model, state, adapter_name=name)
+        if result.unexpected_keys:
+            logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)
+
+
+def has_adapters(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a directory has adapters of PEFT, in itself or in directories of their names."""
+    return has(folder, ADAPTER) or has(folder, OLD_ADAPTER) or bool(_subfolders(folder))
+
+
+def _subfolders(folder: str | os.PathLike[str]) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    names = sorted(os.listdir(folder))
+    return [n for n in names if has(os.path.join(folder, n), ADAPTER) or has(os.path.join(folder, n), OLD_ADAPTER)]
+
+
+def has(folder: str | os.PathLike[str], name: str) -> bool:
+    """Tell whether a directory has a file."""
+    return os.path.isfile(os.path.join(folder, name))
