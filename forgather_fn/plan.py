@@ -22,7 +22,7 @@ from forgather_fn.workspace import VIEWED_ELEMENTS
 if TYPE_CHECKING:
     from forgather_fn.loop import Steps
 
-Precision = Literal["as_built", "float32", "float64", "bfloat16"]
+Precision = Literal["as_built", "float32", "float64", "bfloat16", "float16"]
 Metrics = Mapping[str, Any]
 
 
@@ -104,9 +104,11 @@ class Plan:
         average: A running average of the parameters, such as :func:`~forgather_fn.average.ema`.
         microbatches: Into how many parts a batch is cut; their gradients are added exactly.
         precision: ``"as_built"`` leaves the model's data types; ``"float32"`` and ``"float64"`` convert floating
-            parameters, buffers and inputs; ``"bfloat16"`` runs forward and loss under autocast.
+            parameters, buffers and inputs; ``"bfloat16"`` and ``"float16"`` run forward and loss under autocast, the
+            latter with a loss scale that adapts; see :mod:`~forgather_fn.scaling`.
         on_nonfinite: ``"raise"`` stops at the first step whose loss or gradient is not finite, ``"skip"`` leaves its
-            update out and goes on. Either way nothing is changed by it.
+            update out and goes on. Either way nothing is changed by it. A gradient that overflows because a float16
+            loss was scaled by too much is always skipped, and only the scale changed, as long as it can shrink.
         init: ``"as_built"``, or ``"by_name"``: module by module under keys of their names.
         donate: Let a step update its state in place. False copies first: the same bits, slower, and old states stay
             readable.
@@ -130,7 +132,7 @@ class Plan:
     average: Average | None = attrs.field(default=None, validator=_is_average)
     microbatches: int = attrs.field(default=1, validator=_at_least_one)
     precision: Precision = attrs.field(
-        default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16")
+        default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16", "float16")
     )
     on_nonfinite: Literal["raise", "skip"] = attrs.field(default="raise", validator=_one_of("raise", "skip"))
     init: Literal["as_built", "by_name"] = attrs.field(default="as_built", validator=_one_of("as_built", "by_name"))
@@ -177,7 +179,7 @@ class Restore(Protocol):
             allow: What may differ from the plan that it was made by, on purpose: ``"schedule"``, ``"optimizer"``,
                 ``"loss"``, ... and, of the stream that goes on, ``"batch_size"`` and ``"data"``.
             without: What is not read and starts fresh: ``"optimizer"``, ``"ema"``, ``"transforms"``, ``"controls"``,
-                ``"progress"`` (steps, samples, counters).
+                ``"loss_scale"``, ``"progress"`` (steps, samples, counters).
 
         Raises:
             CheckpointError: It is damaged, or something differs; both sides are shown.

@@ -10,11 +10,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from forgather_fn import evaluation, flat
+from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
-from forgather_fn.flat import Flat, layout_of
+from forgather_fn.flat import Flat, Layout, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, Steps, open_steps
 from forgather_fn.model import (
@@ -144,6 +144,7 @@ def _build(plan: Plan, module: nn.Module) -> Built:
     binding = attach(module, plan.optimizer.groups(asked))
     if not binding.layout.leaves:
         raise ValueError("every parameter is in a frozen group: there is nothing to train")
+    _check_can_be_scaled(plan, binding.layout)
     by_leaf = [[site.tensor for site, name in binding.trainable if name == leaf.name] for leaf in binding.layout.leaves]
     return Built(
         plan=plan,
@@ -157,6 +158,16 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         floating=_floating(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
+
+
+def _check_can_be_scaled(plan: Plan, layout: Layout) -> None:
+    """Make sure that gradients that are scaled for float16 can be scaled back."""
+    half = [leaf.name for leaf in layout.leaves if leaf.dtype == torch.float16]
+    if plan.precision == "float16" and half:
+        raise ValueError(
+            f'Plan: precision="float16" computes in float16 on parameters of float32, and {flat.listed(half)} '
+            "are in float16: what is lost in them no loss scale brings back. Convert the model: model.float()"
+        )
 
 
 def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
@@ -185,6 +196,7 @@ def _first_state(built: Built, module: nn.Module, seed: int) -> TrainState:
         opt=plan.optimizer.init(params),
         transforms=transforms,
         ema=params.copy() if plan.average is not None else None,
+        loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
     binding.release()
     binding.bind(arrays.params, arrays.frozen, arrays.buffers)
