@@ -38,6 +38,7 @@ STEP = {
     "compiler",
     "evaluation",
     "graphs",
+    "meta",
     "model",
     "plan",
     "step",

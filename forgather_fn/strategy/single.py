@@ -17,6 +17,7 @@ from forgather_fn.built import Built
 from forgather_fn.flat import Flat, Layout, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, Steps, open_steps
+from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import (
     buffer_names,
     buffer_slots,
@@ -119,7 +120,9 @@ def _execution(built: Built) -> Execution:
 def _prepared(plan: Plan, seed: int) -> nn.Module:
     """Build the module and give it its first values, data types, and device."""
     module = build(plan.model, seed)
-    if plan.init == "by_name":
+    if plan.init == "by_name" and on_meta(module):
+        initialise_from_meta(module, seed, plan.device)
+    elif plan.init == "by_name":
         unbind(module)  # so that its new values are not drawn into the storage of a state
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
