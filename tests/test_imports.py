@@ -17,6 +17,7 @@ PACKAGE = "forgather_fn"
 
 BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
 RECIPE = {
+    "activation_checkpointing",
     "average",
     "from_torch",
     "gradient",
