@@ -81,6 +81,23 @@ def _check_compiles(plan: "Plan") -> None:
             )
 
 
+def _check_in_backward(plan: "Plan") -> None:
+    why = {
+        "compile=True": (plan.compile is True, "a compiled step is one graph, which lets go of gradients by itself"),
+        "transforms": (bool(plan.transforms), "they are given the gradient of all parameters, as clipping needs it"),
+        "microbatches": (plan.microbatches > 1, "their gradients are added before the update"),
+        'precision="float16"': (plan.precision == "float16", "an overflow is known when all gradients are there"),
+        'on_nonfinite="skip"': (plan.on_nonfinite == "skip", "what has been updated already cannot be left out"),
+        repr(plan.optimizer): (not plan.optimizer.separable, "it is not known to update parameters one by one"),
+    }
+    for what, (given, reason) in why.items():
+        if given:
+            raise ValueError(
+                f'Plan: update="in_backward" updates each parameter as soon as its gradient is there, and cannot be '
+                f"with {what}: {reason}"
+            )
+
+
 def _device(value: str | torch.device) -> torch.device:
     try:
         device = torch.device(value)
@@ -113,6 +130,8 @@ class Plan:
         donate: Let a step update its state in place. False copies first: the same bits, slower, and old states stay
             readable.
         device: Where it runs.
+        update: ``"in_backward"`` updates each parameter as soon as its gradient is there, and lets go of that: less
+            memory, the same bits as ``viewed_elements=0``; see :mod:`~forgather_fn.in_backward`.
         viewed_elements: Up to how many parameters gradients are views of a flat buffer: a matter of speed, and of the
             last bits, since sums are taken in another order.
         compile: True compiles the whole step (forward, backward, transforms, update) as one graph; ``"model"`` the
@@ -138,6 +157,9 @@ class Plan:
     init: Literal["as_built", "by_name"] = attrs.field(default="as_built", validator=_one_of("as_built", "by_name"))
     donate: bool = True
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
+    update: Literal["after_backward", "in_backward"] = attrs.field(
+        default="after_backward", validator=_one_of("after_backward", "in_backward")
+    )
     viewed_elements: int = VIEWED_ELEMENTS
     compile: bool | Literal["model"] = attrs.field(default=False, validator=_one_of(False, True, "model"))
     backend: str = "inductor"
@@ -146,6 +168,8 @@ class Plan:
     def __attrs_post_init__(self) -> None:
         if self.compile is True:
             _check_compiles(self)
+        if self.update == "in_backward":
+            _check_in_backward(self)
         if self.unroll and self.compile is not True:
             raise ValueError("Plan: unroll=True says how a whole step is compiled; it needs compile=True")
 

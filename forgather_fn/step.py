@@ -273,9 +273,18 @@ def update_arrays(
     return arrays, {"grad_norm": norm, **gradients.reports, **extra}, stopped
 
 
-def _wanted(gradients: Gradients, wants: frozenset[str]) -> dict[str, Any]:
+def check_wants(wants: frozenset[str]) -> None:
+    """Make sure that a step can give the metrics that it is asked for.
+
+    Raises:
+        ValueError: It cannot.
+    """
     if wants - WANTS:
         raise ValueError(f"a step was asked for {sorted(wants - WANTS)}; it can give {sorted(WANTS)}")
+
+
+def _wanted(gradients: Gradients, wants: frozenset[str]) -> dict[str, Any]:
+    check_wants(wants)
     return {f"grad_norm/{name}": norm for name, norm in gradient.norms(gradients).items()}
 
 

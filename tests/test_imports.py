@@ -39,6 +39,7 @@ STEP = {
     "compiler",
     "evaluation",
     "graphs",
+    "in_backward",
     "meta",
     "model",
     "plan",

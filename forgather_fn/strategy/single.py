@@ -16,6 +16,7 @@ from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
 from forgather_fn.flat import Flat, Layout, layout_of
 from forgather_fn.gradient import Gradients
+from forgather_fn.in_backward import updating_in_backward
 from forgather_fn.loop import Data, Steps, open_steps
 from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import (
@@ -110,6 +111,8 @@ def single(plan: Plan) -> Program:
 
 
 def _execution(built: Built) -> Execution:
+    if built.plan.update == "in_backward":
+        return updating_in_backward(built)
     if built.plan.compile is not True:
         return eager(built)
     from forgather_fn.compiled import compiled  # when used: the compiler is as large as the rest of torch
@@ -154,7 +157,10 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         module=module,
         binding=binding,
         workspace=workspace(
-            binding.layout, [list(dict.fromkeys(ps)) for ps in by_leaf], plan.device, plan.viewed_elements
+            binding.layout,
+            [list(dict.fromkeys(ps)) for ps in by_leaf],
+            plan.device,
+            plan.viewed_elements if plan.update == "after_backward" else 0,
         ),
         call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
