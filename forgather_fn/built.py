@@ -73,6 +73,7 @@ class Built:
         sides = {
             "an average of the parameters": (arrays.ema is not None, self.plan.average is not None),
             "the number of transforms": (len(arrays.transforms), len(self.plan.transforms)),
+            "a loss scale": (bool(arrays.loss_scale), self.plan.precision == "float16"),
             "optimizer slots that are missing": (len(missing), 0),
         }
         for what, (has, wants) in sides.items():
@@ -93,9 +94,13 @@ class Built:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which forward and loss run."""
-        if self.plan.precision == "bfloat16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        lowered = self.lowered
+        return contextlib.nullcontext() if lowered is None else torch.autocast(self.device.type, dtype=lowered)
+
+    @property
+    def lowered(self) -> torch.dtype | None:
+        """The type that autocast lowers to, if any."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.plan.precision)
 
     def place(self, data: Any) -> Any:
         """Bring a batch's data to the device and the precision of the plan."""

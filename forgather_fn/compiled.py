@@ -96,18 +96,20 @@ def compiled(built: Built) -> Execution:
         share, taken = _share(built, parts)
         total = flat.zeros(layout, device)
         buffers, means = list(arrays.buffers.buffers), dict[str, Mean]()
+        scale = [held.clone() for name, held in arrays.loss_scale.items() if name == "scale"]  # an update writes to it
         with seeded(key(state.seed, state.step, 0, "forward"), device):
             for i, part in enumerate(parts):
                 if i:
                     interrupt.check()
                     reseed(key(state.seed, state.step, i, "forward"), device)
                 active, buffers, sums = own.gradient(
-                    list(arrays.params.buffers), dict(arrays.frozen), buffers, list(total.buffers), part, share
+                    list(arrays.params.buffers), dict(arrays.frozen), buffers, list(total.buffers), part, share, scale
                 )
                 found = {name: Mean(*pair) for name, pair in sums.items()}
                 means = {name: means[name] + mean for name, mean in found.items()} if i else found
         weight = means["loss"].weight
-        divisor = None if taken else inverse(weight, built.dtype, device).reciprocal()
+        divisors = [*scale] if taken else [*scale, inverse(weight, built.dtype, device).reciprocal()]
+        divisor = graphs.product(divisors)
         views = {name: total[name] for name in itertools.compress(layout.index, active)}
         gradients = Gradients(layout, active, views, total, batch.samples, weight, divisor)
         return gradients, Flat(own.buffers, tuple(buffers)), means
@@ -158,8 +160,9 @@ def _graphs(built: Built, arrays: Arrays) -> Graphs:
         total: list[Tensor],
         part: Any,
         share: Tensor | None,
+        scale: list[Tensor],
     ) -> tuple[graphs.Active, list[Tensor], Sums]:
-        found, active, fresh, sums = differentiate(params, frozen, held, part, share)
+        found, active, fresh, sums = differentiate(params, frozen, held, part, share, scale)
         accumulate(total, found, active)
         return active, fresh, sums
 
@@ -179,14 +182,15 @@ def _graphs(built: Built, arrays: Arrays) -> Graphs:
             *scalars: Tensor,
         ) -> tuple[dict[str, Tensor], Sums]:
             params, held = tensors[places["params"]], tensors[places["buffers"]]
-            gradient, active, held, sums = differentiate(params, frozen, held, parts[0], share)
+            scale = tensors[places["loss_scale"]][:1]  # the first of the two that it is
+            gradient, active, held, sums = differentiate(params, frozen, held, parts[0], share, scale)
             for part in parts[1:]:
-                more, also, held, own = differentiate(params, frozen, held, part, share)
+                more, also, held, own = differentiate(params, frozen, held, part, share, scale)
                 assert active == also
                 gradient = [one + other for one, other in zip(gradient, more, strict=True)]
                 sums = {name: (total + own[name][0], weight + own[name][1]) for name, (total, weight) in sums.items()}
             weight = sums["loss"][1]
-            divisor = [] if taken else [graphs.inverse(weight).reciprocal()]
+            divisor = scale if taken else [graphs.inverse(weight).reciprocal(), *scale]
             return update(tensors, arranged(gradient, active), active, held, sums, weight, divisor, *scalars), sums
 
         return compiled_whole(step)
@@ -316,8 +320,8 @@ def _finished(built: Built, state: TrainState, samples: int, reports: dict[str, 
     Every change is gated by a flag that depends on the whole backward pass, so a graph that fails has changed nothing.
     """
     plan, arrays = built.plan, state.read()
-    found_inf = reports.pop(FLAG)
-    if built.device.type == "cpu" and plan.on_nonfinite == "raise" and found_inf.item():
+    stopped = reports.pop(FLAG)
+    if built.device.type == "cpu" and plan.on_nonfinite == "raise" and stopped.item():
         first = int(arrays.nonfinite)
         if first == state.step:
             arrays.nonfinite.fill_(-1)

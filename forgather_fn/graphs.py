@@ -6,8 +6,10 @@ rest is ours, or pure by contract (transforms, optimizers): it is *opaque*, run 
 so that nothing of it has to be checked again at each step.
 """
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -55,12 +57,13 @@ class Differentiate(Protocol):
         buffers: list[Tensor],
         part: Any,
         share: Tensor | None,
+        scale: list[Tensor],
         /,
     ) -> tuple[list[Tensor], Active, list[Tensor], Sums]:
         """Give the gradients that there are, of which leaves; the buffers as the forward pass leaves them; the sums.
 
         ``share`` is what the objective is multiplied by before it is differentiated; None for the inverse of its own
-        weight.
+        weight. ``scale`` is none or one scalar that it is multiplied by as well.
         """
         ...
 
@@ -82,14 +85,14 @@ class UpdateTensors(Protocol):
         seed: Tensor,
         /,
     ) -> dict[str, Tensor]:
-        """Give what is reported, and under :data:`FLAG` whether the step was not finite.
+        """Give what is reported, and under :data:`FLAG` whether the step stopped the run.
 
-        ``divisor`` is none or one scalar that the gradient is to be divided by.
+        ``divisor`` is the scalars that the gradient is to be divided by.
         """
         ...
 
 
-FLAG = "found_inf"
+FLAG = "stopped"
 
 
 def differentiation(built: Built, buffers: Layout, opaque: Opaque) -> Differentiate:
@@ -102,7 +105,7 @@ def differentiation(built: Built, buffers: Layout, opaque: Opaque) -> Differenti
     """
     binding, plan, module, layout = built.binding, built.plan, built.module, built.binding.layout
     buffer_names = tuple(binding.buffer_places(buffers))
-    lowered, device_type = plan.precision == "bfloat16", plan.device.type
+    lowered, device_type = built.lowered, plan.device.type
 
     @opaque
     def leaves(params: list[Tensor]) -> list[Tensor]:
@@ -113,14 +116,19 @@ def differentiation(built: Built, buffers: Layout, opaque: Opaque) -> Differenti
         return binding.placed(dict(zip(layout.index, inputs, strict=True)), frozen, views(buffers, held), buffers)
 
     def differentiate(
-        params: list[Tensor], frozen: dict[str, Tensor], held: list[Tensor], part: Any, share: Tensor | None
+        params: list[Tensor],
+        frozen: dict[str, Tensor],
+        held: list[Tensor],
+        part: Any,
+        share: Tensor | None,
+        scale: list[Tensor],
     ) -> tuple[list[Tensor], Active, list[Tensor], Sums]:
         inputs = [leaf.detach().requires_grad_() for leaf in leaves(params)]
         fresh = [buffer.clone() for buffer in held]
         tensors = named(inputs, frozen, fresh)
         given = dict(tensors)
         args, kwargs = built.arguments(part)
-        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=lowered):
+        with torch.autocast(device_type, dtype=lowered or torch.bfloat16, enabled=lowered is not None):
             outputs = torch.func.functional_call(module, given, tuple(args), kwargs, tie_weights=False)
             means = named_means(plan.loss(outputs, part))
         for name in buffer_names:
@@ -129,7 +137,11 @@ def differentiation(built: Built, buffers: Layout, opaque: Opaque) -> Differenti
         objective = means["loss"]
         if share is None:
             share = inverse(pair(objective)[1])
-        found = torch.autograd.grad(objective.total, inputs, grad_outputs=share.to(objective.total), allow_unused=True)
+        total = objective.total
+        if scale:
+            total = total.float() if total.dtype.itemsize < 4 else total  # no half precision holds the scale
+            share = share * scale[0]
+        found = torch.autograd.grad(total, inputs, grad_outputs=share.to(total), allow_unused=True)
         active = tuple([gradient is not None for gradient in found])
         present = [gradient for gradient in found if gradient is not None]
         return present, active, fresh, {name: pair(mean) for name, mean in means.items()}
@@ -162,7 +174,7 @@ def updating(built: Built, like: Mapping[str, Any], wants: frozenset[str]) -> Up
         arrays = Arrays(frozen={}, **tree.filled(like, tensors))
         held: Mapping[str, Tensor] = gradient if isinstance(gradient, dict) else Flat(layout, tuple(gradient))
         views = {name: held[name] for name in itertools.compress(layout.index, active)}
-        following, reports, found_inf = update_arrays(
+        following, reports, stopped = update_arrays(
             built.plan,
             arrays,
             Gradients(
@@ -172,7 +184,7 @@ def updating(built: Built, like: Mapping[str, Any], wants: frozenset[str]) -> Up
                 held if isinstance(held, Flat) else None,
                 0,
                 weight,
-                divisor[0] if divisor else None,
+                product(divisor),
             ),
             Flat(arrays.buffers.layout, tuple(buffers)) if buffers else None,
             {name: Mean(*pair) for name, pair in sums.items()},
@@ -186,7 +198,7 @@ def updating(built: Built, like: Mapping[str, Any], wants: frozenset[str]) -> Up
         for old, new in zip(tensors, tree.tensors(following.changing()), strict=True):
             if new is not old:
                 old.copy_(new)
-        return {**reports, FLAG: found_inf}
+        return {**reports, FLAG: stopped}
 
     return update
 
@@ -238,6 +250,11 @@ def accumulate(layout: Layout, total: list[Tensor], gradient: list[Tensor], acti
     for held, new in zip(total, concatenated(layout, gradient, active), strict=True):
         held.add_(new)
     return total
+
+
+def product(scalars: list[Tensor]) -> Tensor | None:
+    """Multiply scalars; None where there are none."""
+    return functools.reduce(operator.mul, scalars) if scalars else None
 
 
 def pair(mean: Mean) -> tuple[Tensor, Tensor]:

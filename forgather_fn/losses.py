@@ -15,7 +15,7 @@ from forgather_fn.mean import Mean
 TARGETS = ("labels", "label", "targets", "target", "y")
 """Names under which a dict batch's target is looked for."""
 
-RESERVED = ("grad_norm", "learning_rate")
+RESERVED = ("grad_norm", "learning_rate", "loss_scale")
 """Metrics that every step reports."""
 
 

@@ -131,7 +131,10 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def _check_parameter(site: Site) -> None:
     _check_shape(site.name, site.tensor)
     if site.tensor.is_meta:
-        raise ValueError(f"{site.name} is on the meta device and has no values; build the model on a real device")
+        raise ValueError(
+            f"{site.name} is on the meta device and has no values; build the model on a real device, or have it "
+            'initialised: Plan(init="by_name")'
+        )
     if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.max_norm is not None:
         raise ValueError(
             f"{site.name} is changed by every forward pass (max_norm={site.module.max_norm}), so that even an "

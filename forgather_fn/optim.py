@@ -62,6 +62,7 @@ class Optimizer:
         description: How it prints.
         compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; its learning rate is
             a scalar tensor there.
+        separable: Whether updating parameter by parameter, in any order, is the same as updating all at once.
     """
 
     init: OptimizerInit
@@ -69,6 +70,7 @@ class Optimizer:
     groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]
     description: str = ""
     compiles: bool = True
+    separable: bool = False
 
     def __repr__(self) -> str:
         return self.description or f"Optimizer({describe(self.update)})"
@@ -138,7 +140,7 @@ def _adam_family(
             )
         return state
 
-    return Optimizer(init, update, groups)
+    return Optimizer(init, update, groups, separable=True)
 
 
 def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
@@ -278,7 +280,7 @@ def sgd(
             )
         return state
 
-    return Optimizer(init, update, assigner(groups, weight_decay, decays))
+    return Optimizer(init, update, assigner(groups, weight_decay, decays), separable=True)
 
 
 def _fused_sgd_is_right(tensor: Tensor) -> bool:

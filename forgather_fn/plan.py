@@ -22,7 +22,7 @@ from forgather_fn.workspace import VIEWED_ELEMENTS
 if TYPE_CHECKING:
     from forgather_fn.loop import Steps
 
-Precision = Literal["as_built", "float32", "float64", "bfloat16"]
+Precision = Literal["as_built", "float32", "float64", "bfloat16", "float16"]
 Metrics = Mapping[str, Any]
 
 
@@ -81,6 +81,23 @@ def _check_compiles(plan: "Plan") -> None:
             )
 
 
+def _check_in_backward(plan: "Plan") -> None:
+    why = {
+        "compile=True": (plan.compile is True, "a compiled step is one graph, which lets go of gradients by itself"),
+        "transforms": (bool(plan.transforms), "they are given the gradient of all parameters, as clipping needs it"),
+        "microbatches": (plan.microbatches > 1, "their gradients are added before the update"),
+        'precision="float16"': (plan.precision == "float16", "an overflow is known when all gradients are there"),
+        'on_nonfinite="skip"': (plan.on_nonfinite == "skip", "what has been updated already cannot be left out"),
+        repr(plan.optimizer): (not plan.optimizer.separable, "it is not known to update parameters one by one"),
+    }
+    for what, (given, reason) in why.items():
+        if given:
+            raise ValueError(
+                f'Plan: update="in_backward" updates each parameter as soon as its gradient is there, and cannot be '
+                f"with {what}: {reason}"
+            )
+
+
 def _device(value: str | torch.device) -> torch.device:
     try:
         device = torch.device(value)
@@ -104,13 +121,17 @@ class Plan:
         average: A running average of the parameters, such as :func:`~forgather_fn.average.ema`.
         microbatches: Into how many parts a batch is cut; their gradients are added exactly.
         precision: ``"as_built"`` leaves the model's data types; ``"float32"`` and ``"float64"`` convert floating
-            parameters, buffers and inputs; ``"bfloat16"`` runs forward and loss under autocast.
+            parameters, buffers and inputs; ``"bfloat16"`` and ``"float16"`` run forward and loss under autocast, the
+            latter with a loss scale that adapts; see :mod:`~forgather_fn.scaling`.
         on_nonfinite: ``"raise"`` stops at the first step whose loss or gradient is not finite, ``"skip"`` leaves its
-            update out and goes on. Either way nothing is changed by it.
+            update out and goes on. Either way nothing is changed by it. A gradient that overflows because a float16
+            loss was scaled by too much is always skipped, and only the scale changed, as long as it can shrink.
         init: ``"as_built"``, or ``"by_name"``: module by module under keys of their names.
         donate: Let a step update its state in place. False copies first: the same bits, slower, and old states stay
             readable.
         device: Where it runs.
+        update: ``"in_backward"`` updates each parameter as soon as its gradient is there, and lets go of that: less
+            memory, the same bits as ``viewed_elements=0``; see :mod:`~forgather_fn.in_backward`.
         viewed_elements: Up to how many parameters gradients are views of a flat buffer: a matter of speed, and of the
             last bits, since sums are taken in another order.
         compile: True compiles the whole step (forward, backward, transforms, update) as one graph; ``"model"`` the
@@ -130,12 +151,15 @@ class Plan:
     average: Average | None = attrs.field(default=None, validator=_is_average)
     microbatches: int = attrs.field(default=1, validator=_at_least_one)
     precision: Precision = attrs.field(
-        default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16")
+        default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16", "float16")
     )
     on_nonfinite: Literal["raise", "skip"] = attrs.field(default="raise", validator=_one_of("raise", "skip"))
     init: Literal["as_built", "by_name"] = attrs.field(default="as_built", validator=_one_of("as_built", "by_name"))
     donate: bool = True
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
+    update: Literal["after_backward", "in_backward"] = attrs.field(
+        default="after_backward", validator=_one_of("after_backward", "in_backward")
+    )
     viewed_elements: int = VIEWED_ELEMENTS
     compile: bool | Literal["model"] = attrs.field(default=False, validator=_one_of(False, True, "model"))
     backend: str = "inductor"
@@ -144,6 +168,8 @@ class Plan:
     def __attrs_post_init__(self) -> None:
         if self.compile is True:
             _check_compiles(self)
+        if self.update == "in_backward":
+            _check_in_backward(self)
         if self.unroll and self.compile is not True:
             raise ValueError("Plan: unroll=True says how a whole step is compiled; it needs compile=True")
 
@@ -177,7 +203,7 @@ class Restore(Protocol):
             allow: What may differ from the plan that it was made by, on purpose: ``"schedule"``, ``"optimizer"``,
                 ``"loss"``, ... and, of the stream that goes on, ``"batch_size"`` and ``"data"``.
             without: What is not read and starts fresh: ``"optimizer"``, ``"ema"``, ``"transforms"``, ``"controls"``,
-                ``"progress"`` (steps, samples, counters).
+                ``"loss_scale"``, ``"progress"`` (steps, samples, counters).
 
         Raises:
             CheckpointError: It is damaged, or something differs; both sides are shown.

@@ -64,6 +64,7 @@ class Arrays:
     transforms: tuple[Any, ...] = ()
     ema: Flat | None = None
     controls: Mapping[str, Any] = attrs.field(factory=dict)
+    loss_scale: Mapping[str, Tensor] = attrs.field(factory=dict)
 
     def changing(self) -> dict[str, Any]:
         """Give, as a tree, what a step changes: everything but the frozen parameters."""
@@ -138,6 +139,11 @@ class TrainState:
     def controls(self) -> Mapping[str, Any]:
         """What reactive schedules keep."""
         return self.read().controls
+
+    @property
+    def loss_scale(self) -> Mapping[str, Tensor]:
+        """What float16 scales the loss by, as ``scale`` and ``growth_tracker``; empty in any other precision."""
+        return self.read().loss_scale
 
     @property
     def updates(self) -> Tensor:

@@ -12,11 +12,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn import gradient, interrupt, tree
+from forgather_fn import gradient, interrupt, scaling, tree
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
-from forgather_fn.finite import Flag, applied, flag_on_device, flag_on_host
+from forgather_fn.finite import FINE, Flag, Verdict, applied, flag_on_device, flag_on_host
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective
@@ -128,6 +128,8 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
     gradients = built.workspace.collect(batch.samples, weight)
     if not mean_taken:
         gradients = gradients.divided(inverse(weight, built.dtype, built.device).reciprocal())
+    if arrays.loss_scale:
+        gradients = gradients.divided(arrays.loss_scale["scale"])
     return gradients, buffers, means
 
 
@@ -135,9 +137,11 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
     """Add up losses and gradients over microbatches, each under its own key.
 
     Where the weight of the whole step is known before the backward pass, gradients are of the mean as they arise, so
-    that gradient hooks see them so; otherwise they are of the sum, and False is returned.
+    that gradient hooks see them so; otherwise they are of the sum, and False is returned. A loss scale is not divided
+    out yet.
     """
     weight = known_weight(built.plan, parts)
+    scale = state.read().loss_scale.get("scale")
     totals: dict[str, Mean] = {}
     for i, part in enumerate(parts):
         if i:
@@ -150,7 +154,11 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
             raise ValueError(_NOT_DIFFERENTIABLE)
         if len(parts) == 1:
             weight = objective.weight
+        if scale is not None:
+            total = total.float() if total.dtype.itemsize < 4 else total  # no half precision holds the scale
         share = None if weight is None else inverse(weight, total.dtype, built.device)
+        if scale is not None:
+            share = scale.to(total.dtype) if share is None else share * scale
         torch.autograd.backward(total, share)
         detached = {name: mean.detach() for name, mean in means.items()}
         totals = {name: totals[name] + mean for name, mean in detached.items()} if i else detached
@@ -243,26 +251,40 @@ def update_arrays(
     It is run as it stands, or traced into a graph.
 
     Returns:
-        The arrays; what is reported; and the flag, 1 where the step was not finite.
+        The arrays; what is reported; and the flag, 1 where the step was not finite and the run does not go on.
     """
     with torch.no_grad():
         extra = _wanted(gradients, wants) if wants else {}
         gradients, transforms = _transformed(plan, gradients, arrays, step, seed)
         gradients = gradients.measured()
         norm = gradients.norm()
-        probe = norm + means["loss"].total if "loss" in means else norm
-        found_inf, nonfinite = flag(plan.on_nonfinite, probe, arrays.nonfinite, step)
+        loss, overflow = means["loss"].total if "loss" in means else None, None
+        if arrays.loss_scale:
+            overflow = scaling.overflowed(arrays.loss_scale, norm, loss)
+            extra["loss_scale"] = arrays.loss_scale["scale"].clone()  # in a graph, the state's own is written over
+        probe = norm if loss is None else norm + loss
+        verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         begin()
-        arrays = _updated(plan, arrays, gradients, transforms, learning_rate, found_inf)
-        arrays = _counted(plan, arrays, gradients, buffers, found_inf)
-        if nonfinite is not arrays.nonfinite:
-            arrays.nonfinite.copy_(nonfinite)
-    return arrays, {"grad_norm": norm, **gradients.reports, **extra}, found_inf
+        arrays = _updated(plan, arrays, gradients, transforms, learning_rate, verdict.found_inf)
+        arrays = _counted(plan, arrays, gradients, buffers, verdict)
+        if verdict.nonfinite is not arrays.nonfinite:
+            arrays.nonfinite.copy_(verdict.nonfinite)
+    stopped = verdict.found_inf if verdict.skipped is None else verdict.found_inf - verdict.skipped
+    return arrays, {"grad_norm": norm, **gradients.reports, **extra}, stopped
+
+
+def check_wants(wants: frozenset[str]) -> None:
+    """Make sure that a step can give the metrics that it is asked for.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if wants - WANTS:
+        raise ValueError(f"a step was asked for {sorted(wants - WANTS)}; it can give {sorted(WANTS)}")
 
 
 def _wanted(gradients: Gradients, wants: frozenset[str]) -> dict[str, Any]:
-    if wants - WANTS:
-        raise ValueError(f"a step was asked for {sorted(wants - WANTS)}; it can give {sorted(WANTS)}")
+    check_wants(wants)
     return {f"grad_norm/{name}": norm for name, norm in gradient.norms(gradients).items()}
 
 
@@ -300,14 +322,19 @@ def _updated(
     return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
 
 
-def _counted(plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, found_inf: Tensor) -> Arrays:
+def _counted(plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, verdict: Verdict) -> Arrays:
+    found_inf, _, skipped = verdict
     weight, good = gradients.weight, applied(found_inf)
     counted = weight.long() if isinstance(weight, Tensor) else int(weight)
     if plan.on_nonfinite == "raise" and isinstance(good, Tensor):
-        counted = counted * good.long()  # a step that raises leaves everything as it was
+        taken = good if skipped is None else good + skipped
+        counted = counted * taken.long()  # a step that raises leaves everything as it was
     arrays.tokens.add_(counted)
-    if plan.on_nonfinite == "skip":
-        arrays.skipped.add_(found_inf.long())
+    if skipped is not None:
+        arrays.skipped.add_(skipped.long())
+    if arrays.loss_scale:
+        adapted = scaling.adapted(arrays.loss_scale, found_inf, FINE if skipped is None else skipped)
+        arrays = attrs.evolve(arrays, loss_scale=adapted)
     if buffers is None or buffers is arrays.buffers:
         return arrays
     if buffers.layout is not arrays.buffers.layout:

@@ -107,14 +107,19 @@ def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Work
         for leaf, ps in zip(layout.leaves, parameters, strict=True):
             found = [p.grad for p in ps if p.grad is not None]
             if found:
-                tensors[leaf.name] = _dense(leaf.name, found, leaf.stride)
+                tensors[leaf.name] = dense(leaf.name, found, leaf.stride)
         active = tuple(leaf.name in tensors for leaf in layout.leaves)
         return Gradients(layout, active, tensors, None, samples, weight)
 
     return Workspace(clear, collect, renew=clear, release=clear)
 
 
-def _dense(name: str, found: list[Tensor], stride: tuple[int, ...]) -> Tensor:
+def dense(name: str, found: list[Tensor], stride: tuple[int, ...]) -> Tensor:
+    """Add up the gradients of the parameters that are one leaf, in the strides of the leaf.
+
+    Raises:
+        ValueError: One is sparse.
+    """
     total = found[0]
     for other in found[1:]:
         total = total + other

@@ -16,7 +16,20 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
 BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "random", "state", "tree"}
-RECIPE = {"average", "from_torch", "gradient", "groups", "losses", "neftune", "parts", "optim", "schedules", "unfused"}
+RECIPE = {
+    "activation_checkpointing",
+    "average",
+    "from_torch",
+    "gradient",
+    "groups",
+    "losses",
+    "neftune",
+    "parts",
+    "optim",
+    "scaling",
+    "schedules",
+    "unfused",
+}
 DATA = {"data", "fetch", "loading", "order", "permutation"}
 STEP = {
     "batch",
@@ -26,6 +39,8 @@ STEP = {
     "compiler",
     "evaluation",
     "graphs",
+    "in_backward",
+    "meta",
     "model",
     "plan",
     "step",

@@ -20,8 +20,8 @@ class TestChecks:
             ({"microbatches": True}, "microbatches must be an integer of at least 1, got True"),
             ({"microbatches": 1.5}, "microbatches must be an integer of at least 1, got 1.5"),
             (
-                {"precision": "float16"},
-                "precision='float16' is not one of 'as_built', 'float32', 'float64', 'bfloat16'",
+                {"precision": "half"},
+                "precision='half' is not one of 'as_built', 'float32', 'float64', 'bfloat16', 'float16'",
             ),
             ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is not one of 'raise', 'skip'"),
             ({"init": "zeros"}, "init='zeros' is not one of 'as_built', 'by_name'"),

@@ -662,7 +662,7 @@ class TestTheFlagOnTheDevice:
     @pytest.mark.parametrize("value", [math.inf, -math.inf, NAN])
     def test_the_flag(self, value):
         def flag(policy, value, before):
-            found, first = step_module.flag_on_device(policy, torch.tensor(value), torch.tensor(before), 7)
+            found, first, _ = step_module.flag_on_device(policy, torch.tensor(value), torch.tensor(before), 7)
             return found.item(), first.item()
 
         assert flag("raise", value, -1) == (1.0, 7)

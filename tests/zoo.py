@@ -115,7 +115,7 @@ def plans(name: str, storage: str) -> st.SearchStrategy[Plan]:
         optimizer=one_of(sorted(OPTIMIZERS)),
         transforms=one_of(sorted(TRANSFORMS)),
         microbatches=one_of([1, 2, 3]),
-        precision=one_of(["as_built", "float32", "bfloat16", "float64"]),
+        precision=one_of(["as_built", "float32", "bfloat16", "float64", "float16"]),
         init=one_of(["as_built", "by_name"]),
         average=one_of([None, ff.ema(0.5)]),
         on_nonfinite=one_of(["raise", "skip"]),

@@ -28,7 +28,7 @@ MEANING: Final = ("model", "loss", "optimizer", "schedule", "transforms", "avera
 """Parts of a plan that must be the same for a run to go on; others are recorded only."""
 
 ALLOWED: Final = frozenset({*MEANING, "data", "batch_size"})
-PARTS: Final = frozenset({"optimizer", "ema", "transforms", "controls", "progress"})
+PARTS: Final = frozenset({"optimizer", "ema", "transforms", "controls", "loss_scale", "progress"})
 
 
 @attrs.frozen(eq=False)
@@ -178,7 +178,7 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
     model = dict(loaded.tensors["model"])
     buffers = _buffer_values(loaded, model)
     kept: dict[str, Any] = {}
-    for name, part, group in _SLOTS:
+    for name, part, group in _SLOTS if _both_scaled(fresh, record) else _SLOTS[:-1]:
         if part not in without:
             found = loaded.tensors.get(group, {})
             kept[name] = decode(
@@ -207,8 +207,15 @@ _SLOTS: Final = (
     ("opt", "optimizer", "optimizer"),
     ("transforms", "transforms", "other"),
     ("controls", "controls", "other"),
+    ("loss_scale", "loss_scale", "other"),
 )
 """Parts of a state that are trees: the field, what ``without`` calls it, and the group of files with its tensors."""
+
+
+def _both_scaled(fresh: Arrays, record: Mapping[str, Any]) -> bool:
+    """Tell whether there is a loss scale to go on with: a run that was in another precision has none."""
+    saved = record["structure"].get("loss_scale", {}).get("mapping")
+    return bool(fresh.loss_scale and saved)
 
 
 def _buffer_values(loaded: Loaded, model: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -111,6 +111,7 @@ def snapshot(
         "opt": encode(arrays.opt, "opt", keeping(optimizer)),
         "transforms": encode(arrays.transforms, "transforms", keeping(others)),
         "controls": encode(arrays.controls, "controls", keeping(others)),
+        "loss_scale": encode(arrays.loss_scale, "loss_scale", keeping(others)),
     }
     tensors: dict[str, Mapping[str, Tensor]] = {
         "optimizer.safetensors": optimizer,

@@ -10,13 +10,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from forgather_fn import evaluation, flat
+from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
-from forgather_fn.flat import Flat, layout_of
+from forgather_fn.flat import Flat, Layout, layout_of
 from forgather_fn.gradient import Gradients
+from forgather_fn.in_backward import updating_in_backward
 from forgather_fn.loop import Data, Steps, open_steps
+from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import (
     buffer_names,
     buffer_slots,
@@ -109,6 +111,8 @@ def single(plan: Plan) -> Program:
 
 
 def _execution(built: Built) -> Execution:
+    if built.plan.update == "in_backward":
+        return updating_in_backward(built)
     if built.plan.compile is not True:
         return eager(built)
     from forgather_fn.compiled import compiled  # when used: the compiler is as large as the rest of torch
@@ -119,7 +123,9 @@ def _execution(built: Built) -> Execution:
 def _prepared(plan: Plan, seed: int) -> nn.Module:
     """Build the module and give it its first values, data types, and device."""
     module = build(plan.model, seed)
-    if plan.init == "by_name":
+    if plan.init == "by_name" and on_meta(module):
+        initialise_from_meta(module, seed, plan.device)
+    elif plan.init == "by_name":
         unbind(module)  # so that its new values are not drawn into the storage of a state
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
@@ -144,19 +150,33 @@ def _build(plan: Plan, module: nn.Module) -> Built:
     binding = attach(module, plan.optimizer.groups(asked))
     if not binding.layout.leaves:
         raise ValueError("every parameter is in a frozen group: there is nothing to train")
+    _check_can_be_scaled(plan, binding.layout)
     by_leaf = [[site.tensor for site, name in binding.trainable if name == leaf.name] for leaf in binding.layout.leaves]
     return Built(
         plan=plan,
         module=module,
         binding=binding,
         workspace=workspace(
-            binding.layout, [list(dict.fromkeys(ps)) for ps in by_leaf], plan.device, plan.viewed_elements
+            binding.layout,
+            [list(dict.fromkeys(ps)) for ps in by_leaf],
+            plan.device,
+            plan.viewed_elements if plan.update == "after_backward" else 0,
         ),
         call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
         floating=_floating(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
+
+
+def _check_can_be_scaled(plan: Plan, layout: Layout) -> None:
+    """Make sure that gradients that are scaled for float16 can be scaled back."""
+    half = [leaf.name for leaf in layout.leaves if leaf.dtype == torch.float16]
+    if plan.precision == "float16" and half:
+        raise ValueError(
+            f'Plan: precision="float16" computes in float16 on parameters of float32, and {flat.listed(half)} '
+            "are in float16: what is lost in them no loss scale brings back. Convert the model: model.float()"
+        )
 
 
 def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
@@ -185,6 +205,7 @@ def _first_state(built: Built, module: nn.Module, seed: int) -> TrainState:
         opt=plan.optimizer.init(params),
         transforms=transforms,
         ema=params.copy() if plan.average is not None else None,
+        loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
     binding.release()
     binding.bind(arrays.params, arrays.frozen, arrays.buffers)

@@ -74,7 +74,7 @@ class TestFiles:
         assert record["counters"] == {"updates": 3, "skipped": 0, "tokens": int(state.tokens), "nonfinite": -1}
         assert record["plan"] == small().plan.describe()
         assert record["versions"]["torch"] == torch.__version__
-        assert set(record["structure"]) == {"opt", "transforms", "controls"}
+        assert set(record["structure"]) == {"opt", "transforms", "controls", "loss_scale"}
 
     def test_the_manifest(self, home):
         record = json.loads((home / "manifest.json").read_bytes())

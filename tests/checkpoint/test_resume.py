@@ -226,7 +226,7 @@ class TestEveryPart:
             [specimen.batch(samples) for samples in (4, 5, 6, 5)],
         )
 
-    @pytest.mark.parametrize("precision", ["as_built", "float32", "float64", "bfloat16"])
+    @pytest.mark.parametrize("precision", ["as_built", "float32", "float64", "bfloat16", "float16"])
     def test_precisions(self, tmp_path, precision):
         check_resume(tmp_path, lambda: everything(model=specimens.TwoDtypes, precision=precision), classes())
 

@@ -201,7 +201,8 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
                 return
         raise ValueError(
             f"activation_checkpointing=True, but {type(model).__name__} has no gradient_checkpointing_enable(). Give "
-            "it one, or wrap its layers in torch.utils.checkpoint.checkpoint."
+            "it one, or choose the blocks yourself: "
+            "forgather_fn.activation_checkpointing.activation_checkpointed(model, 'layers.*')"
         )
 
     @functools.cached_property

@@ -1,0 +1,184 @@
+"""Updates in the backward pass: each parameter as soon as its gradient is there, which is then let go.
+
+So memory never holds all gradients. What needs all of them before the first update cannot be had: transforms, several
+microbatches, a loss scale, and leaving out a step whose gradient is not finite.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from forgather_fn.built import Built
+from forgather_fn.data import Batch
+from forgather_fn.finite import Flag, flag_on_device, flag_on_host
+from forgather_fn.gradient import Gradients
+from forgather_fn.losses import named_means
+from forgather_fn.plan import Metrics
+from forgather_fn.schedules import rate
+from forgather_fn.state import Arrays, NonFiniteError, TrainState
+from forgather_fn.step import Execution, check_wants, eager, following, take_gradients, update_arrays
+from forgather_fn.workspace import dense
+
+_PARTLY: Final = (
+    "step {step}: the gradient of {name} was not finite (inf or nan). Parameters whose gradients came before it have "
+    'been updated already, since update="in_backward" does not wait for the others, and the state is consumed: go on '
+    'from a checkpoint. Plan(donate=False) or Plan(update="after_backward") keeps the state.'
+)
+_FAILED: Final = (
+    'Some parameters have been updated already, since update="in_backward" does not wait for all gradients, and the '
+    "state is consumed: go on from a checkpoint, or try again with Plan(donate=False), which keeps the state."
+)
+
+
+def updating_in_backward(built: Built) -> Execution:
+    """Run the steps of a program with updates in the backward pass.
+
+    The bits are those of ``update="after_backward"`` with ``viewed_elements=0``. The state is consumed when the first
+    gradient is there; whatever fails before, also a loss that is not finite, leaves it as it was.
+
+    Raises:
+        ValueError: Two parameters share memory without being one object, so that neither has the whole gradient.
+    """
+    by_name: dict[str, nn.Parameter] = {}
+    for site, name in built.binding.trainable:
+        if by_name.setdefault(name, site.tensor) is not site.tensor:
+            raise ValueError(
+                f"{name} and {site.name} share memory, but are two parameters, of which neither gets the whole "
+                'gradient; tie them as one object (a.weight = b.weight) for update="in_backward"'
+            )
+    look: Flag = flag_on_host if built.device.type == "cpu" else flag_on_device
+    plan = built.plan
+    rest = attrs.evolve(plan, optimizer=attrs.evolve(plan.optimizer, update=_already_updated))
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        check_wants(wants)
+        updates = _Updates(built, state, look, rate(plan.schedule, state.step), state.read().nonfinite)
+        watched = attrs.evolve(built, plan=attrs.evolve(plan, loss=updates.watched_loss))
+        with updates.hooked(by_name):
+            gradients, buffers, means = take_gradients(watched, state, batch)
+        arrays, reports, _ = update_arrays(
+            rest,
+            updates.arrays(),
+            updates.measured(gradients),
+            buffers,
+            means,
+            flag=look,
+            begin=lambda: None,
+            learning_rate=updates.learning_rate,
+            step=state.step,
+            seed=state.seed,
+            wants=frozenset(),
+        )
+        if wants:
+            params = arrays.params
+            reports |= {f"grad_norm/{name}": norm.to(params[name].dtype) for name, norm in updates.norms.items()}
+        if arrays.buffers is not built.binding.buffers:
+            built.binding.bind_buffers(arrays.buffers)
+        return following(state, arrays, batch.samples), {
+            **means,
+            **reports,
+            "learning_rate": updates.learning_rate,
+        }
+
+    return attrs.evolve(eager(built), step=step)
+
+
+def _already_updated(gradients: Gradients, state: Any, params: Any, **options: Any) -> Any:
+    del gradients, params, options
+    return state
+
+
+@attrs.define(eq=False)
+class _Updates:
+    """The updates of one step, while its backward pass runs.
+
+    Attributes:
+        built: The model.
+        state: Consumed by the first update.
+        look: Decides whether a number is finite.
+        learning_rate: Of this step.
+        nonfinite: The first step that was not finite, or -1.
+        norms: The norm of each gradient that has come.
+    """
+
+    built: Built
+    state: TrainState
+    look: Flag
+    learning_rate: float
+    nonfinite: Tensor
+    norms: dict[str, Tensor] = attrs.field(factory=dict)
+    _taken: Arrays | None = None
+
+    def watched_loss(self, outputs: Any, data: Any) -> Any:
+        """Compute the loss, and look at it before anything is updated by its gradient."""
+        means = named_means(self.built.plan.loss(outputs, data))
+        with torch.no_grad():
+            self._finite(means["loss"].total.detach())
+        return means
+
+    @contextlib.contextmanager
+    def hooked(self, by_name: dict[str, nn.Parameter]) -> Iterator[None]:
+        """Update each parameter when its gradient is there, for the time of a block."""
+        with contextlib.ExitStack() as stack:
+            for name, parameter in by_name.items():
+                hook = functools.partial(self._update, name)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                stack.callback(handle.remove)
+            try:
+                yield
+            except BaseException as error:
+                if self._taken is not None and not isinstance(error, NonFiniteError):
+                    error.add_note(_FAILED)
+                raise
+
+    def arrays(self) -> Arrays:
+        """Give what the updates have left; at least one gradient must have come."""
+        assert self._taken is not None
+        return self._taken
+
+    def measured(self, gradients: Gradients) -> Gradients:
+        """Say of a gradient that is gone which leaves it had, and its norm."""
+        layout = gradients.layout
+        norms = [self.norms[name].to(self.built.dtype) for name in layout.index if name in self.norms]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        active = tuple(name in self.norms for name in layout.index)
+        return attrs.evolve(gradients, active=active, known_norm=norm)
+
+    def _update(self, name: str, parameter: nn.Parameter) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None
+        layout = self.built.binding.layout
+        leaf = layout.leaves[layout.index[name]]
+        with torch.no_grad():
+            grad = dense(name, [grad], leaf.stride)
+            norm = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype.itemsize < 4 else None)
+            try:
+                found_inf = self._finite(norm)
+            except NonFiniteError:
+                if self._taken is None:
+                    raise
+                raise NonFiniteError(_PARTLY.format(step=self.state.step, name=name)) from None
+            if self._taken is None:
+                self._taken = self.state.consume(f"step {self.state.step}")
+            arrays = self._taken
+            if self.nonfinite is not arrays.nonfinite:
+                arrays.nonfinite.copy_(self.nonfinite)
+            active = tuple(other is leaf for other in layout.leaves)
+            gradients = Gradients(layout, active, {name: grad}, None, 0, 0.0)
+            opt = self.built.plan.optimizer.update(
+                gradients, arrays.opt, arrays.params, learning_rate=self.learning_rate, found_inf=found_inf
+            )
+        self.norms[name] = norm
+        self._taken = arrays if opt is arrays.opt else attrs.evolve(arrays, opt=opt)
+        # Whoever still needs the old value in this backward pass is told by autograd, instead of getting the new one.
+        torch.autograd.graph.increment_version(parameter)
+
+    def _finite(self, probe: Tensor) -> Tensor:
+        verdict = self.look(self.built.plan.on_nonfinite, probe, self.nonfinite, self.state.step)
+        self.nonfinite = verdict.nonfinite
+        return verdict.found_inf
