@@ -59,8 +59,7 @@ def run(quick: bool) -> Iterator[Table]:
     if quick:
         return
     yield _llama()
-    for task in (SMALL, DEEP):
-        yield _first_calls(task)
+    yield _first_calls()
 
 
 def _alone(backend: str) -> tuple[Arm, ...]:
@@ -173,7 +172,7 @@ torch.set_num_threads(1)
 from benchmarks import compiled, overhead
 from benchmarks.measure import Clock
 import attrs
-task = attrs.evolve(getattr(overhead, {task!r}), warmup=0, steps=1)
+task = attrs.evolve(overhead.SMALL, warmup=0, steps=1)
 torch.randn(2, 2) @ torch.randn(2, 2)
 import torch._inductor.compile_fx
 make = {{"hand": lambda: compiled.compiled_by_hand(task, "inductor"),
@@ -185,19 +184,18 @@ print(json.dumps(time.perf_counter() - began))
 """
 
 
-def _first_calls(task: Task) -> Table:
+def _first_calls() -> Table:
     """Time a run of two steps in a fresh process: with an empty cache on the disk, then with the one it has left."""
-    name = {SMALL: "SMALL", DEEP: "DEEP"}[task]
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(STARTS):
         for arm in ("hand", "ours"):
             with tempfile.TemporaryDirectory() as cache:
                 for start in ("first", "second"):
-                    times.setdefault((arm, start), []).append(_start(name, arm, cache))
+                    times.setdefault((arm, start), []).append(_start(arm, cache))
     middle = {key: statistics.median(found) for key, found in times.items()}
     named = {"hand": MODEL_ONLY, "ours": WHOLE}
     return Table(
-        title=f"First call: {task.name}, {STARTS} times",
+        title=f"First call: {SMALL.name}, {STARTS} times",
         notes=("Two steps in a fresh process: with no cache on the disk, and again with what the first has left.",),
         columns=("loop", "first s", "second s", "second / first"),
         lines=tuple(
@@ -217,14 +215,14 @@ def _first_calls(task: Task) -> Table:
     )
 
 
-def _start(task: str, arm: str, cache: str) -> float:
+def _start(arm: str, cache: str) -> float:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TORCHINDUCTOR_CACHE_DIR": cache,
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(task=task, arm=arm)]
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(arm=arm)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise ValueError(f"{arm} failed: {ended.stderr.strip()}")
