@@ -326,3 +326,33 @@ def test_arguments_of_transformers_are_read_at_each_training(tmp_path):
     assert made.train().global_step == 5
     made.args.max_steps = 2
     assert made.train().global_step == 2
+
+
+def test_a_callback_that_comes_later_is_watched_as_well(tmp_path):
+    class Extends(ours.TrainerCallback):
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            if state.global_step == 4:
+                optimizer.add_param_group({"params": list(model.hidden.parameters())})
+
+    class Adds(ours.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            made.pop_callback(Adds)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            raise AssertionError("it was taken out")
+
+    made = trainer(ours, tmp_path, callbacks=[Adds()], **PLAIN)
+    made.optimizer = torch.optim.AdamW(made.model.out.parameters(), lr=1e-2)
+    made.lr_scheduler = torch.optim.lr_scheduler.StepLR(made.optimizer, step_size=100)
+
+    original = made.get_batch_samples
+
+    def get_batch_samples(*args):
+        if made.state.global_step == 2 and not any(isinstance(c, Extends) for c in made.callback_handler.callbacks):
+            made.add_callback(Extends())
+        return original(*args)
+
+    made.get_batch_samples = get_batch_samples
+    made.train()
+    assert len(made.optimizer.param_groups) == 2
+    assert not torch.equal(made.model.hidden.weight, regression().hidden.weight)

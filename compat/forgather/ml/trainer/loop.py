@@ -122,7 +122,7 @@ class LoopPart(SteppingPart, BetweenPart):
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self._tell(run)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        self._watched = self._is_watched()
+        self._callbacks_seen = -1
         if self.args.eval_on_start:
             self._evaluate(None, run.ignore_keys, skip_scheduler=True)
         for epoch in range(run.epoch, lengths.epochs):
@@ -190,13 +190,6 @@ class LoopPart(SteppingPart, BetweenPart):
         """Make both; override it for ones of your own."""
         self.create_optimizer()
         self.create_scheduler(num_training_steps=num_training_steps)
-
-    def _is_watched(self) -> bool:
-        """Tell whether code of users runs between steps, that may change parameters or the optimizer."""
-        known = ("forgather.ml.", "transformers.trainer_callback")
-        if any(not type(callback).__module__.startswith(known) for callback in self.callback_handler.callbacks):
-            return True
-        return not type(self).__module__.startswith("forgather.ml.")
 
     def _pass_over_data(self, run: Running, epoch: int) -> None:
         """Run one pass over the data, or the rest of it."""

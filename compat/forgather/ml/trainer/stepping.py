@@ -150,6 +150,8 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         Raises:
             NonFiniteError: The loss or a gradient is not finite, and nothing was said of what then.
         """
+        if len(self.callback_handler.callbacks) != self._callbacks_seen:
+            self._callbacks_seen, self._watched = len(self.callback_handler.callbacks), self._is_watched()
         engine = self._refresh_engine() if self._watched else self._engine
         assert engine is not None
         if not self.model.training:
@@ -167,6 +169,14 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         return metrics["loss"], metrics["grad_norm"]
 
     _watched: bool
+    _callbacks_seen: int
+
+    def _is_watched(self) -> bool:
+        """Tell whether code of users runs between steps, that may change parameters or the optimizer."""
+        known = ("forgather.ml.", "transformers.trainer_callback")
+        if any(not type(callback).__module__.startswith(known) for callback in self.callback_handler.callbacks):
+            return True
+        return not type(self).__module__.startswith("forgather.ml.")
 
     def _weights(self, batches: list[Any], items: Any) -> list[float]:
         """Weigh the microbatches of a step; one alone weighs what was counted already."""
