@@ -185,6 +185,7 @@ class LoopPart(SteppingPart, BetweenPart):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = run.feed.loader
         self._open_engine(self.state.global_step)
+        self._load_scaler_of(run.resumed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Make both; override it for ones of your own."""
@@ -228,6 +229,7 @@ class LoopPart(SteppingPart, BetweenPart):
         self.control = handler.on_step_begin(args, self.state, self.control)
         if len(samples) > 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
             return  # asked for before the first microbatch: the step is not made
+        updates = self._updates() if args.fp16 else None
         try:
             loss, run.grad_norm = self._step(samples, items)
         except StoppedInsideError:
@@ -237,7 +239,8 @@ class LoopPart(SteppingPart, BetweenPart):
             raise
         run.losses.add(loss)
         run.learning_rate = self._get_learning_rate()
-        self._step_scheduler()
+        if updates is None or updates != self._updates():  # not where float16 left the update out
+            self._step_scheduler()
         if self._engine is not None and self._engine.halves:
             self.model.zero_grad()
         for batch in samples:
@@ -252,6 +255,11 @@ class LoopPart(SteppingPart, BetweenPart):
         if self._preempted():
             self.control.should_save = self.control.should_training_stop = True
         self._look_up(run, epoch)
+
+    def _updates(self) -> int:
+        """Count the updates that were made; this waits for the device."""
+        assert self._engine is not None
+        return int(self._engine.state.updates)
 
     def _show_nonfinite(self, error: NonFiniteError) -> None:
         """Record that the loss was not a number, before the training stops for it."""

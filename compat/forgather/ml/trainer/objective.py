@@ -97,7 +97,8 @@ class ObjectivePart(Attributes):
         assert isinstance(loss, Tensor)
         if not self._is_scaled(items):
             loss = shared(loss, self._share)
-        self._backward(loss)
+        scale = self._loss_scale()
+        self._backward(loss if scale is None else loss * scale)
         return loss.detach()
 
     def _is_scaled(self, items: Any) -> bool:
@@ -125,6 +126,10 @@ class ObjectivePart(Attributes):
             modes.restore()
             model._compiled_call_impl = compiled
         self._uses_items = count.used
+
+    def _loss_scale(self) -> Tensor | None:
+        """Give what float16 multiplies the loss by, where it does."""
+        return None
 
     def _backward(self, loss: Tensor) -> None:
         held = self.__dict__.get("accelerator")
@@ -165,8 +170,9 @@ class ObjectivePart(Attributes):
         """Give autocast, where a half precision is asked for, and nothing otherwise."""
         import contextlib
 
-        if self.args.bf16:
-            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        if half is not None:
+            return torch.autocast(self.args.device.type, half, cache_enabled=cache_enabled)
         return contextlib.nullcontext()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], Any]:

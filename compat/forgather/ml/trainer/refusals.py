@@ -42,7 +42,6 @@ REFUSED: Final[Mapping[str, Refusal]] = {
     "optim": Refusal(f"it needs another package: {_PASS_IT}", lambda value: value not in OPTIMIZERS),
     "optim_target_modules": Refusal(f"it is GaLore's and APOLLO's: {_PASS_IT}"),
     "average_tokens_across_devices": Refusal("the loss is always the mean over the tokens of all processes"),
-    "fp16": Refusal("float16 needs a loss that is scaled, which is not built yet: use bf16=True, or neither"),
     "fuse_optim_with_backward": Refusal("it is not built yet; accumulated gradients take no more memory than one"),
     "use_liger_kernel": Refusal(
         "apply them to the model yourself: liger_kernel.transformers.apply_liger_kernel_to_...()"

@@ -32,6 +32,7 @@ from forgather_fn.checkpoint.manifest import CheckpointError
 logger = logging.getLogger(__name__)
 
 STATE, OPTIMIZER, SCHEDULER, RNG = "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"
+SCALER = "scaler.pt"
 
 
 class ResumingPart(SavingPart):
@@ -152,6 +153,14 @@ class ResumingPart(SavingPart):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # to save the optimizer too, which was done
                 self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+    def _load_scaler_of(self, checkpoint: str | None) -> None:
+        """Read the loss scale of float16, where there is one."""
+        held = self._engine.state.loss_scale
+        if checkpoint is not None and held and has(checkpoint, SCALER):
+            state = torch.load(os.path.join(checkpoint, SCALER), weights_only=True)
+            held["scale"].fill_(state["scale"])
+            held["growth_tracker"].fill_(state["_growth_tracker"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put the global generators where they were, before anything is fetched."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from forgather.ml.trainer.logs import LogPart
 from forgather.ml.trainer.weights import write_weights
+from forgather_fn import scaling
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, discard, seal, staged, sweep
 from forgather_fn.checkpoint.lock import NAME as LOCK
@@ -68,6 +69,7 @@ class SavingPart(LogPart):
     """The part of a trainer that writes models and checkpoints."""
 
     _writing: Writing | None
+    _engine: Any
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
@@ -172,6 +174,7 @@ class SavingPart(LogPart):
         self._note_best()
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(folder)
+            self._save_scaler_to(folder)
             if getattr(self.args, "save_rng_state", True):
                 self._save_rng_state(folder)
         self.state.stateful_callbacks.update(self._exported_states())
@@ -201,6 +204,19 @@ class SavingPart(LogPart):
             torch.save(self.optimizer.state_dict(), os.path.join(output_dir, "optimizer.pt"))
         if getattr(args, "save_scheduler_state", True) and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _save_scaler_to(self, output_dir: str) -> None:
+        """Write the loss scale of float16 as ``torch.amp.GradScaler`` does."""
+        held = {} if self._engine is None else self._engine.state.loss_scale
+        if held:
+            state = {
+                "scale": float(held["scale"]),
+                "growth_factor": scaling.GROWTH,
+                "backoff_factor": scaling.BACKOFF,
+                "growth_interval": scaling.INTERVAL,
+                "_growth_tracker": int(held["growth_tracker"]),
+            }
+            torch.save(state, os.path.join(output_dir, "scaler.pt"))
 
     def _save_rng_state(self, output_dir: str) -> None:
         states: dict[str, Any] = {

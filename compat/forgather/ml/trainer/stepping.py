@@ -58,6 +58,10 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         """Make the program of a plan: what the concrete trainers differ in."""
         raise NotImplementedError
 
+    def _loss_scale(self) -> Tensor | None:
+        """Give what float16 multiplies the loss by, where it does."""
+        return None if self._engine is None else self._engine.state.loss_scale.get("scale")
+
     def _open_engine(self, step: int) -> None:
         """Put the model on a state of its own, which begins at a step, with the optimizer's slots as they are."""
         halves = self._in_halves()
@@ -78,7 +82,7 @@ class SteppingPart(OptimizerPart, EvaluationPart):
             schedule=lambda step: float(self.optimizer.param_groups[0]["lr"]),
             transforms=() if halves or not clips else (ff.clipped(float(args.max_grad_norm)),),
             microbatches=args.gradient_accumulation_steps,
-            precision="bfloat16" if args.bf16 else "as_built",
+            precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "as_built",
             on_nonfinite="skip" if self._goes_on_nonfinite() else "raise",
             device=args.device,
         )
@@ -126,6 +130,8 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         ff_unbind(self.model)
         self._open_engine(engine.state.step)
         assert self._engine is not None
+        for name, held in self._engine.state.loss_scale.items():
+            held.copy_(engine.state.loss_scale[name])
         return self._engine
 
     def _check_replaced(self, engine: Engine) -> None:
@@ -206,6 +212,8 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         assert loss is not None
         samples = sum(batch_size_of(batch) or 1 for batch in batches)
         gradients = taken(self.model, state, samples, total)
+        if state.loss_scale:
+            gradients = gradients.divided(state.loss_scale["scale"]).resolved()
         norm = gradients.norm().clone()
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
             gradients = _clipped(gradients, state, float(args.max_grad_norm))
