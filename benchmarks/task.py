@@ -15,7 +15,7 @@ from benchmarks.models import Shape, next_token_loss
 
 Batch = dict[str, Tensor]
 
-PEAK: Final = 1e-2
+PEAK: Final = 3e-3
 WEIGHT_DECAY: Final = 0.1
 MAX_NORM: Final = 0.25
 """Low enough that nearly every step is clipped, so that an arm which does not clip ends at another loss."""
