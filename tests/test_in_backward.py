@@ -91,6 +91,15 @@ class TestFailures:
             made.step(state, (labelled(6)[0] / 0, labelled(6)[1]))
         made.step(state, labelled(6))
 
+    def test_a_loss_whose_gradient_is_finite_all_the_same(self):
+        def loss(outputs, batch):
+            return ff.Mean(ff.losses.cross_entropy(outputs, batch).total + math.inf, len(batch[1]))
+
+        made = fused(classifier(), loss=loss)
+        state = made.init(0)
+        with unchanged(state), pytest.raises(ff.NonFiniteError, match="step 0"):
+            made.step(state, labelled(6))
+
     @pytest.mark.parametrize("donate", [True, False])
     def test_a_gradient_that_is_not_finite_after_others_were(self, donate):
         class Kink(nn.Module):

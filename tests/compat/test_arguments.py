@@ -156,9 +156,7 @@ def test_what_transformers_refuses_is_refused_in_its_words(given: dict[str, Any]
 
 UNHONOURED: list[tuple[dict[str, Any], str]] = [
     ({"optim": "lion_8bit"}, "optim='lion_8bit' is not supported: it needs another package: pass the optimizer itself"),
-    ({"fuse_optim_with_backward": True, "max_grad_norm": 0}, "fuse_optim_with_backward=True is not supported"),
     ({"skip_memory_metrics": False}, "PeakMemory"),
-    ({"construct_model_on": "meta"}, "construct_model_on='meta' is not supported"),
     ({"set_dataset_epoch": False}, "set_dataset_epoch"),
     ({"preserve_n_best": 2}, "preserve_n_best=2"),
     ({"save_dataset_state": False}, "save_dataset_state"),

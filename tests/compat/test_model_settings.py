@@ -1,11 +1,14 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from forgather.ml import Trainer
 from forgather.ml.trainer.arguments import TrainingArguments
 from forgather.ml.trainer.model_settings import constructed, model_settings
+from tests.compat import tiny
 
 
 def arguments(**given: Any) -> TrainingArguments:
@@ -83,3 +86,73 @@ def test_without_settings_a_model_is_as_it_is() -> None:
     with model_settings(model, arguments()):
         assert model._compiled_call_impl is None
         assert not model._forward_hooks
+
+
+class TestMeta:
+    def test_a_model_gets_memory_and_values(self) -> None:
+        args = arguments(construct_model_on="meta", seed=7)
+        one, other = (constructed(tiny.llama, args) for _ in range(2))
+        assert not any(tensor.is_meta for tensor in (*one.parameters(), *one.buffers()))
+        assert one.lm_head.weight is one.model.embed_tokens.weight
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name]), name
+        third = constructed(tiny.llama, arguments(construct_model_on="meta", seed=8))
+        assert not torch.equal(one.lm_head.weight, third.lm_head.weight)
+
+    def test_what_has_no_initialisation_is_refused_by_name(self) -> None:
+        class Bare(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(2, 2)
+                self.register_buffer("table", torch.ones(2))
+
+        with pytest.raises(ValueError, match="nothing gave 'table' a value"):
+            constructed(Bare, arguments(construct_model_on="meta"))
+
+    def test_it_trains_and_a_checkpoint_is_restored_into_it(self, tmp_path: Path) -> None:
+        def trainer(**given: Any) -> Trainer:
+            args = TrainingArguments(
+                str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, construct_model_on="meta", **given
+            )
+            return Trainer(model_init=tiny.llama, args=args, train_dataset=tiny.rows("llama"))
+
+        trainer(max_steps=2, save_steps=2, lr_scheduler_type="constant").train()
+        whole = trainer(max_steps=4, save_strategy="no", lr_scheduler_type="constant")
+        whole.train()
+        resumed = trainer(max_steps=4, save_strategy="no", lr_scheduler_type="constant")
+        resumed.train(resume_from_checkpoint=True)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+class TestUpdatesInTheBackwardPass:
+    def trained(self, tmp_path: Path, **given: Any) -> dict[str, torch.Tensor]:
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=3,
+            max_grad_norm=0, weight_decay=0.1, **given,
+        )  # fmt: skip
+        trainer = Trainer(model=tiny.llama(), args=args, train_dataset=tiny.rows("llama"))
+        trainer.train()
+        return trainer.model.state_dict()
+
+    @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+    def test_they_give_what_ordinary_ones_give(self, tmp_path: Path, optim: str) -> None:
+        ordinary = self.trained(tmp_path, optim=optim)
+        fused = self.trained(tmp_path, optim=optim, fuse_optim_with_backward=True)
+        for name, tensor in ordinary.items():
+            torch.testing.assert_close(fused[name], tensor, rtol=1e-5, atol=2e-7)
+
+    def test_an_optimizer_that_is_not_known_to_be_separable_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="Adagrad: it is not known to update parameters one by one"):
+            self.trained(tmp_path, optim="adagrad", fuse_optim_with_backward=True)
+
+    def test_nobody_can_look_inside(self, tmp_path: Path) -> None:
+        class Own(Trainer):
+            def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                return super().training_step(*args, **kwargs)
+
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], max_grad_norm=0, fuse_optim_with_backward=True, max_steps=1
+        )
+        with pytest.raises(ValueError, match="nobody can look between gradients and update"):
+            Own(model=tiny.llama(), args=args, train_dataset=tiny.rows("llama")).train()

@@ -72,7 +72,8 @@ class Adopted:
 
     def as_optimizer(self) -> Optimizer:
         """Make the optimizer of a plan."""
-        return Optimizer(self.init, self.update, self.groups, description=type(self.optimizer).__name__)
+        kind = type(self.optimizer).__name__
+        return Optimizer(self.init, self.update, self.groups, description=kind, separable=True)
 
     def groups(self, params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
         """Give each parameter group storage of its own; what it has no group for is kept, and never changed.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.neftune import noisy_embeddings
 
 if TYPE_CHECKING:
@@ -16,17 +17,26 @@ if TYPE_CHECKING:
 def constructed(model_init: Callable[[], nn.Module], args: "TrainingArguments") -> nn.Module:
     """Build a model with the data type and on the device that arguments name.
 
+    A model that is built on the meta device gets memory on the trainer's device, and initial values under
+    ``args.seed``, each module under a key of its name.
+
     Args:
         model_init: Builds it.
-        args: ``default_dtype`` and ``construct_model_on`` are read.
+        args: ``default_dtype``, ``construct_model_on``, ``seed`` and ``device`` are read.
+
+    Raises:
+        ValueError: A tensor of a model on the meta device has no initialisation of its own; it is named.
     """
     with contextlib.ExitStack() as stack:
         if args.default_dtype is not None:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(getattr(torch, args.default_dtype))
-        if args.construct_model_on == "device":
-            stack.enter_context(torch.device(args.device))
-        return model_init()
+        if args.construct_model_on != "default":
+            stack.enter_context(torch.device("meta" if args.construct_model_on == "meta" else args.device))
+        model = model_init()
+    if isinstance(model, nn.Module) and on_meta(model):
+        initialise_from_meta(model, args.seed, args.device)
+    return model
 
 
 @contextlib.contextmanager

@@ -42,16 +42,12 @@ REFUSED: Final[Mapping[str, Refusal]] = {
     "optim": Refusal(f"it needs another package: {_PASS_IT}", lambda value: value not in OPTIMIZERS),
     "optim_target_modules": Refusal(f"it is GaLore's and APOLLO's: {_PASS_IT}"),
     "average_tokens_across_devices": Refusal("the loss is always the mean over the tokens of all processes"),
-    "fuse_optim_with_backward": Refusal("it is not built yet; accumulated gradients take no more memory than one"),
     "use_liger_kernel": Refusal(
         "apply them to the model yourself: liger_kernel.transformers.apply_liger_kernel_to_...()"
     ),
     "liger_kernel_config": Refusal("apply Liger's kernels to the model yourself"),
     "push_to_hub": Refusal("push what was saved: trainer.model.push_to_hub(...), or `hf upload` with output_dir"),
     "skip_memory_metrics": Refusal("add the callback PeakMemory, which logs the memory that was in use"),
-    "construct_model_on": Refusal(
-        "it is not built yet; 'device' avoids the copy to an accelerator", lambda value: value == "meta"
-    ),
     "set_dataset_epoch": Refusal("data that has a set_epoch counts on being called"),
     "preserve_n_best": Refusal("the best checkpoint is kept from rotation, and no more of the best ones"),
     "save_dataset_state": Refusal("the position in the data follows from the step; see ignore_data_skip"),

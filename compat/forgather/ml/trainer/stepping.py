@@ -65,6 +65,13 @@ class SteppingPart(OptimizerPart, EvaluationPart):
     def _open_engine(self, step: int) -> None:
         """Put the model on a state of its own, which begins at a step, with the optimizer's slots as they are."""
         halves = self._in_halves()
+        if halves and self.args.fuse_optim_with_backward:
+            raise ValueError(
+                "fuse_optim_with_backward=True updates parameters while the backward pass runs, so that nobody can "
+                "look between gradients and update, or compute gradients otherwise. This trainer has an override of "
+                f"{', '.join(OVERRIDES[:2])} or the like, a callback for one of {', '.join(INSIDE)}, or a scheduler of "
+                "its own kind. Leave one of the two out"
+            )
         held = adopted(self.optimizer, self.model)
         plan = self._plan(held, halves)
         program = self._strategy(plan)
@@ -85,6 +92,7 @@ class SteppingPart(OptimizerPart, EvaluationPart):
             precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "as_built",
             on_nonfinite="skip" if self._goes_on_nonfinite() else "raise",
             device=args.device,
+            update="in_backward" if args.fuse_optim_with_backward else "after_backward",
         )
 
     def _goes_on_nonfinite(self) -> bool:

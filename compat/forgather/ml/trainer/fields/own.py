@@ -12,8 +12,8 @@ class Own:
     construct_model_on: str = field(
         default="default",
         metadata=does(
-            "Where model_init runs: 'default' (the CPU, then moved), 'device', or 'meta' (weights come from the "
-            "checkpoint that is resumed, so there must be one).",
+            "Where model_init runs: 'default' (the CPU, then moved), 'device', or 'meta' (memory is made on the "
+            "device, and filled there by the modules' own reset_parameters or _init_weights).",
             choices=["default", "device", "meta"],
         ),
     )
