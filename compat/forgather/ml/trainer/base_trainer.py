@@ -210,7 +210,9 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
         """Accelerate's object, made when it is first asked for: the trainer itself does not need it."""
         from accelerate import Accelerator
 
-        return Accelerator(cpu=self.args.device.type == "cpu")
+        made = Accelerator(cpu=self.args.device.type == "cpu")
+        made.scaler = self._scaler if self.args.fp16 else None
+        return made
 
     @property
     def tokenizer(self) -> Any:

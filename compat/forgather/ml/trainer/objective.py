@@ -1,5 +1,6 @@
 """The loss: how the model is called, and what of its outputs is minimised."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from forgather.ml.trainer.asking import accepts_loss_kwargs, returned_loss, takes, unwrapped
 from forgather.ml.trainer.attributes import Attributes
 from forgather.ml.trainer.counting import Count, counted_labels, shifts_labels
+from forgather.ml.trainer.loss_scaling import LossScaler
 from forgather.ml.trainer.microbatches import INPUTS, ITEMS, LABELS, SHARE, WATCHED, WEIGHT, shared
 from forgather_fn.losses import Objective, logits_of
 from forgather_fn.model import evaluation_mode
@@ -97,8 +99,7 @@ class ObjectivePart(Attributes):
         assert isinstance(loss, Tensor)
         if not self._is_scaled(items):
             loss = shared(loss, self._share)
-        scale = self._loss_scale()
-        self._backward(loss if scale is None else loss * scale)
+        self._backward(loss)
         return loss.detach()
 
     def _is_scaled(self, items: Any) -> bool:
@@ -136,7 +137,12 @@ class ObjectivePart(Attributes):
         if held is not None:
             held.backward(loss)
         else:
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    @functools.cached_property
+    def _scaler(self) -> LossScaler:
+        """Scale losses for ``fp16``, by the scale that is in the state."""
+        return LossScaler(lambda: self._loss_scale())
 
     def _prepare_input(self, data: Any) -> Any:
         """Move tensors to the device, in nested mappings and sequences, whose types stay."""

@@ -11,6 +11,7 @@ import forgather_fn as ff
 from forgather.ml.trainer.counting import batch_size_of, weight_of
 from forgather.ml.trainer.evaluation import EvaluationPart
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
+from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
 from forgather.ml.trainer.optimizing import OptimizerPart
 from forgather_fn.batch import Parts
@@ -206,6 +207,7 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         state, total = engine.state, sum(weights)
         for p in self.model.parameters():
             p.grad = None
+        self._scaler.used = False
         before = _copied(state.buffers)
         loss: Tensor | None = None
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
@@ -219,9 +221,9 @@ class SteppingPart(OptimizerPart, EvaluationPart):
                     raise StoppedInsideError
         assert loss is not None
         samples = sum(batch_size_of(batch) or 1 for batch in batches)
-        gradients = taken(self.model, state, samples, total)
         if state.loss_scale:
-            gradients = gradients.divided(state.loss_scale["scale"]).resolved()
+            unscale(self.model, state.loss_scale["scale"], self._scaler)
+        gradients = taken(self.model, state, samples, total)
         norm = gradients.norm().clone()
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
             gradients = _clipped(gradients, state, float(args.max_grad_norm))
