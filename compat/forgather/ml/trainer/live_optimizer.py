@@ -73,7 +73,7 @@ class Adopted:
     def as_optimizer(self) -> Optimizer:
         """Make the optimizer of a plan."""
         kind = type(self.optimizer).__name__
-        return Optimizer(self.init, self.update, self.groups, description=kind, separable=True)
+        return Optimizer(self.init, self.update, self.groups, description=kind, separable=True, compiles=False)
 
     def groups(self, params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
         """Give each parameter group storage of its own; what it has no group for is kept, and never changed.
@@ -203,7 +203,8 @@ class Called:
 
     def as_optimizer(self) -> Optimizer:
         """Make the optimizer of a plan."""
-        return Optimizer(lambda params: {}, self.update, self.groups, description=type(self.optimizer).__name__)
+        name = type(self.optimizer).__name__
+        return Optimizer(lambda params: {}, self.update, self.groups, description=name, compiles=False)
 
     def groups(self, params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
         """Tell nothing apart: the optimizer has groups of its own."""
