@@ -15,20 +15,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn import compiler, flat, graphs, interrupt, tree
+from forgather_fn import compilable, compiler, flat, graphs, interrupt, tree
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.graphs import FLAG, Sums
 from forgather_fn.losses import leading_dimension
 from forgather_fn.mean import Mean
 from forgather_fn.plan import Metrics
-from forgather_fn.random import generators, key, reseed, seeded
+from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, NonFiniteError, TrainState, counter, nonfinite_message
-from forgather_fn.step import Execution, following, inverse, known_weight, take_gradients
+from forgather_fn.step import following, inverse, known_weight
 
 Whole = Callable[..., tuple[dict[str, Tensor], Sums]]
 
@@ -51,7 +52,7 @@ class Graphs:
 
 
 def compiled(built: Built) -> Execution:
-    """Run the steps of a program as compiled graphs; see :class:`~forgather_fn.step.Execution`."""
+    """Run the steps of a program as compiled graphs; see :class:`~forgather_fn.execution.Execution`."""
     plan, device, layout = built.plan, built.device, built.binding.layout
     made: list[Graphs] = []
 
@@ -62,7 +63,7 @@ def compiled(built: Built) -> Execution:
         if batch.varies or batch.samples % plan.microbatches:
             _mark_sizes(parts)
         if not made:
-            _try(built, state, parts[0])
+            compilable.try_once(built, state, parts[0])
             made.append(_graphs(built, arrays))
         buffers = arrays.buffers.layout
         if buffers is not made[0].buffers and buffers.leaves != made[0].buffers.leaves:
@@ -146,8 +147,8 @@ def compiled(built: Built) -> Execution:
 def _graphs(built: Built, arrays: Arrays) -> Graphs:
     """Make the functions that are compiled when they are first called."""
     plan, layout, like = built.plan, built.binding.layout, arrays.changing()
-    _check_tensors(like)
-    _check_hooks(built)
+    compilable.check_tensors(like)
+    compilable.check_hooks(built)
     places = _places(like)
     differentiate = graphs.differentiation(built, arrays.buffers.layout, compiler.opaque)
     accumulate = compiler.opaque(functools.partial(graphs.accumulate, layout))
@@ -226,58 +227,6 @@ def _places(like: Mapping[str, Any]) -> dict[str, slice]:
         stop = start + len(tree.tensors(branch))
         places[name], start = slice(start, stop), stop
     return places
-
-
-def _check_tensors(like: Mapping[str, Any]) -> None:
-    """Make sure that all that a step changes is tensors: a number would stay in a graph as it was when it was made."""
-    for path, leaf in tree.walk({name: like[name] for name in ("opt", "transforms", "controls")}):
-        if not isinstance(leaf, Tensor | None):
-            raise ValueError(
-                f"{path} is {leaf!r}, which a compiled step cannot change: an optimizer or a transform keeps tensors, "
-                "torch.tensor(0) for a number"
-            )
-
-
-def _check_hooks(built: Built) -> None:
-    """Make sure that no parameter has a hook: in a graph, gradients are not those of the module's own parameters."""
-    for site, name in built.binding.trainable:
-        if site.tensor._backward_hooks or getattr(site.tensor, "_post_accumulate_grad_hooks", None):
-            raise ValueError(
-                f"{name} has a gradient hook, which a compiled step would not call; write it as a transform "
-                '(ff.stateless(function)), or use compile="model" or compile=False'
-            )
-
-
-def _try(built: Built, state: TrainState, part: Any) -> None:
-    """Run forward and backward once as they stand.
-
-    What is wrong with a model, a loss or a batch is then said in its own words, not in the compiler's.
-
-    Raises:
-        ValueError: Microbatches are to be one graph, and the model draws random numbers.
-    """
-    drawn: list[bool] = []
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        before = [generator.get_state() for generator in generators(built.device)]
-        outputs = built.module(*args, **kwargs)
-        after = [generator.get_state() for generator in generators(built.device)]
-        drawn.append(any(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
-        return outputs
-
-    once = attrs.evolve(built, call=watched, plan=attrs.evolve(built.plan, microbatches=1, unroll=False))
-    _, buffers, _ = take_gradients(once, state, Batch(part, leading_dimension(part), None))
-    built.workspace.clear()
-    if buffers.layout.leaves != state.read().buffers.layout.leaves:
-        raise ValueError(
-            f"{type(built.module).__name__}.forward makes or reshapes buffers, which a compiled step cannot; give them "
-            'their shape in __init__, or use compile="model" or compile=False'
-        )
-    if built.plan.unroll and any(drawn):
-        raise ValueError(
-            "Plan: unroll=True, but the model draws random numbers, and microbatches of one graph cannot have keys of "
-            "their own; leave unroll out, or turn dropout off"
-        )
 
 
 def _mark_sizes(parts: list[Any]) -> None:

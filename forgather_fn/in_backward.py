@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
 from forgather_fn.finite import Flag, flag_on_device, flag_on_host
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
 from forgather_fn.plan import Metrics
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
-from forgather_fn.step import Execution, check_wants, eager, following, take_gradients, update_arrays
+from forgather_fn.step import check_wants, eager, following, take_gradients, update_arrays
 from forgather_fn.workspace import dense
 
 _PARTLY: Final = (

@@ -6,7 +6,7 @@ next is called step k. Schedules and random keys read that number.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -16,6 +16,7 @@ from forgather_fn import gradient, interrupt, scaling, tree
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
 from forgather_fn.finite import FINE, Flag, Verdict, applied, flag_on_device, flag_on_host
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
@@ -25,54 +26,6 @@ from forgather_fn.plan import Metrics, Plan
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, TrainState
-
-
-class TakeGradients(Protocol):
-    """Run forward and backward over the microbatches of a batch; leave the state as it is, also on failure."""
-
-    def __call__(self, state: TrainState, batch: Batch, /) -> tuple[Gradients, Flat, dict[str, Mean]]:
-        """Give the mean gradient, the buffers that forward passes leave, and the means of the loss."""
-        ...
-
-
-class Advance(Protocol):
-    """Apply a gradient to a state, which is consumed when nothing can fail any more."""
-
-    def __call__(
-        self,
-        state: TrainState,
-        gradients: Gradients,
-        buffers: Flat | None,
-        means: Mapping[str, Mean],
-        wants: frozenset[str],
-        /,
-    ) -> tuple[TrainState, Metrics]:
-        """Give the next state, and the metrics of the step."""
-        ...
-
-
-class TakeStep(Protocol):
-    """Do both."""
-
-    def __call__(self, state: TrainState, batch: Batch, wants: frozenset[str], /) -> tuple[TrainState, Metrics]:
-        """Give the next state, and the metrics of the step."""
-        ...
-
-
-@attrs.frozen(eq=False)
-class Execution:
-    """How the steps of a program are run: as they stand, or compiled.
-
-    Attributes:
-        step: The whole step.
-        gradients: Its first half.
-        advance: Its second half.
-    """
-
-    step: TakeStep
-    gradients: TakeGradients
-    advance: Advance
-
 
 WANTS = frozenset({"gradient_norms"})
 """Metrics that a step computes only when asked to."""

@@ -14,6 +14,7 @@ from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
+from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.in_backward import updating_in_backward
@@ -30,7 +31,7 @@ from forgather_fn.model import (
 )
 from forgather_fn.plan import Metrics, Plan, Program
 from forgather_fn.state import Arrays, TrainState, counter
-from forgather_fn.step import Execution, eager
+from forgather_fn.step import eager
 from forgather_fn.workspace import workspace
 
 
