@@ -47,17 +47,17 @@ LIMITS: Final = {SMALL: (0.33, 0.40), DEEP: (0.40, None)}
 
 
 def run(quick: bool) -> Iterator[Table]:
-    """Measure each model; quick: the smallest, without a compiler's backend."""
+    """Measure each model; quick: the smallest, alone, without a compiler's backend."""
     backend = "aot_eager" if quick else "inductor"
     for task in (SMALL,) if quick else (SMALL, DEEP, LARGE):
         timed, rounds = (attrs.evolve(task, warmup=2, steps=3), 1) if quick else (task, ROUNDS)
-        alone = interleaved(timed, (*ALONE, *_alone(backend)), rounds)
-        loaded = interleaved(timed, (LOADED[1], *_loaded(backend)), rounds)
         size = f"{task.size}, {rounds} rounds of {timed.steps} steps"
+        alone = interleaved(timed, (*ALONE, *_alone(backend)), rounds)
         yield _table(f"The compiled step alone: {size}", alone, _reach(task, alone, 0))
+        if quick:
+            return
+        loaded = interleaved(timed, (LOADED[1], *_loaded(backend)), rounds)
         yield _table(f"The compiled step with data loading in process: {size}", loaded, _reach(task, loaded, 1))
-    if quick:
-        return
     yield _llama()
     yield _first_calls()
 

@@ -57,9 +57,9 @@ def test_the_other_rows_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "compiled", "everything", "scaling", "gpu", "--quick"]
     ended = subprocess.run([*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
-    alone, loaded, everything, microbatches, layers, gpu = json.loads(path.read_text())["tables"]
+    alone, everything, microbatches, layers, gpu = json.loads(path.read_text())["tables"]
     assert {result["arm"] for result in alone["results"]} >= {compiled.WHOLE, compiled.PART, compiled.MODEL_ONLY}
-    for table in (alone, loaded, everything):
+    for table in (alone, everything):
         losses = [loss for result in table["results"] for loss in result["losses"]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     assert [result["microbatches"] for result in microbatches["results"]] == [1, 8]
