@@ -1,0 +1,130 @@
+"""The processes of a run, as one of them sees them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import attrs
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has failed; its rank, its error and its traceback come first in the message."""
+
+
+class Watch(Protocol):
+    """Knows when another process of the run has ended, or has failed, and tells the others of this one."""
+
+    def begin(self) -> None:
+        """Note that a step begins here.
+
+        Raises:
+            PeerError: Another process has ended before it.
+        """
+        ...
+
+    def fail(self, error: BaseException, /) -> None:
+        """Tell the others that this process cannot go on, and why; they end at once."""
+        ...
+
+    def cause(self, seconds: float, /) -> PeerError | None:
+        """Wait up to so many seconds for word of a process that has failed; None if there was none."""
+        ...
+
+    def close(self) -> None:
+        """Leave the others in peace."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class World:
+    """The processes of a run, as one of them sees them. All methods are collective: every process calls them, in order.
+
+    Attributes:
+        rank: Which process this is, from 0.
+        size: How many there are.
+        local_rank: Which of its machine's processes it is.
+        group: Over which tensors on the device are reduced; None where it is alone.
+        control: Over which objects are exchanged, on the CPU; None where it is alone.
+        watch: Who tells of processes that fail; None where nobody does.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: Any = None
+    control: Any = None
+    watch: Watch | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that reports, and commits files."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give every process what each of them has, by rank; values are pickled."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        found: list[Any] = [None] * self.size
+        with self.explained():
+            distributed.all_gather_object(found, value, group=self.control)
+        return found
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Give every process what the first has; it is pickled."""
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        found = [value]
+        with self.explained():
+            distributed.broadcast_object_list(found, group_src=0, group=self.control)
+        return found[0]
+
+    def beside(self) -> "World":
+        """Open a way of its own for objects, so that a thread beside the training can use it."""
+        if self.size == 1:
+            return self
+        from torch import distributed
+
+        with self.explained():
+            return attrs.evolve(self, control=distributed.new_group(backend="gloo"))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that is not collective on every process; where it fails on one, fail on all.
+
+        Raises:
+            PeerError: It failed on another process; on those where it failed, their own error is raised.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise PeerError(f"rank {rank} failed: {text}")
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Tell, of a collective that broke, which process failed and why.
+
+        Raises:
+            PeerError: One has, and said so, or ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            cause = self.watch.cause(2.0) if self.watch is not None else None
+            if cause is None:
+                raise
+            raise cause from error
+
+
+ALONE = World()
+"""A process that has no others."""
