@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from forgather_fn import checkpoint as checkpoint
     from forgather_fn import testing as testing
     from forgather_fn.checkpoint.saving import saved as saved
+    from forgather_fn.strategy.accelerated import accelerated as accelerated
 
-_WHEN_USED = {"checkpoint": "", "testing": "", "saved": "checkpoint.saving"}
+_WHEN_USED = {"checkpoint": "", "testing": "", "saved": "checkpoint.saving", "accelerated": "strategy.accelerated"}
 """Names whose modules are imported when they are first used."""
 
 

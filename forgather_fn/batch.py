@@ -3,24 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor
 
 from forgather_fn.data import Batch
 from forgather_fn.losses import leading_dimension
+from forgather_fn.share import Parts, Share, cut
 from forgather_fn.tree import rebuilt
-
-
-@attrs.frozen(eq=False)
-class Parts:
-    """The data of a batch that comes as microbatches already, each collated by itself: their shapes may differ.
-
-    Attributes:
-        parts: The microbatches, at most as many as the plan's; fewer where an epoch ends.
-    """
-
-    parts: tuple[Any, ...]
 
 
 def as_batch(batch: Any) -> Batch:
@@ -38,7 +27,7 @@ def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any
     if isinstance(data, Mapping):
         return {name: placed(item, device, floating) for name, item in data.items()}
     if isinstance(data, Parts):
-        return Parts(tuple([placed(part, device, floating) for part in data.parts]))
+        return Parts(tuple([placed(part, device, floating) for part in data.parts]), data.first)
     if isinstance(data, tuple | list):
         return rebuilt(data, [placed(item, device, floating) for item in data])
     return data
@@ -70,11 +59,23 @@ def microbatches(batch: Batch, count: int) -> list[Any]:
             f"microbatches={count}, but the batch has {batch.samples} samples: each microbatch needs at least one. "
             "Use a larger batch_size or fewer microbatches."
         )
-    count = min(count, batch.samples)
-    sizes = [batch.samples // count + (i < batch.samples % count) for i in range(count)]
-    starts = [sum(sizes[:i]) for i in range(count)]
+    return [_cut(batch.data, rows.start, rows.stop, batch.samples, "batch") for rows in cut(batch.samples, count)]
+
+
+def owned(batch: Batch, share: Share) -> list[tuple[int, Any]]:
+    """Give the microbatches of a process, each with its number among all of the step.
+
+    Args:
+        batch: Of the whole step, equal on every process; or with the process's own :class:`~forgather_fn.share.Parts`.
+        share: Which are its own.
+
+    Raises:
+        ValueError: As :func:`microbatches`.
+    """
+    if isinstance(batch.data, Parts) and batch.data.first:
+        return list(enumerate(batch.data.parts, batch.data.first))
     return [
-        _cut(batch.data, start, start + size, batch.samples, "batch") for start, size in zip(starts, sizes, strict=True)
+        (number, part) for number, part in enumerate(microbatches(batch, share.microbatches)) if number in share.block
     ]
 
 

@@ -1,6 +1,7 @@
 """Streams of batches, whose only state is an integer: how many samples were consumed."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Generator, Iterator
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -13,6 +14,7 @@ from forgather_fn.describe import describe
 from forgather_fn.fetch import Collate, Indices, Source, source
 from forgather_fn.loading import Fetch, Request, in_process, in_workers, keyed, undrawn
 from forgather_fn.order import Order, look_up
+from forgather_fn.share import Parts, Share
 
 Last: TypeAlias = Literal["span", "ragged", "drop"]
 
@@ -79,7 +81,7 @@ class Stream:
         """Samples that the whole stream consumes, None if it is endless."""
         return None if self.epochs is None else self.epochs * self.epoch_length
 
-    def start(self, seed: int, samples: int) -> Generator[Batch, None, None]:
+    def start(self, seed: int, samples: int, share: Share | None = None) -> Generator[Batch, None, None]:
         """Give the batches from a position on.
 
         The cost does not depend on the position: nothing is skipped or replayed. Close the iterator to end its workers
@@ -88,6 +90,9 @@ class Stream:
         Args:
             seed: The job's. A ``seed`` given to :func:`batches` takes its place.
             samples: Samples of this stream that the job has consumed.
+            share: Which microbatches this process has. Only their samples are read, each microbatch is collated by
+                itself, and the data of a batch are :class:`~forgather_fn.share.Parts`; its number of samples is that
+                of the whole step. None: all, collated at once.
 
         Raises:
             ValueError: ``samples`` is negative; or with ``last="drop"``, where all batches are full, it lies inside a
@@ -101,16 +106,20 @@ class Stream:
                 f"samples={samples} lies inside a batch: with last='drop' and batch_size={self.batch_size} a stream "
                 f"starts at a multiple of {self.batch_size}. Was the position reached with another batch size?"
             )
-        return self._batches(self._seed(seed), samples)
+        return self._batches(self._seed(seed), samples, share)
 
-    def one_pass(self) -> Generator[Batch, None, None]:
+    def one_pass(self, rank: int = 0, size: int = 1) -> Generator[Batch, None, None]:
         """Give every sample of the dataset once, in its order, as an evaluation wants them.
 
         The last batch may be ragged, whatever ``order``, ``last`` and ``epochs`` say of training. Random draws are
         those of epoch 0 under the seed given to :func:`batches`, or 0: the same in every pass.
+
+        Args:
+            rank: Of ``size`` processes, each takes one batch in turn; this one starts with batch ``rank``.
+            size: How many share the pass.
         """
         once = attrs.evolve(self, order="sequential", last="ragged", epochs=1)
-        return once.start(seed=0, samples=0)
+        return once._batches(once._seed(0), 0, None, slice(rank, None, size))
 
     def indices(self, seed: int, start: int, stop: int) -> tuple[Indices, Indices]:
         """Look up which samples lie at the positions ``start <= i < stop`` of a job.
@@ -153,7 +162,7 @@ class Stream:
             self.length / self.batch_size
         )
 
-    def fingerprint(self, seed: int) -> str:
+    def fingerprint(self, seed: int, share: Share | None = None) -> str:
         """Name everything that decides which samples come when, and what they draw, in one line.
 
         Two streams over the same data with the same fingerprint give the same samples. How they are fetched (workers,
@@ -162,6 +171,7 @@ class Stream:
 
         Args:
             seed: The job's. A ``seed`` given to :func:`batches` takes its place.
+            share: As in :meth:`start`; which process it is makes no difference.
 
         Example:
             >>> batches(range(10), batch_size=2).fingerprint(seed=7)
@@ -170,6 +180,8 @@ class Stream:
         parts = [f"data/{VERSION}", f"length={self.length}", f"order={self.order}", f"last={self.last}"]
         if self.last == "drop" or (self.random and self._source.joint):
             parts.append(f"batch_size={self.batch_size}")
+        if share is not None and self.random and self._source.joint:
+            parts.append(f"microbatches={share.microbatches}")
         parts.append(f"random={self.random}")
         if self.order != "sequential" or self.random:
             parts.append(f"seed={self._seed(seed)}")
@@ -184,19 +196,28 @@ class Stream:
     def _seed(self, seed: int) -> int:
         return int(seed if self.seed is None else self.seed)  # a numpy integer would print, and hash, as another
 
-    def _batches(self, seed: int, samples: int) -> Generator[Batch, None, None]:
-        requests, total = self._requests(seed, samples), self.total_samples
+    def _batches(
+        self, seed: int, samples: int, share: Share | None, chosen: slice = slice(None)
+    ) -> Generator[Batch, None, None]:
+        total = self.total_samples
+        requests, asked = itertools.tee(itertools.islice(self._requests(seed, samples), *_bounds(chosen)))
+        parts = (part for request in asked for part in _parts(request, share))
         varies = self.last == "ragged" or (total is not None and total % self.batch_size > 0)
         fetch = Fetch(self._source.read, keyed if self.random else undrawn)
         pin_memory = self.pin_memory and torch.accelerator.is_available()
+        each = 1 if share is None else len(share.block)
         answers = (
-            in_workers(fetch, requests, workers=self.workers, prefetch=self.prefetch, pin_memory=pin_memory, seed=seed)
+            in_workers(
+                fetch, parts, workers=self.workers, prefetch=self.prefetch * each, pin_memory=pin_memory, seed=seed
+            )
             if self.workers
-            else in_process(fetch, requests, pin_memory=pin_memory)
+            else in_process(fetch, parts, pin_memory=pin_memory)
         )
         with contextlib.closing(answers):
-            for request, data in answers:
+            for request in requests:
                 count = len(request.indices)
+                own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
+                data = own[0] if share is None else Parts(tuple(own), share.block.start)
                 yield Batch(data, count, request.indices, ragged=count < self.batch_size, varies=varies)
 
     def _requests(self, seed: int, samples: int) -> Iterator[Request]:
@@ -306,6 +327,16 @@ def batches(
         seed=seed,
         source=found,
     )
+
+
+def _parts(request: Request, share: Share | None) -> list[Request]:
+    if share is None:
+        return [request]
+    return [request.rows(rows, first=i == 0) for i, rows in enumerate(share.rows(len(request.indices)))]
+
+
+def _bounds(chosen: slice) -> tuple[int | None, int | None, int | None]:
+    return chosen.start, chosen.stop, chosen.step
 
 
 def _check_integers(least: int, **given: int) -> None:

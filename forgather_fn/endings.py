@@ -27,7 +27,7 @@ def until(
         steps: The state's step.
         epochs: Passes over the stream's data, counted in samples.
         tokens: The state's tokens. Asking waits for the device at every step.
-        seconds: Since the stream was opened.
+        seconds: Since the stream was opened; several processes end together, one tick after the first finds it over.
         clock: Gives seconds.
 
     Raises:
@@ -45,23 +45,25 @@ def until(
                 "until(epochs=...) needs a stream of known length: use ff.batches(dataset, batch_size=...)"
             )
 
-        def reached(state: TrainState, started: float) -> bool:
+        def reached(state: TrainState) -> bool:
             return (
                 (steps is not None and state.step >= steps)
                 or (epochs is not None and isinstance(data, Stream) and state.samples >= epochs * data.epoch_length)
                 or (tokens is not None and int(state.tokens) >= tokens)
-                or (seconds is not None and clock() - started >= seconds)
             )
 
         def opened(demand: Demand) -> Iterator[Tick]:
             started = clock()
-            if reached(upstream.state, started):
+            if reached(upstream.state) or seconds == 0:
                 return
+            agreed = upstream.world.polled()
             ticks = upstream.open(demand.ending(steps).ending(_horizon(epochs, data, upstream.state)))
             with closing(ticks):
                 for tick in ticks:
                     yield tick
-                    if reached(tick.state, started):
+                    if reached(tick.state):
+                        return
+                    if seconds is not None and agreed(clock() - started >= seconds):
                         return
 
         return attrs.evolve(upstream, open=opened)

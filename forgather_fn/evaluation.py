@@ -1,6 +1,8 @@
 """Evaluation and prediction: the model on data, without gradients, leaving the state as it is."""
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -15,31 +17,61 @@ from forgather_fn.mean import Mean
 from forgather_fn.model import evaluation_mode
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Arrays, TrainState, raise_if_nonfinite
+from forgather_fn.world import ALONE, World
 
 Which = Literal["params", "ema"]
 
 
-def evaluate(built: Built, state: TrainState, data: Any, params: Which) -> dict[str, float]:
+def evaluate(built: Built, state: TrainState, data: Any, params: Which, world: World = ALONE) -> dict[str, float]:
     """Run the loss over every sample once and give each named mean; see :class:`~forgather_fn.plan.Evaluate`.
+
+    Each process of a world takes one batch in turn. The sums of all batches are then added in their order, so that the
+    result has the same bits for any number of processes.
 
     Raises:
         ValueError: The data gave no batch, or the plan keeps no average.
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
-    totals: dict[str, Mean] = {}
-    with _evaluating(built, state, params):
-        for i, item in enumerate(data.one_pass() if isinstance(data, Stream) else data):
-            interrupt.check()
-            with seeded(key(state.seed, state.step, i, "evaluate"), built.device):
-                means = built.forward(built.place(as_batch(item).data))
-            for name, mean in means.items():
-                totals[name] = totals[name] + mean.detach() if name in totals else mean.detach()
-    if not totals:
+
+    def own() -> dict[int, dict[str, tuple[float, float]]]:
+        with _evaluating(built, state, params):
+            found = {i: _measured(built, state, i, item) for i, item in _own_batches(data, world)}
+        return {i: {name: (float(m.total), float(m.weight)) for name, m in means.items()} for i, means in found.items()}
+
+    batches: dict[int, dict[str, tuple[float, float]]] = {}
+    for told in world.each(own):
+        batches |= told
+    if not batches:
         raise ValueError(
             "the evaluation data gave no batch; an iterator can be used once only: pass a stream or a list"
         )
-    return {name: float(mean) for name, mean in totals.items()}
+    totals: dict[str, tuple[float, float]] = {}
+    for _, means in sorted(batches.items()):
+        for name, (total, weight) in means.items():
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] + total, before[1] + weight
+    return {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
+
+
+def _own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
+    """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
+    if isinstance(data, Stream):
+        own: Iterator[tuple[int, Any]] = zip(
+            itertools.count(world.rank, world.size), data.one_pass(world.rank, world.size), strict=False
+        )
+    else:
+        own = itertools.islice(enumerate(data), world.rank, None, world.size)
+    for numbered in own:
+        if world.size == 1:  # several heed a signal together, after a step
+            interrupt.check()
+        yield numbered
+
+
+def _measured(built: Built, state: TrainState, number: int, item: Any) -> dict[str, Mean]:
+    with seeded(key(state.seed, state.step, number, "evaluate"), built.device):
+        means = built.forward(built.place(as_batch(item).data))
+    return {name: mean.detach() for name, mean in means.items()}
 
 
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which) -> Any:

@@ -41,9 +41,15 @@ _before: dict[int, Any] = {}
 # before. A process has one set of handlers, so these are one to a process.
 
 
-def requested() -> bool:
-    """Tell whether a signal has asked the run to end."""
-    return bool(_noted)
+def requested() -> int:
+    """Give the number of the signal that has asked the run to end, 0 if none has."""
+    return _noted[0] if _noted else 0
+
+
+def adopt(number: int) -> None:
+    """Take a signal that another process of the run was sent as one of this process's own."""
+    if not _noted:
+        _noted.append(number)
 
 
 def check() -> None:

@@ -45,6 +45,12 @@ class Request:
     seed: int
     first: bool
 
+    def rows(self, rows: slice, *, first: bool) -> "Request":
+        """Cut out a microbatch; ``first`` tells whether it is the first of this process."""
+        return Request(
+            self.start + rows.start, self.epochs[rows], self.indices[rows], self.seed, first=self.first and first
+        )
+
     def reseed(self, stream: str, row: int, /) -> None:
         """Seed the global generators for one sample: a function of seed, stream, epoch and dataset index only."""
         value = key(self.seed, stream, int(self.epochs[row]), int(self.indices[row]))

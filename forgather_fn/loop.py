@@ -17,6 +17,7 @@ from forgather_fn import interrupt
 from forgather_fn.data import Stream
 from forgather_fn.plan import Metrics, Program
 from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.world import ALONE, World
 
 Clock = Callable[[], float]
 Data = Iterable[Any] | Stream
@@ -98,11 +99,13 @@ class Steps(Iterable[Tick]):
         state: Where it starts.
         data: What it runs over.
         open: ``demand -> iterator``; stages pass the demands from below on to the source.
+        world: The processes that run it together.
     """
 
     state: TrainState
     data: Data
     open: Callable[[Demand], Iterator[Tick]]
+    world: World = ALONE
 
     def __iter__(self) -> Iterator[Tick]:
         """Run the stream; signals that ask it to end are heeded while it runs."""
@@ -127,7 +130,7 @@ def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
         ValueError: The state was trained on another stream, or the stream's batches are smaller than the microbatches.
     """
     if isinstance(data, Stream):
-        fingerprint = data.fingerprint(state.seed)
+        fingerprint = data.fingerprint(state.seed, program.share)
         if state.data is not None and state.data != fingerprint:
             raise ValueError(
                 "this state was trained on another stream of data; going on would repeat and miss samples.\n"
@@ -146,7 +149,7 @@ def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
                 "least one sample"
             )
         state = attrs.evolve(state, data=fingerprint, batch_size=data.batch_size)
-    return Steps(state, data, lambda demand: _ticks(program, state, data, demand))
+    return Steps(state, data, lambda demand: _ticks(program, state, data, demand), program.world)
 
 
 def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> Iterator[Tick]:
@@ -157,14 +160,30 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     if isinstance(data, Stream) and data.total_samples is not None:
         demand = demand.ending(state.step + data.count(state.samples, data.total_samples))
     run = Run(program, data, state.step, demand.horizon)
-    batches = data.start(state.seed, state.samples) if isinstance(data, Stream) else iter(data)
-    with closing(batches), contextlib.suppress(interrupt.Interrupted):
-        interrupt.check()
+    batches = program.batches(state, data)
+    agreed = program.world.polled()
+    with _telling(program.world), closing(batches), contextlib.suppress(interrupt.Interrupted):
+        if program.world.size == 1:  # several heed a signal together, after a step
+            interrupt.check()
         for batch in batches:
             state, metrics = program.step(state, batch, wants=demand.at(state.step + 1))
             yield Tick(state, metrics, batch, run)
-            if interrupt.requested():
+            if number := agreed(interrupt.requested()):
+                interrupt.adopt(number)
                 return
+
+
+@contextlib.contextmanager
+def _telling(world: World) -> Iterator[None]:
+    """Tell the other processes of a run that it cannot go on here: nothing comes after an error in a stream."""
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if world.watch is not None:
+            world.watch.fail(error)
+        raise
 
 
 @contextlib.contextmanager

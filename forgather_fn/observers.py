@@ -31,7 +31,8 @@ def evaluated(data: Data, *, params: Literal["params", "ema"] = "params", name: 
 def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), clock: Clock = time.monotonic) -> Observer:
     """Write the numbers of a tick to sinks: the step's metrics, the results of observers upstream, and rates.
 
-    This is where metrics leave the device, so where a run waits for it. Rates are means since the report before.
+    This is where metrics leave the device, so where a run waits for it. Rates are means since the report before. Of
+    several processes the first one reports.
 
     Args:
         sinks: Such as ``bar()``, ``tensorboard(path)``, ``jsonl(path)``, ``console()``, or any function of a row.
@@ -50,6 +51,8 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         nonlocal before
         state = tick.state
         raise_if_nonfinite(state)
+        if not tick.run.program.world.main:
+            return
         values = {name: _scalar(name, value) for name, value in tick.metrics.items()} | dict(tick.results)
         tokens = int(state.tokens)
         now = clock()

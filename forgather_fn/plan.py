@@ -1,6 +1,6 @@
 """The recipe of a training run, and what a strategy makes of it."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,8 +16,10 @@ from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory
 from forgather_fn.optim import Optimizer
 from forgather_fn.schedules import Schedule
+from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.workspace import VIEWED_ELEMENTS
+from forgather_fn.world import ALONE, World
 
 if TYPE_CHECKING:
     from forgather_fn.loop import Steps
@@ -286,6 +288,14 @@ class Export(Protocol):
         ...
 
 
+class OpenBatches(Protocol):
+    """Start reading."""
+
+    def __call__(self, state: TrainState, data: Iterable[Any] | Stream, /) -> Iterator[Any]:
+        """Give the batches of a stream from where the state left it, or of any iterable from where it starts."""
+        ...
+
+
 class OpenSteps(Protocol):
     """Start a run."""
 
@@ -299,6 +309,8 @@ class Program:
     """What a strategy makes of a plan: a frozen record of functions. Loops know nothing else.
 
     ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
+    ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
+    ``batches`` how they come to it.
     """
 
     plan: Plan
@@ -312,6 +324,9 @@ class Program:
     evaluate: Evaluate
     apply: Apply
     export: Export
+    batches: OpenBatches
+    world: World = ALONE
+    share: Share | None = None
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

@@ -125,7 +125,8 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
     Args:
         seconds: Between looks, counted from the start of the stream and then from the last look.
         observers: As in :func:`every`. Metrics that they want are computed at every step, since no step knows its time.
-        clock: Gives seconds; injected, so that tests need not wait.
+        clock: Gives seconds; injected, so that tests need not wait. Several processes look together, one tick after
+            the first of them finds that it is time.
     """
     if not seconds > 0:
         raise ValueError(f"every_seconds: seconds must be positive, got {seconds}")
@@ -133,11 +134,12 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
             last = clock()
+            agreed = steps.world.polled()
 
             def due(tick: Tick) -> bool:
                 nonlocal last
                 now = clock()
-                if now - last < seconds:
+                if not agreed(now - last >= seconds):
                     return False
                 last = now
                 return True

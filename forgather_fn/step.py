@@ -6,7 +6,7 @@ next is called step k. Schedules and random keys read that number.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -26,6 +26,8 @@ from forgather_fn.plan import Metrics, Plan
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, TrainState
+
+T = TypeVar("T")
 
 WANTS = frozenset({"gradient_norms"})
 """Metrics that a step computes only when asked to."""
@@ -61,12 +63,25 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
         if built.plan.microbatches == 1
         else microbatches(attrs.evolve(batch, data=data), built.plan.microbatches)
     )
+    (means, mean_taken), buffers = passed(built, state, lambda: _accumulate(built, state, parts))
+    weight = means["loss"].weight
+    gradients = built.workspace.collect(batch.samples, weight)
+    return divided(built, arrays, gradients, weight=None if mean_taken else weight), buffers, means
+
+
+def passed(built: Built, state: TrainState, passes: Callable[[], T]) -> tuple[T, Flat]:
+    """Run forward and backward passes under the step's key, and leave the state as it is, also on failure.
+
+    Returns:
+        What the passes gave, and the buffers as they leave them; gradients lie in the workspace.
+    """
+    arrays = state.read()
     before = arrays.buffers.copy() if built.binding.buffer_slots else None
     buffers = arrays.buffers
     built.workspace.clear()
     try:
         with seeded(key(state.seed, state.step, 0, "forward"), built.device):
-            means, mean_taken = _accumulate(built, state, parts)
+            result = passes()
         built.binding.check_buffers()
         if before is not None:
             buffers = built.binding.read_buffers()
@@ -77,13 +92,14 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
         if before is not None:
             arrays.buffers.assign(before)
             built.binding.bind_buffers(arrays.buffers)
-    weight = means["loss"].weight
-    gradients = built.workspace.collect(batch.samples, weight)
-    if not mean_taken:
+    return result, buffers
+
+
+def divided(built: Built, arrays: Arrays, gradients: Gradients, *, weight: Tensor | float | None) -> Gradients:
+    """Divide a gradient by the weight of what it is a sum over, if it is not a mean already, and by the loss scale."""
+    if weight is not None:
         gradients = gradients.divided(inverse(weight, built.dtype, built.device).reciprocal())
-    if arrays.loss_scale:
-        gradients = gradients.divided(arrays.loss_scale["scale"])
-    return gradients, buffers, means
+    return gradients.divided(arrays.loss_scale["scale"]) if arrays.loss_scale else gradients
 
 
 def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[dict[str, Mean], bool]:
@@ -101,21 +117,28 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
             interrupt.check()
             reseed(key(state.seed, state.step, i, "forward"), built.device)
         means = built.forward(part)
-        objective = means["loss"]
-        total = objective.total
-        if not total.requires_grad:
-            raise ValueError(_NOT_DIFFERENTIABLE)
         if len(parts) == 1:
-            weight = objective.weight
-        if scale is not None:
-            total = total.float() if total.dtype.itemsize < 4 else total  # no half precision holds the scale
-        share = None if weight is None else inverse(weight, total.dtype, built.device)
-        if scale is not None:
-            share = scale.to(total.dtype) if share is None else share * scale
-        torch.autograd.backward(total, share)
+            weight = means["loss"].weight
+        backward(built, means["loss"].total, weight, scale)
         detached = {name: mean.detach() for name, mean in means.items()}
         totals = {name: totals[name] + mean for name, mean in detached.items()} if i else detached
     return totals, weight is not None
+
+
+def backward(built: Built, total: Tensor, weight: Tensor | float | None, scale: Tensor | None) -> None:
+    """Run the backward pass of an objective divided by a weight, if one is given, and times a loss scale.
+
+    Raises:
+        ValueError: The objective depends on no parameter.
+    """
+    if not total.requires_grad:
+        raise ValueError(_NOT_DIFFERENTIABLE)
+    if scale is not None:
+        total = total.float() if total.dtype.itemsize < 4 else total  # no half precision holds the scale
+    share = None if weight is None else inverse(weight, total.dtype, built.device)
+    if scale is not None:
+        share = scale.to(total.dtype) if share is None else share * scale
+    torch.autograd.backward(total, share)
 
 
 _NOT_DIFFERENTIABLE = (

@@ -1,10 +1,12 @@
 """The processes of a run, as one of them sees them."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, cast
 
 import attrs
+
+T = TypeVar("T")
 
 
 class PeerError(RuntimeError):
@@ -91,24 +93,45 @@ class World:
         with self.explained():
             return attrs.evolve(self, control=distributed.new_group(backend="gloo"))
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a block that is not collective on every process; where it fails on one, fail on all.
+    def each(self, function: Callable[[], T], /) -> list[T]:
+        """Run a function that is not collective on every process, and give all of them what each found, by rank.
 
         Raises:
             PeerError: It failed on another process; on those where it failed, their own error is raised.
         """
-        error: BaseException | None = None
+        found: T | None = None
+        error: Exception | None = None
         try:
-            yield
+            found = function()
         except Exception as raised:
             error = raised
-        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if self.size == 1 and error is not None:
+            raise error
+        told = self.gather((found, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
-        for rank, text in enumerate(said):
+        for rank, (_, text) in enumerate(told):
             if text is not None:
                 raise PeerError(f"rank {rank} failed: {text}")
+        return [value for value, _ in told]
+
+    def first(self, function: Callable[[], T], /) -> T:
+        """Run a function on the first process alone, and give all of them what it found; its failure is everyone's.
+
+        Raises:
+            PeerError: It failed; on the first process its own error is raised.
+        """
+        return cast(T, self.each(lambda: function() if self.main else None)[0])
+
+    def polled(self) -> Callable[[int], int]:
+        """Open a poll: a function that takes a number at each step, and gives the greatest that any process gave.
+
+        It never waits for the other processes: what several give is known one call later, to all of them in the same
+        call. A single process has its own number at once.
+        """
+        if self.size == 1:
+            return lambda number: number
+        return Poll(self).vote
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -124,6 +147,31 @@ class World:
             if cause is None:
                 raise
             raise cause from error
+
+
+@attrs.define(eq=False)
+class Poll:
+    """What processes are agreeing on while they compute."""
+
+    world: World
+    _asked: Any = None
+    _number: Any = None
+
+    def vote(self, number: int) -> int:
+        """Give a number, and get the greatest of those that were given at the call before."""
+        import torch
+        from torch import distributed
+
+        agreed = 0
+        with self.world.explained():
+            if self._asked is not None:
+                self._asked.wait()
+                agreed = int(self._number)
+            self._number = torch.tensor(number)
+            self._asked = distributed.all_reduce(
+                self._number, distributed.ReduceOp.MAX, group=self.world.control, async_op=True
+            )
+        return agreed
 
 
 ALONE = World()

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgather_fn.batch import Parts, as_batch, microbatches, placed
+from forgather_fn.batch import as_batch, microbatches, placed
 from forgather_fn.data import Batch
+from forgather_fn.share import Parts
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["one", "other"])

@@ -30,7 +30,7 @@ RECIPE = {
     "schedules",
     "unfused",
 }
-DATA = {"data", "fetch", "loading", "order", "permutation"}
+DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
 STEP = {
     "batch",
     "binding",
@@ -38,6 +38,7 @@ STEP = {
     "compilable",
     "compiled",
     "compiler",
+    "dispatch",
     "evaluation",
     "execution",
     "graphs",
@@ -45,6 +46,8 @@ STEP = {
     "meta",
     "model",
     "plan",
+    "reduction",
+    "replicated",
     "step",
     "workspace",
 }

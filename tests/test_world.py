@@ -15,12 +15,25 @@ def exchanged():
     return world.gather(world.rank * 10), world.broadcast(f"of {world.rank}"), world.beside().gather(world.rank)
 
 
-def failing_on(rank):
+def failing_on(rank: int) -> None:
     world = here()
-    with world.together():
+
+    def fail() -> None:
         if world.rank == rank:
             raise KeyError("what")
-    return
+
+    world.each(fail)
+
+
+def on_the_first() -> tuple[str, list[int]]:
+    world = here()
+    return world.first(lambda: f"rank {world.rank}"), world.each(lambda: world.rank)
+
+
+def polled() -> list[int]:
+    """Give other numbers on each process, at other speeds."""
+    agreed, rank = here().polled(), distributed.get_rank()
+    return [agreed(number) for number in ([0, 3, 0, 0], [0, 5, 1, 0])[rank]]
 
 
 def said(function, *args):
@@ -48,6 +61,18 @@ def test_what_fails_on_one_process_fails_on_all(pair):
     mine, others = pair.run(said, failing_on, 0)
     assert mine == "KeyError: 'what'"
     assert others == "PeerError: rank 0 failed: KeyError: 'what'"
+
+
+def test_what_the_first_process_finds_all_know(pair):
+    assert pair.run(on_the_first) == [("rank 0", [0, 1])] * 2
+
+
+def test_a_poll_tells_all_the_same_one_call_later(pair):
+    assert pair.run(polled) == [[0, 0, 5, 1]] * 2
+
+
+def test_a_poll_of_one_tells_at_once():
+    assert ALONE.polled()(3) == 3
 
 
 def unlike(rank):

@@ -21,6 +21,7 @@ from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.plan import Plan
 from forgather_fn.state import Arrays, Ownership, TrainState, counter
+from forgather_fn.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def restored(
     plan: Plan,
     fresh: Callable[[int], TrainState],
+    world: World,
     path: str | Path,
     allow: Collection[str],
     without: Collection[str],
@@ -128,8 +130,9 @@ def restored(
     """Make the state that a checkpoint holds; see :class:`~forgather_fn.plan.Restore`."""
     _check_names("allow", allow, ALLOWED)
     _check_names("without", without, PARTS)
-    loaded = load(path)
+    loaded = _loaded_together(world, path)
     record = loaded.record
+    _tell_of_other_world(world, record, loaded.path)
     with _explained(loaded.path):
         _check_plan(plan, record["plan"], loaded.path, allow)
         seed = int(record["seed"])
@@ -144,6 +147,31 @@ def restored(
             samples=int(record["samples"]),
             data=None if "data" in allow else record["data"],
             batch_size=None if "batch_size" in allow else record["batch_size"],
+        )
+
+
+def _loaded_together(world: World, path: str | Path) -> Loaded:
+    """Read, on every process, what the first one has found to be whole."""
+    found: list[Loaded] = []
+
+    def first() -> Path:
+        found.append(load(path))
+        return found[0].path
+
+    chosen = world.first(first)
+    world.each(lambda: None if found else found.append(load(chosen)))
+    return found[0]
+
+
+def _tell_of_other_world(world: World, record: Mapping[str, Any], path: Path) -> None:
+    before = record.get("world", 1)
+    if before != world.size and world.main:
+        logger.info(
+            "%s was saved by %s processes, and goes on with %s: a step keeps its batch and its microbatches, of which "
+            "each process has another share; the numbers are the same",
+            path,
+            before,
+            world.size,
         )
 
 

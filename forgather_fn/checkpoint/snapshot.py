@@ -136,6 +136,7 @@ def snapshot(
             "plan": program.plan.describe(),
             "stream": repr(data) if isinstance(data, Stream) else type(data).__name__,
             "versions": versions(),
+            "world": program.world.size,
             "metrics": {name: repr(float(value)) for name, value in metrics.items()},
         }
     )

@@ -1,38 +1,11 @@
 """Training on one device."""
 
-import copy
-import operator
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
-from typing import Any
-
-import attrs
-import torch
-from torch import Tensor, nn
-
-from forgather_fn import evaluation, flat, scaling
-from forgather_fn.batch import as_batch
-from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Flat, Layout, layout_of
-from forgather_fn.gradient import Gradients
 from forgather_fn.in_backward import updating_in_backward
-from forgather_fn.loop import Data, Steps, open_steps
-from forgather_fn.meta import initialise_from_meta, on_meta
-from forgather_fn.model import (
-    buffer_names,
-    buffer_slots,
-    build,
-    call_arguments,
-    enter_training,
-    initialise_by_name,
-    parameter_anatomy,
-)
-from forgather_fn.plan import Metrics, Plan, Program
-from forgather_fn.state import Arrays, TrainState, counter
+from forgather_fn.plan import Plan, Program
 from forgather_fn.step import eager
-from forgather_fn.workspace import workspace
+from forgather_fn.strategy.program import Strategy, assembled
 
 
 def single(plan: Plan) -> Program:
@@ -46,69 +19,7 @@ def single(plan: Plan) -> Program:
     Returns:
         The record of functions: init, steps, step, gradients, update, evaluate, apply, export.
     """
-    held: list[tuple[Built, Execution]] = []
-
-    def built() -> Built:
-        return running()[0]
-
-    def running() -> tuple[Built, Execution]:
-        if not held:
-            raise ValueError("this program has no model yet: call program.init(seed) before anything else")
-        return held[0]
-
-    def init(seed: int = 0) -> TrainState:
-        seed = operator.index(seed)
-        module = _prepared(plan, seed)
-        machine = held[0][0] if held else _build(plan, module)
-        state = _first_state(machine, module, seed)
-        if not held:
-            machine = attrs.evolve(machine, slots=frozenset(state.opt))
-            held.append((machine, _execution(machine)))
-        return state
-
-    def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
-        from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
-
-        return restored(plan, init, path, allow, without)
-
-    def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
-        _, execution = running()
-        return execution.step(state if plan.donate else state.copy(), as_batch(batch), wants)
-
-    def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
-        _, execution = running()
-        taken, buffers, means = execution.gradients(state, as_batch(batch))
-        return taken.copy(), buffers, means
-
-    def update(
-        state: TrainState, gradients: Gradients, /, buffers: Mapping[str, Any] | None = None
-    ) -> tuple[TrainState, Metrics]:
-        assert buffers is None or isinstance(buffers, Flat)
-        _, execution = running()
-        return execution.advance(state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset())
-
-    def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
-        return _export(built(), state, params)
-
-    def steps(state: TrainState, data: Data, /) -> Steps:
-        return open_steps(program, state, data)
-
-    program = Program(
-        plan=plan,
-        init=init,
-        restore=restore,
-        module=lambda: built().module,
-        steps=steps,
-        step=step,
-        gradients=gradients,
-        update=update,
-        evaluate=lambda state, data, /, *, params="params": evaluation.evaluate(built(), state, data, params),
-        apply=lambda state, /, *inputs, params="params", **named: evaluation.apply(
-            built(), state, inputs, named, params
-        ),
-        export=export,
-    )
-    return program
+    return assembled(plan, Strategy(_execution))
 
 
 def _execution(built: Built) -> Execution:
@@ -119,114 +30,3 @@ def _execution(built: Built) -> Execution:
     from forgather_fn.compiled import compiled  # when used: the compiler is as large as the rest of torch
 
     return compiled(built)
-
-
-def _prepared(plan: Plan, seed: int) -> nn.Module:
-    """Build the module and give it its first values, data types, and device."""
-    module = build(plan.model, seed)
-    if plan.init == "by_name" and on_meta(module):
-        initialise_from_meta(module, seed, plan.device)
-    elif plan.init == "by_name":
-        unbind(module)  # so that its new values are not drawn into the storage of a state
-        initialise_by_name(module, seed)
-    anatomy = parameter_anatomy(module)
-    module.to(device=plan.device, dtype=_floating(plan))
-    anatomy.retie()
-    return module
-
-
-def _floating(plan: Plan) -> torch.dtype | None:
-    return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
-
-
-def _build(plan: Plan, module: nn.Module) -> Built:
-    if bound(module):
-        unbind(module)  # so that frozen parameters do not lie in the storage of another program's state
-    enter_training(module)
-    asked = {name: p for name, p in parameter_anatomy(module).params.items() if p.requires_grad}
-    if not asked:
-        raise ValueError(
-            f"{type(module).__name__} has no parameter that asks for a gradient: there is nothing to train"
-        )
-    binding = attach(module, plan.optimizer.groups(asked))
-    if not binding.layout.leaves:
-        raise ValueError("every parameter is in a frozen group: there is nothing to train")
-    _check_can_be_scaled(plan, binding.layout)
-    by_leaf = [[site.tensor for site, name in binding.trainable if name == leaf.name] for leaf in binding.layout.leaves]
-    return Built(
-        plan=plan,
-        module=module,
-        binding=binding,
-        workspace=workspace(
-            binding.layout,
-            [list(dict.fromkeys(ps)) for ps in by_leaf],
-            plan.device,
-            plan.viewed_elements if plan.update == "after_backward" else 0,
-        ),
-        call=_call(plan, module),
-        arguments=call_arguments(module, plan.loss),
-        floating=_floating(plan),
-        dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
-    )
-
-
-def _check_can_be_scaled(plan: Plan, layout: Layout) -> None:
-    """Make sure that gradients that are scaled for float16 can be scaled back."""
-    half = [leaf.name for leaf in layout.leaves if leaf.dtype == torch.float16]
-    if plan.precision == "float16" and half:
-        raise ValueError(
-            f'Plan: precision="float16" computes in float16 on parameters of float32, and {flat.listed(half)} '
-            "are in float16: what is lost in them no loss scale brings back. Convert the model: model.float()"
-        )
-
-
-def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
-    """Give the module as it is called outside of a compiled step; in evaluation, compiled as well."""
-    return torch.compile(module, backend=plan.backend) if plan.compile else module
-
-
-def _first_state(built: Built, module: nn.Module, seed: int) -> TrainState:
-    """Copy the module's values into storage of the state's own, and bind the program's module to it."""
-    plan, binding, device = built.plan, built.binding, built.device
-    values: dict[str, Tensor] = {name: p.detach() for name, p in parameter_anatomy(module).params.items()}
-    params = flat.filled(binding.layout, {name: values[name] for name in binding.layout.index}, device)
-    frozen = {name: values[name] for _, name in binding.still}
-    slots = buffer_slots(module)
-    names = buffer_names(slots)
-    buffers = {s.name: s.tensor.detach() for s in slots if s.tensor is not None and names[s.name] == s.name}
-    transforms = tuple(transform.init(params) for transform in plan.transforms)
-    arrays = Arrays(
-        updates=counter(0, device),
-        skipped=counter(0, device),
-        tokens=counter(0, device),
-        nonfinite=counter(-1, device),
-        params=params,
-        frozen=frozen,
-        buffers=flat.filled(layout_of(buffers), buffers, device),
-        opt=plan.optimizer.init(params),
-        transforms=transforms,
-        ema=params.copy() if plan.average is not None else None,
-        loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
-    )
-    binding.release()
-    binding.bind(arrays.params, arrays.frozen, arrays.buffers)
-    return TrainState(step=0, samples=0, seed=seed, arrays=arrays)
-
-
-def _export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
-    arrays = state.read()
-    built.bound(arrays)
-    if params == "ema":
-        built.binding.bind(evaluation.average_of(arrays), arrays.frozen, arrays.buffers)
-    try:
-        exported = copy.deepcopy(built.module)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{type(built.module).__name__} cannot be copied ({error}); take its weights instead: "
-            "program.module().state_dict()"
-        ) from error
-    finally:
-        built.bound(arrays)
-    built.binding.restore_ties(exported)
-    unbind(exported)
-    return exported

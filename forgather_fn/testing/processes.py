@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -148,6 +149,10 @@ def _serve(connection: Connection, rank: int, size: int, rendezvous: str, port: 
     from torch import distributed
 
     torch.set_num_threads(1)
+    if "accelerate" in sys.modules:  # what it knows is where the parent stands
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
     atexit._clear()  # what the parent registered is the parent's to do
     named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in named.items()}, MASTER_ADDR="127.0.0.1")

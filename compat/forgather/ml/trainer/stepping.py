@@ -14,13 +14,13 @@ from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
 from forgather.ml.trainer.optimizing import OptimizerPart
-from forgather_fn.batch import Parts
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.model import parameter_anatomy
 from forgather_fn.plan import Program
 from forgather_fn.random import key, seeded
+from forgather_fn.share import Parts
 from forgather_fn.state import NonFiniteError, TrainState
 
 INSIDE = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")

@@ -1,0 +1,181 @@
+"""The step on replicas: each process runs some of the microbatches, the sums are added up, and all update alike."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn.batch import owned
+from forgather_fn.built import Built
+from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
+from forgather_fn.flat import Flat
+from forgather_fn.gradient import Gradients
+from forgather_fn.mean import Mean
+from forgather_fn.plan import Metrics
+from forgather_fn.random import key, reseed
+from forgather_fn.reduction import Counter, Reduce
+from forgather_fn.share import Share
+from forgather_fn.state import TrainState
+from forgather_fn.step import advance, backward, divided, passed
+from forgather_fn.world import World
+
+
+@attrs.define(eq=False)
+class Replica:
+    """One of the processes that train the same model.
+
+    Attributes:
+        built: The model on this process; its gradients lie in flat buffers.
+        world: The processes.
+        share: Which microbatches are this one's.
+        reduce: Adds tensors up over processes.
+        in_pairs: Whether microbatches are added in aligned pairs too, or one after the other.
+        names: Of the loss's means, known after the first step.
+        moving: Whether forward passes change the model's buffers, known after the first step.
+    """
+
+    built: Built
+    world: World
+    share: Share
+    reduce: Reduce
+    in_pairs: bool
+    names: tuple[str, ...] = ()
+    moving: bool = False
+
+    def learn(self, means: Sequence[Mapping[str, Mean]], moving: bool) -> None:
+        """Agree on what the steps of all processes have in common: a process may have no microbatch to tell it by.
+
+        Raises:
+            ValueError: The loss names other means for some microbatches than for others.
+        """
+        kinds = {tuple(sorted(found)) for found in means} | ({self.names} if self.names else set())
+        if not self.names:
+            told = self.world.gather((kinds, moving))
+            kinds = set().union(*(names for names, _ in told))
+            self.names, self.moving = min(kinds), any(moved for _, moved in told)
+        if len(kinds) > 1:
+            raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
+
+
+def replicated(built: Built, world: World, share: Share, reduce: Reduce, in_pairs: bool) -> Execution:
+    """Run the steps of a program on replicas.
+
+    Nothing is sent before the last backward pass of this process has ended, so a step that fails before may be tried
+    again; then gradients are added up, and beside them a few numbers: the means of the loss, and which parameters have
+    a gradient. Gradients are sums until then, and divided once, by the weight of the whole step.
+
+    Args:
+        built: The model; its gradients lie in flat buffers.
+        world: The processes.
+        share: Which microbatches are this one's.
+        reduce: Adds tensors up over processes.
+        in_pairs: Whether microbatches are added in aligned pairs too.
+    """
+    replica = Replica(built, world, share, reduce, in_pairs)
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        gradients, buffers, means = take_gradients(replica, state, batch)
+        try:
+            return advance(built, state, gradients, buffers, means, wants)
+        except BaseException:
+            built.workspace.clear()
+            raise
+
+    return Execution(step, functools.partial(take_gradients, replica), functools.partial(advance, built))
+
+
+def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
+    """Run forward and backward over this process's microbatches, and add up over all; see :class:`Execution`."""
+    built, arrays = replica.built, state.read()
+    if replica.world.watch is not None:
+        replica.world.watch.begin()
+    built.bound(arrays)
+    parts = [(number, built.place(part)) for number, part in owned(batch, replica.share)]
+    (found, counter), buffers = passed(built, state, lambda: _accumulate(replica, state, parts))
+    gradients = built.workspace.collect(batch.samples, 0.0)
+    assert gradients.flat is not None
+    if counter is not None:
+        for buffer, total in zip(gradients.flat.buffers, counter.total(gradients.flat.buffers), strict=True):
+            buffer.copy_(total)
+    try:
+        moving = not replica.names and _changed(arrays.buffers, buffers)
+        replica.learn(found, moving)
+        numbers = _numbers(replica, found, gradients.active)
+        replica.reduce([*gradients.flat.buffers, numbers])
+        if replica.moving:
+            _taken_from_first(replica.world, buffers)
+    except BaseException:
+        built.workspace.clear()
+        raise
+    return _read(replica, state, gradients, numbers), buffers, _means(replica, numbers)
+
+
+def _accumulate(
+    replica: Replica, state: TrainState, parts: Sequence[tuple[int, Any]]
+) -> tuple[list[dict[str, Mean]], Counter | None]:
+    """Run the microbatches of this process, each under the key of its number."""
+    built, scale = replica.built, state.read().loss_scale.get("scale")
+    counter = Counter() if replica.in_pairs and len(parts) != 1 else None
+    found = []
+    for number, part in parts:
+        reseed(key(state.seed, state.step, number, "forward"), built.device)
+        means = built.forward(part)
+        backward(built, means["loss"].total, None, scale)
+        found.append({name: mean.detach() for name, mean in means.items()})
+        if counter is not None:
+            flat = built.workspace.collect(0, 0.0).flat
+            assert flat is not None
+            counter.add(flat.buffers)
+            for buffer in flat.buffers:
+                buffer.zero_()
+    return found, counter
+
+
+def _numbers(replica: Replica, found: Sequence[Mapping[str, Mean]], active: Sequence[bool]) -> Tensor:
+    """Put totals, weights, and which leaves have a gradient into one tensor, float64, that is added up."""
+    device = replica.built.device
+    counter = Counter()
+    for means in found:
+        pairs = [number for name in replica.names for number in (means[name].total, means[name].weight)]
+        counter.add([torch.stack([torch.as_tensor(n, dtype=_WIDE, device=device) for n in pairs])])
+    (sums,) = counter.total([torch.zeros(2 * len(replica.names), dtype=_WIDE, device=device)])
+    return torch.cat([sums, torch.tensor(active, dtype=_WIDE, device=device)])
+
+
+_WIDE = torch.float64
+
+
+def _means(replica: Replica, numbers: Tensor) -> dict[str, Mean]:
+    return {name: Mean(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(replica.names)}
+
+
+def _read(replica: Replica, state: TrainState, gradients: Gradients, numbers: Tensor) -> Gradients:
+    """Make the gradient of the mean over all processes; a parameter has one if it has on any of them."""
+    weight = _means(replica, numbers)["loss"].weight
+    active, flat = gradients.active, gradients.flat
+    assert flat is not None
+    if not all(active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
+        active = tuple(count > 0 for count in numbers[2 * len(replica.names) :].tolist())
+        views = {leaf.name: flat.alias(leaf.name) for leaf, has in zip(flat.layout.leaves, active, strict=True) if has}
+        gradients = attrs.evolve(gradients, active=active, views=views)
+    gradients = attrs.evolve(gradients, weight=weight)
+    return divided(replica.built, state.read(), gradients, weight=weight)
+
+
+def _changed(before: Flat, after: Flat) -> bool:
+    same = before.layout is after.layout and all(map(torch.equal, before.buffers, after.buffers))
+    return not same
+
+
+def _taken_from_first(world: World, buffers: Flat) -> None:
+    """Take the buffers of the first process everywhere, as DistributedDataParallel does."""
+    from torch import distributed
+
+    if world.size > 1:
+        with world.explained():
+            for buffer in buffers.buffers:
+                distributed.broadcast(buffer, group=world.group, group_src=0)

@@ -1,0 +1,181 @@
+"""Training on several devices, one process to each, through Accelerate."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from forgather_fn.flat import Layout
+from forgather_fn.plan import Plan, Precision, Program
+from forgather_fn.reduction import Reduction, all_reduced, doubled
+from forgather_fn.replicated import replicated
+from forgather_fn.share import Share
+from forgather_fn.strategy.processes import world_of
+from forgather_fn.strategy.program import Strategy, assembled
+from forgather_fn.world import World
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ALL_VIEWED: Final = 1 << 62
+"""Gradients lie in flat buffers whatever their size: a buffer is what is sent."""
+
+PRECISIONS: Final[Mapping[str, Precision]] = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def accelerated(
+    plan: Plan,
+    accelerator: "Accelerator | None" = None,
+    accelerator_args: Mapping[str, Any] | None = None,
+    *,
+    reduction: Reduction = "sum",
+    dispatch: Literal["each", "rank0"] = "each",
+    sync_batch_norm: bool = False,
+) -> Program:
+    """Make the program of a plan on all processes of a launcher, as Accelerate finds and places them.
+
+    A step consumes the plan's microbatches, whatever the number of processes; each process runs an equal block of
+    them. Batches are those of the whole step: of a stream each process reads only its samples; any other batch is given
+    whole to each. So the same text trains on one process and on many, and gives the same numbers.
+
+    Args:
+        plan: The recipe. Its microbatches are a multiple of the number of processes. Its device is Accelerate's.
+        accelerator: Which knows the processes and their devices; None makes one.
+        accelerator_args: For the one that is made: ``mixed_precision``, ``cpu``, ``kwargs_handlers``, ...
+        reduction: ``"sum"`` adds gradients as torch's all-reduce does; ``"tree"`` in aligned pairs, so that 1, 2 and 4
+            processes give the same bits, at the price of more memory and transfers.
+        dispatch: ``"each"`` process reads its samples, or ``"rank0"`` reads for all.
+        sync_batch_norm: Make batch norms use the statistics of all processes (on accelerators).
+
+    Returns:
+        The record of functions, as of :func:`~forgather_fn.strategy.single.single`. ``step``, ``gradients``,
+        ``evaluate``, ``init`` and ``restore`` are collective: every process calls them.
+
+    Raises:
+        ValueError: The microbatches cannot be shared out evenly; the plan or the accelerator asks for what this
+            strategy does not do; or a launcher started several processes, and this one believes that it is alone.
+    """
+    found = _accelerator(accelerator, accelerator_args)
+    world = world_of(found)
+    _check(plan)
+    precision = _precision(plan, found)
+    if found.gradient_accumulation_steps not in (1, plan.microbatches // world.size):
+        raise ValueError(
+            f"accelerated: Accelerator(gradient_accumulation_steps={found.gradient_accumulation_steps}), but a step "
+            f"has the plan's microbatches={plan.microbatches} over {world.size} processes; leave it out"
+        )
+    plan = attrs.evolve(plan, device=found.device, precision=precision, viewed_elements=ALL_VIEWED)
+    if sync_batch_norm:
+        plan = attrs.evolve(plan, model=_synchronised(plan))
+    share = Share(plan.microbatches, world.rank, world.size)
+    pairs = reduction == "tree"
+    if pairs and len(share.block) & (len(share.block) - 1) and world.size > 1:
+        raise ValueError(
+            f'accelerated: reduction="tree" adds aligned pairs, and each process has {len(share.block)} microbatches, '
+            'which is no power of two; use such a number, or reduction="sum"'
+        )
+    reduce = doubled(world) if pairs else all_reduced(world)
+    return assembled(
+        plan,
+        Strategy(
+            execution=functools.partial(replicated, world=world, share=share, reduce=reduce, in_pairs=pairs),
+            world=world,
+            share=share,
+            agree=functools.partial(_agree, plan, world),
+            dispatch=dispatch == "rank0",
+        ),
+    )
+
+
+_REFUSED: Final = {
+    "deepspeed_plugin": "DeepSpeed has an optimizer and a loop of its own",
+    "deepspeed_plugins": "DeepSpeed has an optimizer and a loop of its own",
+    "megatron_lm_plugin": "Megatron has an optimizer and a loop of its own",
+    "dynamo_plugin": "compile with Plan(compile=...)",
+    "dynamo_backend": "compile with Plan(compile=..., backend=...)",
+    "parallelism_config": "use ff.pipelined for models that are cut",
+    "rng_types": "randomness is derived from the plan's seed, and no generator is synchronised",
+    "project_dir": "observers write, where they are told to",
+    "project_config": "observers write, where they are told to",
+    "log_with": "observers report: ff.report",
+}
+
+
+def _accelerator(given: "Accelerator | None", arguments: Mapping[str, Any] | None) -> "Accelerator":
+    from accelerate import Accelerator
+
+    if given is not None:
+        if arguments:
+            raise ValueError(
+                "accelerated: accelerator and accelerator_args were both given; make the accelerator with these "
+                f"arguments: Accelerator({', '.join(f'{name}=...' for name in arguments)})"
+            )
+        return given
+    arguments = dict(arguments or {})
+    for name, reason in _REFUSED.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"accelerated: accelerator_args[{name!r}] is not honoured here: {reason}")
+    arguments.setdefault("cpu", not torch.accelerator.is_available())
+    return Accelerator(**arguments)
+
+
+def _check(plan: Plan) -> None:
+    if plan.compile is True:
+        raise ValueError(
+            'accelerated: compile=True makes one graph of the step, and processes meet inside it; use compile="model"'
+        )
+    if plan.update == "in_backward":
+        raise ValueError('accelerated: update="in_backward" updates before the gradients of other processes are there')
+    devices = sorted({str(device) for device in getattr(plan.model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"accelerated: the model is spread over the devices {', '.join(devices)} (hf_device_map), and each process "
+            "trains a whole one; load it without device_map, or cut it with ff.pipelined"
+        )
+
+
+def _precision(plan: Plan, accelerator: "Accelerator") -> Precision:
+    asked = accelerator.mixed_precision
+    if asked == "no":
+        return plan.precision
+    if asked not in PRECISIONS:
+        raise ValueError(f"accelerated: mixed_precision={asked!r} is not one of {', '.join(PRECISIONS)}, no")
+    if plan.precision not in ("as_built", PRECISIONS[asked]):
+        raise ValueError(
+            f"accelerated: Accelerate was told mixed_precision={asked!r}, and the plan precision={plan.precision!r}; "
+            "leave one of them out"
+        )
+    return PRECISIONS[asked]
+
+
+def _synchronised(plan: Plan) -> Any:
+    if plan.device.type == "cpu":
+        raise ValueError("accelerated: sync_batch_norm=True needs accelerators; torch has no SyncBatchNorm for CPUs")
+    convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    if isinstance(plan.model, nn.Module):
+        return convert(plan.model)
+    factory = plan.model
+    return functools.wraps(factory)(lambda *args: convert(factory(*args)))
+
+
+def _agree(plan: Plan, world: World, layout: Layout, tensors: Sequence[Tensor]) -> None:
+    """Take the values of the first process, on which a model may have been built with other random numbers."""
+    if world.size == 1:
+        return
+    mine = {**plan.describe(), "parameters": ", ".join(f"{leaf.name} {tuple(leaf.shape)}" for leaf in layout.leaves)}
+    mine.pop("device")
+    for rank, other in enumerate(world.gather(mine)):
+        for name, text in mine.items():
+            if other[name] != text:
+                raise ValueError(
+                    f"accelerated: the processes have other plans; {name}:\n  rank {world.rank}: {text}\n"
+                    f"  rank {rank}: {other[name]}"
+                )
+    from torch import distributed
+
+    with world.explained(), torch.no_grad():
+        for tensor in tensors:
+            distributed.broadcast(tensor, group=world.group, group_src=0)

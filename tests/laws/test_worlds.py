@@ -1,0 +1,131 @@
+"""Law 5: 1, 2 and 4 processes give the same run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import forgather_fn as ff
+from forgather_fn.testing.processes import processes
+
+SIZES = (1, 2, 4)
+
+
+class Tokens(nn.Module):
+    """A small language model with dropout, and a head that only some batches use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layer = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 11)
+        self.rare = nn.Linear(8, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        hidden = hidden + self.layer(hidden)
+        return self.rare(hidden) if (ids[:, 0] == 0).all() else self.head(hidden)
+
+
+def rows(count: int = 22) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 11, (count, 6), generator=generator)
+    labels = ids.clone()
+    for row in range(count):
+        labels[row, 1 + row % 5 :] = -100  # so that tokens are unequal in number
+    return {"ids": ids, "labels": labels}
+
+
+def plan(**changes: Any) -> ff.Plan:
+    given: dict[str, Any] = {
+        "model": Tokens,
+        "loss": ff.losses.causal_lm,
+        "optimizer": ff.adamw(weight_decay=0.1),
+        "schedule": ff.schedules.cosine(peak=1e-2, warmup=2, total=12),
+        "transforms": (ff.clipped(0.3),),
+        "average": ff.ema(0.9),
+        "microbatches": 8,
+        "precision": "float64",
+    }
+    return ff.Plan(**given | changes)
+
+
+def recorded(state: ff.TrainState, metrics: list[dict[str, float]]) -> dict[str, Any]:
+    """Take what a run has come to, to be compared to the bit."""
+    arrays = state.read()
+    opt = {f"opt/{name}": slot for name, slot in arrays.opt.items()}
+    flats = {"params": arrays.params, "ema": arrays.ema, "buffers": arrays.buffers} | opt
+    tensors = {
+        f"{name}/{i}": buffer.clone()
+        for name, flat in flats.items()
+        if flat is not None
+        for i, buffer in enumerate(getattr(flat, "buffers", [flat]))
+    }
+    return {"tensors": tensors, "metrics": metrics, "place": (state.step, state.samples, int(state.tokens))}
+
+
+def trained(case: str, steps: int = 6) -> dict[str, Any]:
+    """Train over batches of 10 out of 22 samples, the last of an epoch ragged: 10, 10, 2 samples for 8 microbatches."""
+    reduction, changes, _ = CASES[case]
+    program = ff.accelerated(plan(**changes), reduction=reduction)
+    data = ff.batches(rows(), batch_size=10, last="ragged")
+    found = []
+    state = program.init(seed=1)
+    for tick in ff.until(steps=steps)(program.steps(state, data)):
+        state = tick.state
+        found.append({name: float(value) for name, value in tick.metrics.items()})
+    found.append(program.evaluate(state, ff.batches(rows(7), batch_size=2)))
+    return recorded(state, found)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    with processes(2) as two, processes(4) as four:
+        yield lambda function, *args: [[function(*args)], two.run(function, *args), four.run(function, *args)]
+
+
+def leaves(run: dict[str, Any]) -> dict[str, torch.Tensor]:
+    metrics = {
+        f"metrics/{i}/{name}": torch.tensor(value, dtype=torch.float64)
+        for i, row in enumerate(run["metrics"])
+        for name, value in row.items()
+    }
+    return run["tensors"] | metrics
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def unlike(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> list[str]:
+    """Name what differs: in any bit where the tolerance is 0."""
+    mine, others = leaves(one), leaves(other)
+    assert mine.keys() == others.keys()
+    assert one["place"] == other["place"]
+    if tolerance == 0.0:
+        return [name for name, tensor in mine.items() if bits(tensor) != bits(others[name])]
+    return [n for n, t in mine.items() if not torch.allclose(t, others[n], rtol=tolerance, atol=tolerance)]
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
+    "sum in float64": ("sum", {}, 1e-12),
+    "tree in float64": ("tree", {}, 0.0),
+    "tree in float32": ("tree", {"precision": "as_built"}, 0.0),
+    "tree in bfloat16": ("tree", {"precision": "bfloat16"}, 0.0),
+    "tree with noise": (
+        "tree",
+        {"transforms": (ff.noise(0.1), ff.clipped(1.0)), "optimizer": ff.sgd(momentum=0.9)},
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_worlds_agree(worlds, case):
+    tolerance = CASES[case][2]
+    (one,), *others = worlds(trained, case)
+    for runs in others:
+        for run in runs:
+            assert unlike(one, run, tolerance) == []
+            assert unlike(runs[0], run, 0.0) == []  # the processes of one world agree to the bit
