@@ -3,11 +3,12 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import attrs
+import torch
 
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
@@ -18,6 +19,7 @@ from forgather_fn.loop import Steps, Tick
 from forgather_fn.plan import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.world import ALONE, World
 
 FAILURES: Final = 3
 """How many saves in a row may fail before the run does."""
@@ -29,6 +31,8 @@ class SaveError(RuntimeError):
 
 def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool = False) -> Path:
     """Save a state as a checkpoint of a run, and wait until it is on the disk.
+
+    Of several processes, which all call it, the first one writes; none goes on before that has succeeded or failed.
 
     Args:
         run: The run directory; checkpoints lie in its ``checkpoints/``.
@@ -43,12 +47,18 @@ def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool =
         NonFiniteError: A step before was not finite; such a state is never saved as if it were good.
         RunLockedError: Another process writes to the run.
         OSError: It could not be written; what was there before is as it was.
+        PeerError: One of these happened on the first process.
     """
     raise_if_nonfinite(state)
-    taken, copy = snapshot(state, program, None, {}, Memory())
-    copy()
-    with locked(Path(run)):
-        return commit(open_session(Path(run)), taken, pinned=pinned)
+    check_alike(program.world, state)
+
+    def commit_here() -> Path:
+        taken, copy = snapshot(state, program, None, {}, Memory())
+        copy()
+        with locked(Path(run)):
+            return commit(open_session(Path(run)), taken, pinned=pinned)
+
+    return program.world.first(commit_here)
 
 
 def saved(
@@ -65,7 +75,7 @@ def saved(
 
     The run's lock is held while the stream runs. A save that fails leaves the older checkpoints as they are and
     training goes on; the failure is reported as ``save_failures``, the next look tries again, and the run fails after
-    several in a row, or at its end.
+    several in a row, or at its end. Of several processes the first one writes, and all of them know of its failures.
 
     Args:
         run: The run directory; checkpoints lie in its ``checkpoints/``.
@@ -113,31 +123,45 @@ class _Writer:
     memory: Memory = attrs.field(factory=Memory)
     stack: contextlib.ExitStack = attrs.field(factory=contextlib.ExitStack)
     session: Session | None = None
+    world: World = ALONE
     thread: threading.Thread | None = None
     errors: list[BaseException] = attrs.field(factory=list)
     last: int | None = None
 
     def open(self, steps: Steps) -> None:
-        del steps
+        self.world = steps.world
+        self.world.first(self._begin)
+        self.errors, self.last = [], None
+
+    def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.run))
             self.session = open_session(self.run)
             self.stack = stack.pop_all()
-        self.errors, self.last = [], None
 
     def observe(self, tick: Tick) -> Mapping[str, float]:
         self.settle()
-        if len(self.errors) >= self.allowed:
-            raise self._failed()
-        failures = len(self.errors)
+        failures = self._failures()
+        if len(failures) >= self.allowed:
+            raise self._failed(failures)
         self._save(tick)
         if not self.background:
-            failures = len(self.errors)
-        return {"save_failures": float(failures)} if failures else {}
+            self.settle()
+            failures = self._failures()
+        return {"save_failures": float(len(failures))} if failures else {}
+
+    def _failures(self) -> list[str]:
+        """Give what has gone wrong since the last save that succeeded, which all processes know alike."""
+        told: list[str] = self.world.broadcast([f"{type(error).__name__}: {error}" for error in self.errors])
+        return told
 
     def _save(self, tick: Tick) -> None:
         state = tick.state
+        self.last = state.step
         raise_if_nonfinite(state)
+        check_alike(self.world, state)
+        if not self.world.main:
+            return
         taken, copy = snapshot(state, tick.run.program, tick.run.data, tick.results, self.memory)
         copied = threading.Event()
         state.lend(copied.wait)
@@ -152,11 +176,8 @@ class _Writer:
             except BaseException as error:  # whatever it is, it surfaces at the next look
                 self.errors.append(error)
 
-        self.last = state.step
         self.thread = threading.Thread(target=work, name="checkpoint writer")
         self.thread.start()
-        if not self.background:
-            self.settle()
 
     def _commit(self, taken: Snapshot) -> None:
         assert self.session is not None
@@ -175,11 +196,13 @@ class _Writer:
         self.settle()
         if sys.is_finalizing():
             return  # an exception held the stream until the interpreter's end, where no thread can be started
-        if self.last != tick.state.step or self.errors:
+        failures = self._failures()
+        if self.last != tick.state.step or failures:
             self._save(tick)
             self.settle()
-        if self.errors:
-            raise self._failed()
+            failures = self._failures()
+        if failures:
+            raise self._failed(failures)
 
     def close(self) -> None:
         try:
@@ -187,11 +210,33 @@ class _Writer:
         finally:
             self.stack.close()
 
-    def _failed(self) -> SaveError:
-        last, newest = self.errors[-1], catalog.latest(self.run)
+    def _failed(self, failures: Sequence[str]) -> SaveError:
+        newest = catalog.latest(self.run)
         error = SaveError(
-            f"{len(self.errors)} saves to {self.run} in a row have failed, the last with {type(last).__name__}: "
-            f"{last}. The newest whole checkpoint is {newest.path if newest else 'none'}."
+            f"{len(failures)} saves to {self.run} in a row have failed, the last with {failures[-1]}. "
+            f"The newest whole checkpoint is {newest.path if newest else 'none'}."
         )
-        error.__cause__ = last
+        error.__cause__ = self.errors[-1] if self.errors else None
         return error
+
+
+def check_alike(world: World, state: TrainState) -> None:
+    """Make sure that all processes have the same parameters, to the bit, before one of them saves for all.
+
+    Raises:
+        RuntimeError: They have drifted apart.
+    """
+    if world.size == 1:
+        return
+    params = state.read().params
+    sums = world.gather([int(buffer.view(_WORDS[buffer.dtype.itemsize]).sum()) for buffer in params.buffers])
+    odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
+    if odd:
+        raise RuntimeError(
+            f"the processes have drifted apart: the parameters of ranks {odd} are not those of rank 0 after step "
+            f"{state.step}. Was a state, a gradient or a parameter changed on one process alone?"
+        )
+
+
+_WORDS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers as large as an element of a parameter, to add up its bits."""

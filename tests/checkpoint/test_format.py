@@ -68,7 +68,7 @@ class TestFiles:
         state = trajectory()[3]
         assert set(record) == {
             *("version", "step", "samples", "seed", "data", "batch_size", "counters", "structure"),
-            *("buffers", "ema", "plan", "stream", "versions", "metrics"),
+            *("buffers", "ema", "plan", "stream", "versions", "world", "metrics"),
         }
         assert (record["version"], record["step"], record["samples"], record["seed"]) == (1, 3, 12, 0)
         assert record["counters"] == {"updates": 3, "skipped": 0, "tokens": int(state.tokens), "nonfinite": -1}

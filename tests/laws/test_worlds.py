@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import toolz
 import torch
 from torch import nn
 
@@ -79,10 +80,30 @@ def trained(case: str, steps: int = 6) -> dict[str, Any]:
     return recorded(state, found)
 
 
+def continued(run: str, begun: bool) -> dict[str, Any]:
+    """Train for three steps and save, or go on from there for three more."""
+    program = ff.accelerated(plan(), reduction="tree")
+    data = ff.batches(rows(), batch_size=10, last="ragged")
+    state = program.init(seed=1) if begun else program.restore(run)
+    steps = program.steps(state, data)
+    stages = (ff.every(2, ff.saved(run)), ff.until(steps=3 if begun else 6))
+    return recorded(toolz.pipe(steps, *stages, ff.last), [])
+
+
+def alone() -> dict[str, Any]:
+    program = ff.single(plan())
+    found, state = [], program.init(seed=1)
+    for tick in ff.until(steps=6)(program.steps(state, ff.batches(rows(), batch_size=10, last="ragged"))):
+        state = tick.state
+        found.append({name: float(value) for name, value in tick.metrics.items()})
+    found.append(program.evaluate(state, ff.batches(rows(7), batch_size=2)))
+    return recorded(state, found)
+
+
 @pytest.fixture(scope="module")
-def worlds():
+def pools():
     with processes(2) as two, processes(4) as four:
-        yield lambda function, *args: [[function(*args)], two.run(function, *args), four.run(function, *args)]
+        yield {1: lambda function, *args: [function(*args)], 2: two.run, 4: four.run}
 
 
 def leaves(run: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -122,10 +143,24 @@ CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_worlds_agree(worlds, case):
+def test_worlds_agree(pools, case):
     tolerance = CASES[case][2]
-    (one,), *others = worlds(trained, case)
+    (one,), *others = [run(trained, case) for run in pools.values()]
     for runs in others:
         for run in runs:
             assert unlike(one, run, tolerance) == []
             assert unlike(runs[0], run, 0.0) == []  # the processes of one world agree to the bit
+
+
+def test_one_process_of_many_is_a_single_device():
+    assert unlike(alone(), trained("sum in float64"), 1e-12) == []
+    assert unlike(alone(), trained("tree in float64"), 1e-12) == []
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (2, 4), (4, 2), (1, 2)])
+def test_a_run_goes_on_in_another_world(pools, tmp_path, saved_by, resumed_by):
+    whole = trained("tree in float64")
+    run = str(tmp_path)
+    pools[saved_by](continued, run, True)
+    for found in pools[resumed_by](continued, run, False):
+        assert unlike(whole | {"metrics": []}, found, 0.0) == []
