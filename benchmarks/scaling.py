@@ -1,4 +1,5 @@
-"""The ``scaling`` row: whether the overhead of a step stays flat, from 1 to 64 microbatches, and from 1 to 96 layers.
+"""The ``scaling`` row: whether the overhead of a step stays flat, from 1 to 64 microbatches, and from 1 to 96 layers;
+and what a step takes on several processes.
 
 A step's time is linear in what it is made of. So the time of the largest is compared with the straight line through two
 small ones: what grows faster than the work would show.
@@ -14,7 +15,7 @@ import attrs
 import torch
 
 import forgather_fn as ff
-from benchmarks import models
+from benchmarks import models, worlds
 from benchmarks.measure import spread
 from benchmarks.table import Reach, Table
 
@@ -26,12 +27,13 @@ LIMIT: Final = 1.1
 
 
 def run(quick: bool) -> Iterator[Table]:
-    """Measure both; quick: the small ones."""
+    """Measure all; quick: the small ones."""
     rounds = 1 if quick else ROUNDS
     counts, depths = (MICROBATCHES[:2], LAYERS[:2]) if quick else (MICROBATCHES, LAYERS)
     yield _table("microbatches", rounds, {count: _step(SHAPE, count, 2 * count) for count in counts})
     shapes = {depth: attrs.evolve(SHAPE, layers=depth) for depth in depths}
     yield _table("layers", rounds, {depth: _step(shape, 1, 4) for depth, shape in shapes.items()})
+    yield from worlds.run(quick)
 
 
 def _step(shape: models.Shape, microbatches: int, samples: int) -> Callable[[], None]:

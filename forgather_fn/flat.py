@@ -238,10 +238,19 @@ class Flat(Mapping[str, Tensor]):
         return found[1]
 
 
-def zeros(layout: Layout, device: torch.device) -> Flat:
-    """Make flat storage filled with zeros, padding included."""
+def zeros(layout: Layout, device: torch.device, room: int = 0) -> Flat:
+    """Make flat storage filled with zeros, padding included.
+
+    Args:
+        layout: Where everything lies.
+        device: Of the storage.
+        room: Elements that the memory of the first buffer has behind its end.
+    """
     sizes = zip(layout.sizes, layout.dtypes, strict=True)
-    return Flat(layout, tuple(torch.zeros(size, dtype=dtype, device=device) for size, dtype in sizes))
+    buffers = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sizes]
+    if room:
+        buffers[0] = buffers[0].new_zeros(layout.sizes[0] + room)[: layout.sizes[0]]
+    return Flat(layout, tuple(buffers))
 
 
 def filled(layout: Layout, tensors: Mapping[str, Tensor], device: torch.device) -> Flat:

@@ -8,13 +8,15 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn import parcel
 from forgather_fn.batch import owned
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Flat
+from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
+from forgather_fn.parcel import Parcel
 from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed
 from forgather_fn.reduction import Counter, Reduce
@@ -57,16 +59,31 @@ class Replica:
             told = self.world.gather((kinds, moving))
             kinds = set().union(*(names for names, _ in told))
             self.names, self.moving = min(kinds), any(moved for _, moved in told)
+            room = parcel.size(len(self.built.binding.layout.leaves), 2 * len(self.names), self.world.size)
+            self.built.workspace.reserve(room)
+            self.built.workspace.renew()
         if len(kinds) > 1:
             raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
+
+    def add(self, flat: Flat, active: Sequence[bool], numbers: Tensor) -> Parcel:
+        """Add up the gradient of all processes in place, and with it what else is to be known, in one transfer."""
+        if self.world.size == 1:
+            return Parcel(torch.tensor(active), numbers)
+        first, *others = flat.buffers
+        whole = parcel.behind(first, parcel.packed(active, numbers, self.world, first.dtype))
+        self.reduce([whole, *others])
+        if whole.data_ptr() != first.data_ptr():
+            first.copy_(whole[: len(first)])
+        return parcel.opened(whole[len(first) :], len(active), self.world)
 
 
 def replicated(built: Built, world: World, share: Share, reduce: Reduce, in_pairs: bool) -> Execution:
     """Run the steps of a program on replicas.
 
     Nothing is sent before the last backward pass of this process has ended, so a step that fails before may be tried
-    again; then gradients are added up, and beside them a few numbers: the means of the loss, and which parameters have
-    a gradient. Gradients are sums until then, and divided once, by the weight of the whole step.
+    again. Then gradients are added up, and with them, in the same transfer, what else is to be known: the means of the
+    loss, and which parameters have a gradient. Gradients are sums until then, and divided once, by the weight of the
+    whole step.
 
     Args:
         built: The model; its gradients lie in flat buffers.
@@ -102,16 +119,17 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
         for buffer, total in zip(gradients.flat.buffers, counter.total(gradients.flat.buffers), strict=True):
             buffer.copy_(total)
     try:
-        moving = not replica.names and _changed(arrays.buffers, buffers)
-        replica.learn(found, moving)
-        numbers = _numbers(replica, found, gradients.active)
-        replica.reduce([*gradients.flat.buffers, numbers])
+        replica.learn(found, not replica.names and _changed(arrays.buffers, buffers))
+        sums = replica.add(gradients.flat, gradients.active, _sums(replica, found))
         if replica.moving:
             _taken_from_first(replica.world, buffers)
     except BaseException:
         built.workspace.clear()
         raise
-    return _read(replica, state, gradients, numbers), buffers, _means(replica, numbers)
+    pairs = sums.numbers.view(-1, 2)
+    means = {name: Mean(total, weight) for name, (total, weight) in zip(replica.names, pairs, strict=True)}
+    weight = pairs[replica.names.index("loss"), 1]
+    return _read(replica, state, gradients, sums.counts, weight), buffers, means
 
 
 def _accumulate(
@@ -135,31 +153,22 @@ def _accumulate(
     return found, counter
 
 
-def _numbers(replica: Replica, found: Sequence[Mapping[str, Mean]], active: Sequence[bool]) -> Tensor:
-    """Put totals, weights, and which leaves have a gradient into one tensor, float64, that is added up."""
+def _sums(replica: Replica, found: Sequence[Mapping[str, Mean]]) -> Tensor:
+    """Add up totals and weights over the microbatches of this process, float64, in aligned pairs."""
     device = replica.built.device
     counter = Counter()
     for means in found:
         pairs = [number for name in replica.names for number in (means[name].total, means[name].weight)]
-        counter.add([torch.stack([torch.as_tensor(n, dtype=_WIDE, device=device) for n in pairs])])
-    (sums,) = counter.total([torch.zeros(2 * len(replica.names), dtype=_WIDE, device=device)])
-    return torch.cat([sums, torch.tensor(active, dtype=_WIDE, device=device)])
+        counter.add([torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in pairs])])
+    return counter.total([torch.zeros(2 * len(replica.names), dtype=torch.float64, device=device)])[0]
 
 
-_WIDE = torch.float64
-
-
-def _means(replica: Replica, numbers: Tensor) -> dict[str, Mean]:
-    return {name: Mean(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(replica.names)}
-
-
-def _read(replica: Replica, state: TrainState, gradients: Gradients, numbers: Tensor) -> Gradients:
+def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Tensor, weight: Tensor) -> Gradients:
     """Make the gradient of the mean over all processes; a parameter has one if it has on any of them."""
-    weight = _means(replica, numbers)["loss"].weight
     active, flat = gradients.active, gradients.flat
     assert flat is not None
     if not all(active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
-        active = tuple(count > 0 for count in numbers[2 * len(replica.names) :].tolist())
+        active = tuple(count > 0 for count in counts.tolist())
         views = {leaf.name: flat.alias(leaf.name) for leaf, has in zip(flat.layout.leaves, active, strict=True) if has}
         gradients = attrs.evolve(gradients, active=active, views=views)
     gradients = attrs.evolve(gradients, weight=weight)
@@ -179,3 +188,21 @@ def _taken_from_first(world: World, buffers: Flat) -> None:
         with world.explained():
             for buffer in buffers.buffers:
                 distributed.broadcast(buffer, group=world.group, group_src=0)
+
+
+def traffic(layout: Layout, names: int, world: World) -> int:
+    """Count the bytes that each process sends in a step, where sums are taken around a ring.
+
+    Args:
+        layout: Of the parameters.
+        names: How many means the loss has.
+        world: The processes.
+
+    Example:
+        >>> from forgather_fn.flat import layout_of
+        >>> traffic(layout_of({"weight": torch.zeros(64)}), 1, World(size=2))
+        388
+    """
+    room = parcel.size(len(layout.leaves), 2 * names, world.size)
+    gradients = sum(size * dtype.itemsize for size, dtype in zip(layout.sizes, layout.dtypes, strict=True))
+    return 2 * (world.size - 1) * (gradients + room * layout.dtypes[0].itemsize) // world.size

@@ -39,12 +39,15 @@ class Workspace:
         renew: Make new storage. A module that was moved (``.to()``, ``.double()``) has moved its gradients too: the
             tensors are the same, their memory is not.
         release: Let go of memory that is not needed until the next step.
+        reserve: Keep room for so many elements behind the first flat buffer, in the same memory, from the next
+            ``renew`` on: for what is sent along with the gradient.
     """
 
     clear: Callable[[], None]
     collect: Collect
     renew: Callable[[], None]
     release: Callable[[], None]
+    reserve: Callable[[int], None]
 
 
 def workspace(
@@ -64,6 +67,7 @@ def workspace(
 
 
 def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> Workspace:
+    room = 0
     flat = flat_storage.zeros(layout, device)
     everything = (True,) * len(layout.leaves)
     versions: list[int] = []
@@ -71,11 +75,10 @@ def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device
     pairs: list[tuple[nn.Parameter, Tensor]] = []
 
     def renew() -> None:
-        nonlocal flat
-        flat = flat_storage.zeros(layout, device)
+        nonlocal flat, named
+        flat = flat_storage.zeros(layout, device, room)
         # A version counter of its own tells of each view whether a backward pass wrote to it.
-        named.clear()
-        named.update({leaf.name: flat.alias(leaf.name) for leaf in layout.leaves})
+        named = {leaf.name: flat.alias(leaf.name) for leaf in layout.leaves}
         pairs[:] = [(p, view) for ps, view in zip(parameters, named.values(), strict=True) for p in ps]
 
     def clear() -> None:
@@ -91,8 +94,12 @@ def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device
         present = named if active == everything else {name: named[name] for name in itertools.compress(named, active)}
         return Gradients(layout, active, present, flat, samples, weight)
 
+    def reserve(elements: int) -> None:
+        nonlocal room
+        room = elements
+
     renew()
-    return Workspace(clear, collect, renew, release=lambda: None)
+    return Workspace(clear, collect, renew, release=lambda: None, reserve=reserve)
 
 
 def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Workspace:
@@ -111,7 +118,7 @@ def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Work
         active = tuple(leaf.name in tensors for leaf in layout.leaves)
         return Gradients(layout, active, tensors, None, samples, weight)
 
-    return Workspace(clear, collect, renew=clear, release=clear)
+    return Workspace(clear, collect, renew=clear, release=clear, reserve=lambda elements: None)
 
 
 def dense(name: str, found: list[Tensor], stride: tuple[int, ...]) -> Tensor:

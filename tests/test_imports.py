@@ -45,6 +45,7 @@ STEP = {
     "in_backward",
     "meta",
     "model",
+    "parcel",
     "plan",
     "reduction",
     "replicated",

@@ -155,7 +155,7 @@ def _serve(connection: Connection, rank: int, size: int, rendezvous: str, port: 
         AcceleratorState._reset_state(reset_partial_state=True)
     atexit._clear()  # what the parent registered is the parent's to do
     named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in named.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.update({name: str(value) for name, value in named.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     distributed.init_process_group("gloo", init_method=Path(rendezvous).as_uri(), rank=rank, world_size=size)
     while True:
         try:

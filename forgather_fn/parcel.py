@@ -1,0 +1,61 @@
+"""A few numbers that travel behind a gradient, in the same transfer, and arrive as they are.
+
+A transfer costs far more for being one than for being longer, so there is one a step. What travels is added up over
+processes in the data type of the gradient, which may be bfloat16; numbers in float64 survive that because each process
+has a place of its own for them, where the others have zeros, and writes them byte by byte.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn.world import World
+
+_BYTES: Final = 8
+
+
+@attrs.frozen(eq=False)
+class Parcel:
+    """What has arrived.
+
+    Attributes:
+        counts: On how many processes each flag was set, shape (flags,).
+        numbers: The sums of the numbers of all processes, float64, shape (numbers,), added in aligned pairs of ranks.
+    """
+
+    counts: Tensor
+    numbers: Tensor
+
+
+def size(flags: int, numbers: int, processes: int) -> int:
+    """Count the elements of a parcel."""
+    return flags + _BYTES * numbers * processes
+
+
+def packed(flags: Sequence[bool], numbers: Tensor, world: World, dtype: torch.dtype) -> Tensor:
+    """Write flags and numbers, float64, of this process as elements that are exact in any floating data type."""
+    places = torch.zeros(world.size, _BYTES * len(numbers), dtype=dtype, device=numbers.device)
+    places[world.rank] = numbers.view(torch.uint8)
+    return torch.cat([torch.tensor(flags, dtype=dtype, device=numbers.device), places.view(-1)])
+
+
+def behind(buffer: Tensor, parcel: Tensor) -> Tensor:
+    """Put a parcel behind a buffer, in its memory where there is room; otherwise both are copied."""
+    end, more = len(buffer), len(parcel)
+    if buffer.untyped_storage().nbytes() < (end + more) * buffer.element_size():
+        return torch.cat([buffer, parcel])
+    whole = buffer.as_strided((end + more,), (1,), 0)
+    whole[end:] = parcel
+    return whole
+
+
+def opened(parcel: Tensor, flags: int, world: World) -> Parcel:
+    """Read what was added up over all processes."""
+    rows = parcel[flags:].to(torch.uint8).view(torch.float64).view(world.size, -1)
+    while len(rows) > 1:
+        pairs = len(rows) // 2
+        rows = torch.cat([rows[0 : 2 * pairs : 2] + rows[1 : 2 * pairs : 2], rows[2 * pairs :]])
+    return Parcel(parcel[:flags], rows[0])
