@@ -133,15 +133,16 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
-            last = clock()
+            last, looks = clock(), 0
             agreed = steps.world.polled()
 
             def due(tick: Tick) -> bool:
-                nonlocal last
+                nonlocal last, looks
                 now = clock()
-                if not agreed(now - last >= seconds):
+                following = looks + 1  # asked for by number: what was asked before the last look is not asked again
+                if agreed(following if now - last >= seconds else 0) != following:
                     return False
-                last = now
+                last, looks = now, following
                 return True
 
             return observing(due, lambda step: True, *observers)(steps).open(demand)
