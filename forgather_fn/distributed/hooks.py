@@ -1,11 +1,11 @@
 """The ways in which a Python process ends, and what is called on each."""
 
-import atexit
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -17,8 +17,8 @@ class Ending(Protocol):
         """Hear of an error that nobody caught."""
         ...
 
-    def leave(self) -> None:
-        """Hear that the interpreter ends, however it came to that."""
+    def leave(self, error: BaseException | None, /) -> None:
+        """Hear that the interpreter ends, and with which error, where that can still be seen."""
         ...
 
     def forget(self) -> None:
@@ -50,8 +50,11 @@ def tell(ending: Ending) -> Callable[[], None]:
             ending.fail(arguments.exc_value)
         before_in_threads(arguments)
 
+    def leaving() -> None:
+        ending.leave(sys.exc_info()[1])
+
     def undo() -> None:
-        atexit.unregister(ending.leave)
+        at_exit.cancel()
         _told.discard(ending)
         if sys.excepthook is uncaught:  # else somebody has chained to it since, and it must stay in the chain
             sys.excepthook = before
@@ -59,7 +62,9 @@ def tell(ending: Ending) -> Callable[[], None]:
             threading.excepthook = before_in_threads
 
     sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
-    atexit.register(ending.leave)
+    # What atexit calls, and what processes call that multiprocessing has forked, which end without atexit, and without
+    # excepthook. (What it does is undone by a process that was forked from this one.)
+    at_exit = Finalize(None, leaving, exitpriority=100)
     _told.add(ending)
     return undo
 

@@ -31,6 +31,7 @@ from forgather_fn.distributed.words import (
     is_broken_collective,
     told_by_another,
 )
+from forgather_fn.interrupt import EXIT_CODE
 from forgather_fn.world import PeerError, World
 
 GRACE: Final = 2.0
@@ -142,18 +143,23 @@ class Watcher:
             return
         if self._deadline < math.inf:
             faulthandler.cancel_dump_traceback_later()
-        self.leave()
+        self.leave(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
         self._undo()
 
-    def leave(self) -> None:
+    def leave(self, error: BaseException | None, /) -> None:
         """Say how this process ends, and hear no more.
 
         Where another has failed, this process has little time left to end, whatever holds it up.
+
+        Args:
+            error: With which it ends; None for none.
         """
         if self._closed:
             return
+        if error is not None and not _is_peaceful(error):
+            self.fail(error)
         self._say(Left(self._begun) if self._cause is None else Failed(self._cause))
         self._closed = True
         self._rouse()
@@ -180,7 +186,11 @@ class Watcher:
             selector.register(self._wake[0], selectors.EVENT_READ)
             for peer in self._peers.values():
                 selector.register(peer.socket, selectors.EVENT_READ, peer)
+            said = False
             while not self._closed:
+                if self._deadline < math.inf and not said:
+                    said = True
+                    _print(self._cause)  # at once: before the errors that follow from it
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     self._end()
@@ -246,17 +256,21 @@ class Watcher:
 
     def _end(self) -> None:
         """End this process, whatever it does."""
-        # What others print may block for ever (a full pipe), holding the stream's lock.
-        printing = threading.Thread(target=self._print, daemon=True)
-        printing.start()
-        printing.join(0.5)
+        _print(f"rank {self.rank} is ended, since it has not ended by itself")
+        flushing = threading.Thread(target=sys.stdout.flush, daemon=True)  # which may block for ever, on a full pipe
+        flushing.start()
+        flushing.join(0.5)
         os._exit(1)
 
-    def _print(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{self._cause}\nrank {self.rank} is ended, since it has not ended by itself\n")
-            sys.stderr.flush()
-            sys.stdout.flush()
+
+def _print(text: object) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def _is_peaceful(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE)
 
 
 def _tell_launcher(error: BaseException) -> None:
