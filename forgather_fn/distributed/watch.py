@@ -7,6 +7,7 @@ that listens.
 
 import contextlib
 import faulthandler
+import json
 import math
 import os
 import selectors
@@ -14,7 +15,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -274,8 +277,11 @@ def _is_peaceful(error: BaseException) -> bool:
 
 
 def _tell_launcher(error: BaseException) -> None:
-    """Write an error where torchrun looks for it, so that its summary names it."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+    """Write an error where torchrun looks for it, and as it expects it, so that its summary names it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    trace = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+    summary = "".join(traceback.format_exception_only(error)).strip()
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": trace}}), encoding="utf-8")
