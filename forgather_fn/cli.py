@@ -19,6 +19,7 @@ class Command(Protocol):
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("train a small language model on text that every machine has", "forgather_fn.demo:command"),
     "train": ("train what a configuration says", "forgather_fn.config.commands.train:command"),
+    "launch": ("train in several processes, on this machine or on several", "forgather_fn.distributed.cli:command"),
     "pp": ("print what a configuration renders to", "forgather_fn.config.commands.inspect:pp"),
     "graph": ("print what a configuration says, templates resolved", "forgather_fn.config.commands.inspect:graph"),
     "targets": ("list what a configuration can build", "forgather_fn.config.commands.inspect:targets"),

@@ -59,16 +59,17 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "recipe": {"base"},
     "data": {"base"},
     "report": set(),
+    "distributed": {"base"},
     "step": {"base", "recipe", "data"},
     "loop": {"base", "data", "report", "step"},
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
-    "strategy": {"base", "recipe", "data", "step", "loop", "checkpoint"},
+    "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
     "config": {"base", "report", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "config", "demo"},
+    "command": {"checkpoint", "config", "demo", "distributed"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 

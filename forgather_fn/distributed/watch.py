@@ -1,0 +1,287 @@
+"""A thread that sees another process of the run end, and ends this one where it cannot end by itself.
+
+The kernel closes the sockets of a process, however it ends, so the others know at once. A heartbeat could not tell a
+process that has ended from one that holds the interpreter's lock for long; and a signal is only heard by a main thread
+that listens.
+"""
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from forgather_fn.distributed import hooks
+from forgather_fn.distributed.mesh import Peer, connected
+from forgather_fn.distributed.words import (
+    Failed,
+    Left,
+    Word,
+    cause_of,
+    decoded,
+    encoded,
+    is_broken_collective,
+    told_by_another,
+)
+from forgather_fn.interrupt import EXIT_CODE
+from forgather_fn.world import PeerError, World
+
+GRACE: Final = 2.0
+"""Seconds in which a process ends by itself when another has failed; as many more where it was told, and is ending."""
+
+
+def watching(world: World) -> "Watcher":
+    """Watch over the processes of a run, each over all others; collective.
+
+    From now on this process ends, by itself or by force, within 5 s after another one has failed, and with what that
+    one has said of its error on the standard error. A process fails by an exception that nobody catches, by
+    :meth:`Watcher.fail`, by ending without a word (killed, or ``os._exit``), and by leaving in peace before a step that
+    others have begun. Children that it forks take no part.
+
+    Args:
+        world: The processes; addresses are exchanged through it.
+
+    Raises:
+        ConnectionError: Another process cannot be reached.
+
+    Example:
+        >>> watch = watching(World())  # a process that has no others
+        >>> watch.begin()
+        >>> watch.close()
+    """
+    watch = Watcher(world.rank, {peer.rank: peer for peer in connected(world)})
+    watch.start()
+    return watch
+
+
+@attrs.define(eq=False, weakref_slot=True)
+class Watcher:
+    """What one process knows of the end of the others; made by :func:`watching`.
+
+    Attributes:
+        rank: Which process this is.
+    """
+
+    rank: int
+    _peers: dict[int, Peer]
+    _heard: threading.Condition = attrs.field(init=False, factory=threading.Condition)
+    _begun: int = attrs.field(init=False, default=0)
+    _left: dict[int, int] = attrs.field(init=False, factory=dict)  # how many steps each that left had begun
+    _shortest: float = attrs.field(init=False, default=math.inf)  # of those numbers, the least
+    _cause: str | None = attrs.field(init=False, default=None)  # the first failure that was heard of
+    _deadline: float = attrs.field(init=False, default=math.inf)  # when this process is ended, by time.monotonic
+    _told: bool = attrs.field(init=False, default=False)  # whether the training knows of the failure
+    _closed: bool = attrs.field(init=False, default=False)
+    _said: bool = attrs.field(init=False, default=False)  # whether the others know how this process ends
+    _speaking: threading.Lock = attrs.field(init=False, factory=threading.Lock)
+    _wake: tuple[socket.socket, socket.socket] = attrs.field(init=False, factory=socket.socketpair)
+    _thread: threading.Thread = attrs.field(init=False)
+    _undo: Callable[[], None] = attrs.field(init=False)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="forgather-fn: watch")
+        self._thread.start()
+        self._undo = hooks.tell(self)
+
+    def begin(self) -> None:
+        """Note that a step begins here, or anything else that takes all processes (an evaluation, a save).
+
+        Raises:
+            PeerError: Another process has failed, or has left before this step.
+        """
+        self._begun += 1
+        if self._cause is None and self._shortest >= self._begun:
+            return
+        cause = self.cause(0.0)
+        if cause is not None:
+            raise cause
+
+    def fail(self, error: BaseException, /) -> None:
+        """Tell the others that this process cannot go on, and why; they end at once.
+
+        What is told is the root: of an error that another process has caused, what that one has said.
+        """
+        if self._closed:
+            return
+        root = told_by_another(error)
+        if root is None and is_broken_collective(error):
+            root = self.cause(GRACE)
+        with self._heard:
+            if self._cause is None and root is None:  # its own: it is not ended, so that all of its error is printed
+                self._cause = cause_of(error, self.rank)
+                _tell_launcher(error)
+            else:
+                self._know(str(root))
+                self._tell()
+            cause = self._cause
+        assert cause is not None
+        self._say(Failed(cause))
+
+    def cause(self, seconds: float, /) -> PeerError | None:
+        """Wait up to so many seconds for word of a process that has failed, or has left; None if there was none."""
+        with self._heard:
+            self._heard.wait_for(lambda: self._cause is not None or self._left, seconds)
+            if self._cause is None and self._left:
+                self._know(self._parting(min(self._left, key=lambda rank: self._left[rank])))
+            if self._cause is None:
+                return None
+            self._tell()
+            return PeerError(self._cause)
+
+    def close(self) -> None:
+        """Leave the others in peace, and watch no more."""
+        if self._closed:
+            return
+        if self._deadline < math.inf:
+            faulthandler.cancel_dump_traceback_later()
+        self.leave(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._undo()
+
+    def leave(self, error: BaseException | None, /) -> None:
+        """Say how this process ends, and hear no more.
+
+        Where another has failed, this process has little time left to end, whatever holds it up.
+
+        Args:
+            error: With which it ends; None for none.
+        """
+        if self._closed:
+            return
+        if error is not None and not _is_peaceful(error):
+            self.fail(error)
+        self._say(Left(self._begun) if self._cause is None else Failed(self._cause))
+        self._closed = True
+        self._rouse()
+
+    def forget(self) -> None:
+        """Let go of everything, in a forked child: sockets that it held open would not close with its parent."""
+        self._closed = True
+        for one in (*(peer.socket for peer in self._peers.values()), *self._wake):
+            one.close()
+
+    def _say(self, word: Word) -> None:
+        with self._speaking:
+            if self._said:
+                return
+            self._said = True
+            for peer in tuple(self._peers.values()):
+                with contextlib.suppress(OSError):  # it has ended before
+                    peer.socket.sendall(encoded(word))
+
+    def _watch(self) -> None:
+        """The thread: hear the others until this process closes, or must be ended."""
+        unread = dict.fromkeys(self._peers, b"")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake[0], selectors.EVENT_READ)
+            for peer in self._peers.values():
+                selector.register(peer.socket, selectors.EVENT_READ, peer)
+            said = False
+            while not self._closed:
+                if self._deadline < math.inf and not said:
+                    said = True
+                    _print(self._cause)  # at once: before the errors that follow from it
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    self._end()
+                for key, _ in selector.select(None if left == math.inf else left):
+                    if key.data is None:
+                        self._wake[0].recv(1)
+                    elif not self._hear(key.data, unread):
+                        selector.unregister(key.fileobj)
+        for one in (*(peer.socket for peer in self._peers.values()), *self._wake):
+            one.close()
+
+    def _hear(self, peer: Peer, unread: dict[int, bytes]) -> bool:
+        """Read what a process says; tell whether more may come."""
+        try:
+            found = peer.socket.recv(65536)
+        except OSError:  # it ended with something of ours unread
+            found = b""
+        *lines, unread[peer.rank] = (unread[peer.rank] + found).split(b"\n")
+        with self._heard:
+            for line in lines:
+                self._note(peer.rank, decoded(line))
+            if not found and peer.rank not in self._left:
+                self._know(
+                    f"rank {peer.rank} failed: it ended without a word ({peer.name}): it was killed, or left "
+                    "by os._exit; where memory was short, the kernel's log tells"
+                )
+        return bool(found)
+
+    def _note(self, rank: int, word: Word) -> None:
+        if isinstance(word, Failed):
+            self._know(word.cause)
+            return
+        self._left[rank] = word.begun
+        self._shortest = min(self._shortest, word.begun)
+        if word.begun < self._begun:
+            self._know(self._parting(rank))
+        self._heard.notify_all()
+
+    def _parting(self, rank: int) -> str:
+        return (
+            f"rank {rank} has ended, in peace, after {self._left[rank]} steps ({self._peers[rank].name}); "
+            f"rank {self.rank}, in step {self._begun}, needed it"
+        )
+
+    def _know(self, cause: str) -> None:
+        """Note a failure of another process, if it is the first; from now on this one has little time to end."""
+        if self._cause is not None:
+            return
+        self._cause, self._deadline = cause, time.monotonic() + GRACE
+        # Where the interpreter's lock is held, or the interpreter hangs at its very end, no thread of Python can act.
+        faulthandler.dump_traceback_later(2 * GRACE + 0.5, exit=True, file=2)
+        self._heard.notify_all()
+        self._rouse()
+
+    def _tell(self) -> None:
+        """Note that the training knows of the failure; it is given more time, once."""
+        if not self._told:
+            self._told, self._deadline = True, self._deadline + GRACE
+
+    def _rouse(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake[1].send(b"\0")
+
+    def _end(self) -> None:
+        """End this process, whatever it does."""
+        _print(f"rank {self.rank} is ended, since it has not ended by itself")
+        flushing = threading.Thread(target=sys.stdout.flush, daemon=True)  # which may block for ever, on a full pipe
+        flushing.start()
+        flushing.join(0.5)
+        os._exit(1)
+
+
+def _print(text: object) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def _is_peaceful(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE)
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """Write an error where torchrun looks for it, and as it expects it, so that its summary names it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    trace = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+    summary = "".join(traceback.format_exception_only(error)).strip()
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": trace}}), encoding="utf-8")
