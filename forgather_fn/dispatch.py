@@ -9,7 +9,7 @@ from forgather_fn.batch import as_batch, owned
 from forgather_fn.data import Batch, Stream
 from forgather_fn.share import Parts, Share
 from forgather_fn.state import TrainState
-from forgather_fn.world import PeerError, World
+from forgather_fn.world import PeerError, World, known_to_all
 
 
 def opened(data: Iterable[Any] | Stream, state: TrainState, share: Share | None) -> Iterator[Any]:
@@ -49,9 +49,9 @@ def dispatched(world: World, share: Share, state: TrainState, data: Iterable[Any
                 distributed.scatter_object_list(received, sent, group=world.control, group_src=0)
         own, text = received[0]
         if error is not None:
-            raise error
+            raise known_to_all(error)
         if text is not None:
-            raise PeerError(f"rank 0 could not read a batch: {text}")
+            raise known_to_all(PeerError(f"rank 0 could not read a batch: {text}"))
         if own is None:
             return
         yield own

@@ -25,6 +25,9 @@ class ConsumedStateError(ValueError):
 class NonFiniteError(ValueError):
     """A loss or gradient was infinite or nan; nothing was updated by it."""
 
+    known_to_all = True
+    """Gradients are added up over processes before they are looked at, so all of them raise it."""
+
 
 @attrs.define(eq=False)
 class Ownership:

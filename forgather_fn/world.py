@@ -13,6 +13,15 @@ class PeerError(RuntimeError):
     """Another process of the run has failed; its rank, its error and its traceback come first in the message."""
 
 
+E = TypeVar("E", bound=BaseException)
+
+
+def known_to_all(error: E) -> E:
+    """Mark an error that every process of the run raises at the same point, so that none has to be told of it."""
+    error.known_to_all = True  # type: ignore[attr-defined]  # errors take attributes
+    return error
+
+
 class Watch(Protocol):
     """Knows when another process of the run has ended, or has failed, and tells the others of this one."""
 
@@ -109,10 +118,10 @@ class World:
             raise error
         told = self.gather((found, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
-            raise error
+            raise known_to_all(error)
         for rank, (_, text) in enumerate(told):
             if text is not None:
-                raise PeerError(f"rank {rank} failed: {text}")
+                raise known_to_all(PeerError(f"rank {rank} failed: {text}"))
         return [value for value, _ in told]
 
     def first(self, function: Callable[[], T], /) -> T:

@@ -414,7 +414,7 @@ def test_a_model_that_is_spread_over_devices_is_refused():
 
 def test_a_launcher_that_started_more_is_noticed(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="started 2 processes, and Accelerate knows of 1"):
+    with pytest.raises(ValueError, match=r"has started 2 processes .* knows of 1"):
         ff.accelerated(plan())
 
 

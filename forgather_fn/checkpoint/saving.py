@@ -19,7 +19,7 @@ from forgather_fn.loop import Steps, Tick
 from forgather_fn.plan import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState, raise_if_nonfinite
-from forgather_fn.world import ALONE, World
+from forgather_fn.world import ALONE, World, known_to_all
 
 FAILURES: Final = 3
 """How many saves in a row may fail before the run does."""
@@ -217,7 +217,7 @@ class _Writer:
             f"The newest whole checkpoint is {newest.path if newest else 'none'}."
         )
         error.__cause__ = self.errors[-1] if self.errors else None
-        return error
+        return known_to_all(error)
 
 
 def check_alike(world: World, state: TrainState) -> None:
@@ -232,10 +232,11 @@ def check_alike(world: World, state: TrainState) -> None:
     sums = world.gather([int(buffer.view(_WORDS[buffer.dtype.itemsize]).sum()) for buffer in params.buffers])
     odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if odd:
-        raise RuntimeError(
+        error = RuntimeError(
             f"the processes have drifted apart: the parameters of ranks {odd} are not those of rank 0 after step "
             f"{state.step}. Was a state, a gradient or a parameter changed on one process alone?"
         )
+        raise known_to_all(error)
 
 
 _WORDS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}

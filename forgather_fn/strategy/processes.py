@@ -1,35 +1,42 @@
-"""Which processes a launcher started, as Accelerate or torch.distributed knows them."""
+"""Which processes a launcher started, as Accelerate and torch.distributed know them."""
 
+import logging
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import attrs
+import torch
+
+from forgather_fn.distributed.launched import check_world_size, idle_devices
+from forgather_fn.distributed.watch import watching
 from forgather_fn.world import ALONE, World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 _known: "weakref.WeakKeyDictionary[Any, World]" = weakref.WeakKeyDictionary()
 """The world of each process group: there is one for all programs of a process."""
 
 
 def world_of(accelerator: "Accelerator") -> World:
-    """Find the processes that an accelerator was launched with.
+    """Find the processes that an accelerator was launched with; collective, the first time.
 
     Raises:
-        ValueError: A launcher started several, and the accelerator believes that it is alone.
+        ValueError: A launcher started several, and the accelerator knows of others.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise ValueError(
-            f"a launcher started {started} processes, and Accelerate knows of {accelerator.num_processes}: each would "
-            "train by itself. Without an accelerator, use Accelerator(cpu=True), or ACCELERATE_USE_CPU=true"
-        )
+    check_world_size(os.environ, accelerator.num_processes)
+    notice = idle_devices(os.environ, torch.accelerator.device_count(), sys.argv)
+    if notice is not None and accelerator.device.type != "cpu":
+        logger.warning(notice)
     return joined(accelerator.local_process_index)
 
 
 def joined(local_rank: int) -> World:
-    """Give the world of torch's process group; a process without one is alone."""
+    """Give the world of torch's process group, watched over; a process without one is alone. Collective, once."""
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
@@ -37,5 +44,6 @@ def joined(local_rank: int) -> World:
     group = distributed.group.WORLD
     if group not in _known:
         control = group if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
-        _known[group] = World(distributed.get_rank(), distributed.get_world_size(), local_rank, group, control)
+        world = World(distributed.get_rank(), distributed.get_world_size(), local_rank, group, control)
+        _known[group] = attrs.evolve(world, watch=watching(world))
     return _known[group]

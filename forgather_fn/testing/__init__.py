@@ -8,6 +8,7 @@
     testing.check_evaluation(plan, eval_dataset)
     testing.check_data(ff.batches(dataset, batch_size=32), plan=plan)
     testing.check_resume(plan, ff.batches(dataset, batch_size=32))
+    testing.check_worlds(plan, ff.batches(dataset, batch_size=32))
 
 Each raises an ``AssertionError`` that names the leaf, the step and the sizes, and changes nothing of what it is given:
 modules are copied. A few samples and a small model tell as much as large ones, and sooner.
@@ -21,3 +22,4 @@ from forgather_fn.testing.purity import check_purity as check_purity
 from forgather_fn.testing.resume import check_checkpoint as check_checkpoint
 from forgather_fn.testing.resume import check_resume as check_resume
 from forgather_fn.testing.step import check_step as check_step
+from forgather_fn.testing.worlds import check_worlds as check_worlds

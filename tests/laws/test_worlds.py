@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import forgather_fn as ff
+from forgather_fn.testing import check_worlds
 from forgather_fn.testing.processes import processes
 
 SIZES = (1, 2, 4)
@@ -164,3 +165,37 @@ def test_a_run_goes_on_in_another_world(pools, tmp_path, saved_by, resumed_by):
     pools[saved_by](continued, run, True)
     for found in pools[resumed_by](continued, run, False):
         assert unlike(whole | {"metrics": []}, found, 0.0) == []
+
+
+def test_users_can_check_it():
+    check_worlds(plan(precision="as_built"), ff.batches(rows(), batch_size=10, last="ragged"))
+
+
+class Leaking(nn.Module):
+    """A model whose noise comes from a generator of its own, so from how many microbatches its process has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tokens()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(ids) + 1e-3 * torch.rand(11, generator=self.generator)
+
+
+class Ranked(nn.Module):
+    """A model that looks at its rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tokens()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return self.inner(ids) * (1 + 1e-9 * rank)
+
+
+@pytest.mark.parametrize("model", [Leaking, Ranked])
+def test_what_depends_on_the_process_is_found(model):
+    with pytest.raises(AssertionError, match=r"worlds: with reduction=.* of 2 processes ends otherwise"):
+        check_worlds(plan(model=model, average=None), ff.batches(rows(), batch_size=10), processes=[2])
