@@ -72,6 +72,11 @@ class Layout:
     elements: int
     _cuts: dict[tuple[str, tuple[bool, ...]], tuple[Chunk, ...]] = attrs.field(factory=dict, repr=False)
 
+    @property
+    def bytes(self) -> int:
+        """How large the storage is, padding included."""
+        return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
+
     def unit(self, buffer: int) -> int:
         """Give the number of elements to which the leaves of a buffer are aligned."""
         return ALIGNMENT // self.dtypes[buffer].itemsize

@@ -1,5 +1,6 @@
 """The step on replicas: each process runs some of the microbatches, the sums are added up, and all update alike."""
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
+from forgather_fn.overlap import Bucket, Sending, buckets, sending
 from forgather_fn.parcel import Parcel
 from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed
@@ -36,6 +38,7 @@ class Replica:
         share: Which microbatches are this one's.
         reduce: Adds tensors up over processes.
         in_pairs: Whether microbatches are added in aligned pairs too, or one after the other.
+        cuts: In which buckets the gradient is sent during the last backward pass; none where it is sent after it.
         names: Of the loss's means, known after the first step.
         moving: Whether forward passes change the model's buffers, known after the first step.
     """
@@ -45,6 +48,7 @@ class Replica:
     share: Share
     reduce: Reduce
     in_pairs: bool
+    cuts: tuple[Bucket, ...] = ()
     names: tuple[str, ...] = ()
     moving: bool = False
 
@@ -65,11 +69,23 @@ class Replica:
         if len(kinds) > 1:
             raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
 
+    def sending(self) -> contextlib.AbstractContextManager[Sending]:
+        """Send the gradient while the backward pass in a block makes it."""
+        where = {name: i for i, name in enumerate(self.built.binding.layout.index)}
+        parameters = {site.tensor: where[name] for site, name in self.built.binding.trainable}
+        flat = self.built.workspace.collect(0, 0.0).flat
+        assert flat is not None
+        return sending(self.world, flat, self.cuts, parameters)
+
     def add(self, flat: Flat, active: Sequence[bool], numbers: Tensor) -> Parcel:
         """Add up the gradient of all processes in place, and with it what else is to be known, in one transfer."""
         if self.world.size == 1:
             return Parcel(torch.tensor(active), numbers)
         first, *others = flat.buffers
+        if self.cuts:  # the gradient has arrived
+            alone = parcel.packed(active, numbers, self.world, first.dtype)
+            self.reduce([alone])
+            return parcel.opened(alone, len(active), self.world)
         whole = parcel.behind(first, parcel.packed(active, numbers, self.world, first.dtype))
         self.reduce([whole, *others])
         if whole.data_ptr() != first.data_ptr():
@@ -77,13 +93,15 @@ class Replica:
         return parcel.opened(whole[len(first) :], len(active), self.world)
 
 
-def replicated(built: Built, world: World, share: Share, reduce: Reduce, in_pairs: bool) -> Execution:
+def replicated(
+    built: Built, world: World, share: Share, reduce: Reduce, in_pairs: bool, overlap_bytes: int
+) -> Execution:
     """Run the steps of a program on replicas.
 
     Nothing is sent before the last backward pass of this process has ended, so a step that fails before may be tried
     again. Then gradients are added up, and with them, in the same transfer, what else is to be known: the means of the
     loss, and which parameters have a gradient. Gradients are sums until then, and divided once, by the weight of the
-    whole step.
+    whole step. Large gradients are sent in pieces during the last backward pass; see :mod:`~forgather_fn.overlap`.
 
     Args:
         built: The model; its gradients lie in flat buffers.
@@ -91,8 +109,11 @@ def replicated(built: Built, world: World, share: Share, reduce: Reduce, in_pair
         share: Which microbatches are this one's.
         reduce: Adds tensors up over processes.
         in_pairs: Whether microbatches are added in aligned pairs too.
+        overlap_bytes: From which size of the gradient on it is sent in pieces.
     """
-    replica = Replica(built, world, share, reduce, in_pairs)
+    layout = built.binding.layout
+    overlapped = world.size > 1 and not in_pairs and layout.bytes >= overlap_bytes
+    replica = Replica(built, world, share, reduce, in_pairs, buckets(layout) if overlapped else ())
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         gradients, buffers, means = take_gradients(replica, state, batch)
@@ -113,6 +134,9 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     built.bound(arrays)
     parts = [(number, built.place(part)) for number, part in owned(batch, replica.share)]
     (found, counter), buffers = passed(built, state, lambda: _accumulate(replica, state, parts))
+    if replica.cuts and not parts:  # what the others add up has a part of this process too
+        with replica.sending() as going:
+            going.finish()
     gradients = built.workspace.collect(batch.samples, 0.0)
     assert gradients.flat is not None
     if counter is not None:
@@ -142,7 +166,12 @@ def _accumulate(
     for number, part in parts:
         reseed(key(state.seed, state.step, number, "forward"), built.device)
         means = built.forward(part)
-        backward(built, means["loss"].total, None, scale)
+        if replica.cuts and number == parts[-1][0]:
+            with replica.sending() as going:
+                backward(built, means["loss"].total, None, scale)
+            going.finish()
+        else:
+            backward(built, means["loss"].total, None, scale)
         found.append({name: mean.detach() for name, mean in means.items()})
         if counter is not None:
             flat = built.workspace.collect(0, 0.0).flat
@@ -204,5 +233,4 @@ def traffic(layout: Layout, names: int, world: World) -> int:
         388
     """
     room = parcel.size(len(layout.leaves), 2 * names, world.size)
-    gradients = sum(size * dtype.itemsize for size, dtype in zip(layout.sizes, layout.dtypes, strict=True))
-    return 2 * (world.size - 1) * (gradients + room * layout.dtypes[0].itemsize) // world.size
+    return 2 * (world.size - 1) * (layout.bytes + room * layout.dtypes[0].itemsize) // world.size

@@ -45,6 +45,7 @@ STEP = {
     "in_backward",
     "meta",
     "model",
+    "overlap",
     "parcel",
     "plan",
     "reduction",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn.flat import Layout
+from forgather_fn.overlap import OVERLAPPED_BYTES
 from forgather_fn.plan import Plan, Precision, Program
 from forgather_fn.reduction import Reduction, all_reduced, doubled
 from forgather_fn.replicated import replicated
@@ -34,6 +35,7 @@ def accelerated(
     reduction: Reduction = "sum",
     dispatch: Literal["each", "rank0"] = "each",
     sync_batch_norm: bool = False,
+    overlap_bytes: int = OVERLAPPED_BYTES,
 ) -> Program:
     """Make the program of a plan on all processes of a launcher, as Accelerate finds and places them.
 
@@ -49,6 +51,8 @@ def accelerated(
             processes give the same bits, at the price of more memory and transfers.
         dispatch: ``"each"`` process reads its samples, or ``"rank0"`` reads for all.
         sync_batch_norm: Make batch norms use the statistics of all processes (on accelerators).
+        overlap_bytes: From which size of the gradient on it is sent in pieces during the last backward pass, and not
+            after it.
 
     Returns:
         The record of functions, as of :func:`~forgather_fn.strategy.single.single`. ``step``, ``gradients``,
@@ -81,7 +85,9 @@ def accelerated(
     return assembled(
         plan,
         Strategy(
-            execution=functools.partial(replicated, world=world, share=share, reduce=reduce, in_pairs=pairs),
+            execution=functools.partial(
+                replicated, world=world, share=share, reduce=reduce, in_pairs=pairs, overlap_bytes=overlap_bytes
+            ),
             world=world,
             share=share,
             agree=functools.partial(_agree, plan, world),

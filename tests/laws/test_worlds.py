@@ -69,8 +69,8 @@ def recorded(state: ff.TrainState, metrics: list[dict[str, float]]) -> dict[str,
 
 def trained(case: str, steps: int = 6) -> dict[str, Any]:
     """Train over batches of 10 out of 22 samples, the last of an epoch ragged: 10, 10, 2 samples for 8 microbatches."""
-    reduction, changes, _ = CASES[case]
-    program = ff.accelerated(plan(**changes), reduction=reduction)
+    given, changes, _ = CASES[case]
+    program = ff.accelerated(plan(**changes), **given)
     data = ff.batches(rows(), batch_size=10, last="ragged")
     found = []
     state = program.init(seed=1)
@@ -130,13 +130,16 @@ def unlike(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> list
     return [n for n, t in mine.items() if not torch.allclose(t, others[n], rtol=tolerance, atol=tolerance)]
 
 
-CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
-    "sum in float64": ("sum", {}, 1e-12),
-    "tree in float64": ("tree", {}, 0.0),
-    "tree in float32": ("tree", {"precision": "as_built"}, 0.0),
-    "tree in bfloat16": ("tree", {"precision": "bfloat16"}, 0.0),
+SUM, TREE, PIECES = {"reduction": "sum"}, {"reduction": "tree"}, {"overlap_bytes": 0}
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "sum in float64": (SUM, {}, 1e-12),
+    "sum in pieces": (PIECES, {}, 1e-12),
+    "tree in float64": (TREE, {}, 0.0),
+    "tree in float32": (TREE, {"precision": "as_built"}, 0.0),
+    "tree in bfloat16": (TREE, {"precision": "bfloat16"}, 0.0),
     "tree with noise": (
-        "tree",
+        TREE,
         {"transforms": (ff.noise(0.1), ff.clipped(1.0)), "optimizer": ff.sgd(momentum=0.9)},
         0.0,
     ),
