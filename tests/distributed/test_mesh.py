@@ -50,7 +50,7 @@ class ThreadWorld:
 
 def interfere(addresses):
     """Connect before the others do, with something else to say."""
-    for said in (b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 10, b"", b"short"):
+    for said in (b"GET / HTTP/1.1\r\n" + (3).to_bytes(4), b"", b"short"):
         one = socket.create_connection(("127.0.0.1", addresses[0].port))
         one.sendall(said)
         one.close()
