@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from forgather_fn import control as control
     from forgather_fn import testing as testing
     from forgather_fn.checkpoint.saving import saved as saved
+    from forgather_fn.control.serving import serve as serve
     from forgather_fn.control.stage import Aborted as Aborted
     from forgather_fn.control.stage import controlled as controlled
     from forgather_fn.strategy.accelerated import accelerated as accelerated
@@ -61,6 +62,7 @@ _WHEN_USED = {
     "testing": "",
     "saved": "checkpoint.saving",
     "accelerated": "strategy.accelerated",
+    "serve": "control.serving",
     "controlled": "control.stage",
     "Aborted": "control.stage",
 }

@@ -53,6 +53,7 @@ class Inbox:
 
     Attributes:
         run: The run directory, where there is one.
+        job: The id under which it is served; None where it is not.
         clock: Gives seconds, for rates.
         progress: How far the run is; None before its first step.
         numbers: What the last look at the metrics found; None before.
@@ -62,6 +63,7 @@ class Inbox:
     """
 
     run: Path | None = None
+    job: str | None = None
     clock: Callable[[], float] = time.monotonic
     progress: Progress | None = None
     numbers: Numbers | None = None
