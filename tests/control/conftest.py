@@ -1,24 +1,24 @@
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from forgather_fn.control import jobs
-
-ROOT = Path(__file__).parent.parent.parent
+from forgather_fn.control import client, jobs
+from tests.control.training import exit_with
 
 
 @pytest.fixture(autouse=True)
-def state_home(tmp_path, monkeypatch):
-    """A home for jobs of the test alone, of a path that is short enough for sockets."""
-    home = tmp_path / "state"
-    monkeypatch.setenv("XDG_STATE_HOME", str(home))
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    return home
+def state_home(monkeypatch, tmp_path):
+    """A home for the jobs of the test alone, and for what is temporary, with a path short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as home:
+        (Path(home) / "tmp").mkdir()
+        monkeypatch.setenv("XDG_STATE_HOME", home)
+        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+        monkeypatch.setattr(tempfile, "tempdir", f"{home}/tmp")
+        yield Path(home)
 
 
 class Raw:
@@ -71,33 +71,27 @@ class Raw:
 
 
 class Job:
-    """A process that trains, and can be controlled."""
+    """A process that trains, and can be controlled; forked, so that it takes milliseconds."""
 
-    def __init__(self, run, *arguments):
+    def __init__(self, run, logs, options):
         self.run = run
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "job.py"), str(run), *arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/compat"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = multiprocessing.get_context("fork").Process(target=exit_with, args=(str(run), logs, options))
+        self.process.start()
 
     def endpoint(self):
-        """Wait until it can be asked."""
+        """Wait until it can be asked, and is past its first steps."""
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            found = [one for one in jobs.list_jobs() if one.endpoint is not None and one.endpoint.run == str(self.run)]
-            if found:
-                return found[0].endpoint
-            time.sleep(0.02)
-        raise AssertionError(f"it did not begin: {self.process.communicate(timeout=5)}")
+        while time.monotonic() < deadline and self.process.is_alive():
+            mine = [one.endpoint for one in jobs.list_jobs() if one.endpoint and one.endpoint.run == str(self.run)]
+            if mine and client.ask_status(client.target(mine[0]))["samples_per_second"]:
+                return mine[0]
+            time.sleep(0.01)
+        raise AssertionError(f"it did not begin; exit code {self.process.exitcode}")
 
     def end(self):
-        """Wait for its end; give its exit code, and what it wrote."""
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
+        """Wait for its end, and give its exit code."""
+        self.process.join(60)
+        return self.process.exitcode
 
 
 @pytest.fixture
@@ -105,12 +99,11 @@ def job(tmp_path):
     """Start a process that trains in ``tmp_path / name``."""
     started = []
 
-    def start(name="a", *arguments):
-        started.append(Job(tmp_path / name, *arguments))
+    def start(name="a", *, logs=True, **options):
+        started.append(Job(tmp_path / name, logs, options))
         return started[-1]
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate()
+        one.process.kill()
+        one.process.join()
