@@ -11,13 +11,11 @@ from tests.control.training import exit_with
 
 
 @pytest.fixture(autouse=True)
-def state_home(monkeypatch, tmp_path):
-    """A home for the jobs of the test alone, and for what is temporary, with a path short enough for sockets."""
+def state_home(monkeypatch):
+    """A home for the jobs of the test alone, with a path that is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as home:
-        (Path(home) / "tmp").mkdir()
         monkeypatch.setenv("XDG_STATE_HOME", home)
         monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-        monkeypatch.setattr(tempfile, "tempdir", f"{home}/tmp")
         yield Path(home)
 
 
