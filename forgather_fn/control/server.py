@@ -214,5 +214,9 @@ def _check_peer(connection: socket.socket) -> None:
         return
     size = struct.calcsize("3i")
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-    if user not in (0, os.geteuid()):
+    if not _allowed(user):
         raise Refused(HTTPStatus.FORBIDDEN, "this is another user's job")
+
+
+def _allowed(user: int) -> bool:
+    return user in (0, os.geteuid())

@@ -26,12 +26,8 @@ def saved_steps(run):
 
 
 def left(state_home):
-    """What there is in the directories of jobs, and of what is temporary."""
-    return [
-        path
-        for path in state_home.rglob("*")
-        if path.name not in ("forgather", "jobs", "tmp") and "world-" not in path.name
-    ]
+    """What there is in the directory of jobs."""
+    return [path for path in state_home.rglob("*") if path.name not in ("forgather", "jobs")]
 
 
 @pytest.mark.parametrize(("logs", "options"), [(True, {}), (False, TCP)], ids=["logs-socket", "silent-tcp"])
