@@ -39,6 +39,10 @@ class UnsafeError(ControlError):
     """A file says how a job is reached, and someone else could have written it, or it leads elsewhere."""
 
 
+class TakenError(ControlError):
+    """Another job took an id first."""
+
+
 @attrs.frozen(kw_only=True)
 class Endpoint:
     """How a job is reached, and which process it is.
@@ -123,6 +127,7 @@ def claimed(jobs: Path, name: str, *, exact: bool) -> Iterator["Claim"]:
 
     Raises:
         ControlError: The id belongs to a job that runs.
+        TakenError: Another job took it at the same time.
         OSError: It cannot be made. Nothing is left behind, however the block ends.
     """
     staging = jobs / f"{_NEW}{secrets.token_hex(4)}"
@@ -134,7 +139,7 @@ def claimed(jobs: Path, name: str, *, exact: bool) -> Iterator["Claim"]:
     except OSError as error:
         _remove(staging)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ControlError(f"another job has just taken the id {claim.job!r}") from None
+            raise TakenError(f"another job has just taken the id {claim.job!r}") from None
         raise
     except BaseException:
         _remove(staging)

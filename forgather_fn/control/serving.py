@@ -10,7 +10,7 @@ import secrets
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from http import HTTPStatus
 from pathlib import Path
@@ -34,6 +34,7 @@ PATH_LIMIT: Final = 107
 """Bytes that the path of a Unix socket may have."""
 TOKEN_LENGTH: Final = 16
 """Characters that a token has at least."""
+_ATTEMPTS: Final = 20
 _FRESH: Final = 0.5  # seconds that a status waits for the numbers of the next step
 
 
@@ -80,13 +81,22 @@ def serve(
     with contextlib.ExitStack() as stack:
         if _rank() == 0:
             try:
-                stack.enter_context(_served(inbox, place, name, exact=job_id is not None))
+                _enter(stack, lambda: _served(inbox, place, name, exact=job_id is not None))
             except (OSError, RuntimeError, ControlError) as error:
                 logger.warning("the run cannot be controlled from outside, and goes on without: %s", error)
         try:
             yield inbox
         finally:
             inbox.end("the run has ended")
+
+
+def _enter(stack: contextlib.ExitStack, served: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Serve; again, where another job took the id in between, which only so many jobs that begin at once can do."""
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(jobs.TakenError):
+            stack.enter_context(served())
+            return
+    stack.enter_context(served())
 
 
 @attrs.frozen

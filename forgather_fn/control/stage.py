@@ -16,7 +16,7 @@ from forgather_fn.control.inbox import Inbox, Request
 from forgather_fn.control.progress import Numbers, Progress
 from forgather_fn.loop import Answer, Demand, Stage, Steps, Tick, closing
 from forgather_fn.state import NonFiniteError
-from forgather_fn.world import ALONE, World
+from forgather_fn.world import World, known_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Aborted(SystemExit):
         self.step = step
 
 
-def controlled(inbox: Inbox, *, world: World = ALONE) -> Stage:
+def controlled(inbox: Inbox) -> Stage:
     """Do, between two steps, what was asked for from outside: save, evaluate, stop, abort.
 
     Saves and evaluations are those of the observers upstream: :func:`~forgather_fn.checkpoint.saving.saved` and
@@ -45,8 +45,7 @@ def controlled(inbox: Inbox, *, world: World = ALONE) -> Stage:
 
     Args:
         inbox: What :func:`~forgather_fn.control.serving.serve` gave. Where nobody asks for anything, a step costs about
-            two microseconds more.
-        world: The processes of the run. Each has an inbox, and the first one's counts.
+            two microseconds more. Of several processes each has one, and the first one's counts.
 
     Raises:
         Aborted: By the stream: it was asked for.
@@ -54,8 +53,8 @@ def controlled(inbox: Inbox, *, world: World = ALONE) -> Stage:
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
-            control = _Control(inbox, steps.answers, world, agreeing(world))
-            alone = interrupt.watching(control.leave) if world.size == 1 else contextlib.nullcontext()
+            control = _Control(inbox, steps.answers, steps.world, agreeing(steps.world))
+            alone = interrupt.watching(control.leave) if steps.world.size == 1 else contextlib.nullcontext()
             ticks = steps.open(demand)
             try:
                 with alone, closing(ticks):
@@ -142,7 +141,7 @@ class _Control:
 
     def _save_to_run(self, tick: Tick) -> "Future[Mapping[str, Any]]":
         done: Future[Mapping[str, Any]] = Future()
-        if self.inbox.run is None or self.world.size > 1:
+        if self.inbox.run is None:
             raise ValueError("this run saves nothing: write ff.every(n, ff.saved(run)) before ff.controlled(inbox)")
         done.set_result({"path": str(save(self.inbox.run, tick.state, tick.run.program))})
         return done
@@ -193,7 +192,7 @@ class _Control:
 
     def abort(self, request: Request, tick: Tick) -> Tick:
         self.ends.append(request)
-        raise Aborted(tick.state.step)
+        raise known_to_all(Aborted(tick.state.step))
 
     def leave(self) -> None:
         """Abort between two microbatches, or two batches of an evaluation."""

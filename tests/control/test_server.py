@@ -402,6 +402,23 @@ class TestPlaces:
             with ff.serve(tmp_path / name) as inbox:
                 assert inbox.job == job
 
+    def test_runs_of_one_name_that_begin_at_once_are_all_served(self, tmp_path, monkeypatch):
+        names = []
+        monkeypatch.setattr(jobs, "_free_id", lambda *args, real=jobs._free_id: names.append(real(*args)) or names[-1])
+        with contextlib.ExitStack() as stack:
+            real = jobs.write_endpoint
+
+            def overtaken(directory, endpoint):
+                real(directory, endpoint)
+                if len(names) == 1:  # another begins while this one does
+                    stack.enter_context(ff.serve(tmp_path / "y" / "a"))
+
+            monkeypatch.setattr(jobs, "write_endpoint", overtaken)
+            inbox = stack.enter_context(ff.serve(tmp_path / "x" / "a"))
+            assert (inbox.job, names) == ("a-2", ["a", "a", "a-2"])
+            assert ask_status(target(jobs.find("a-2")))["run"] == str(tmp_path / "x" / "a")
+            assert ask_status(target(jobs.find("a")))["run"] == str(tmp_path / "y" / "a")
+
     def test_a_run_without_a_directory_can_be_served(self):
         with ff.serve() as inbox:
             assert inbox.job == "job"
