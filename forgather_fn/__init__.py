@@ -48,11 +48,24 @@ from forgather_fn.strategy.single import single as single
 
 if TYPE_CHECKING:
     from forgather_fn import checkpoint as checkpoint
+    from forgather_fn import control as control
     from forgather_fn import testing as testing
     from forgather_fn.checkpoint.saving import saved as saved
+    from forgather_fn.control.serving import serve as serve
+    from forgather_fn.control.stage import Aborted as Aborted
+    from forgather_fn.control.stage import controlled as controlled
     from forgather_fn.strategy.accelerated import accelerated as accelerated
 
-_WHEN_USED = {"checkpoint": "", "testing": "", "saved": "checkpoint.saving", "accelerated": "strategy.accelerated"}
+_WHEN_USED = {
+    "checkpoint": "",
+    "control": "",
+    "testing": "",
+    "saved": "checkpoint.saving",
+    "accelerated": "strategy.accelerated",
+    "serve": "control.serving",
+    "controlled": "control.stage",
+    "Aborted": "control.stage",
+}
 """Names whose modules are imported when they are first used."""
 
 

@@ -31,6 +31,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "config": ("show or compare the configurations of runs", "forgather_fn.config.commands.runs:config"),
     "runs": ("compare runs by a metric, and by what differs", "forgather_fn.config.commands.runs:command"),
     "completion": ("print what a shell needs to complete commands", "forgather_fn.completion:command"),
+    "control": ("see and command runs that are going on", "forgather_fn.control.cli:command"),
     "checkpoint": ("list, verify or show the checkpoints of a run", "forgather_fn.checkpoint.cli:command"),
     "replay": (
         "execute one step of a run again, to the bit, and show what it did",
@@ -43,6 +44,7 @@ _EXIT_CODES: Final = """exit codes:
   0    it was done
   1    something was found: a damaged checkpoint, a difference, a failed run of several
   2    something was asked for that cannot be done; what, and how to set it right, is said
+  3    the run was aborted by forgather control; nothing was saved
   75   the run was told to end, and saved: run it again with --resume
   130  Ctrl-C
   141  what reads the output has ended"""

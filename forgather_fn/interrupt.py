@@ -53,13 +53,40 @@ def adopt(number: int) -> None:
 
 
 def check() -> None:
-    """Leave what is running, if a scheduler has asked for it.
+    """Leave what is running, if a scheduler has asked for it, or what :func:`watching` was given.
 
     Raises:
-        Interrupted: It has.
+        Interrupted: A scheduler has.
     """
     if _noted and _noted[0] in PREEMPTIONS:
         raise Interrupted
+    for look in _watched.looks:
+        look()
+
+
+class _Watched(threading.local):
+    """What each thread looks at besides signals."""
+
+    def __init__(self) -> None:
+        self.looks: list[Callable[[], None]] = []
+
+
+_watched = _Watched()
+
+
+@contextlib.contextmanager
+def watching(look: Callable[[], None]) -> Iterator[None]:
+    """Let :func:`check` call a function too, in this thread, for the time of a block.
+
+    Args:
+        look: Raises to leave the step or the evaluation that is running; a step that it leaves consumes nothing.
+    """
+    looks = _watched.looks
+    looks.append(look)
+    try:
+        yield
+    finally:
+        looks.remove(look)
 
 
 @contextlib.contextmanager

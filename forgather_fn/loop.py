@@ -9,7 +9,8 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 import attrs
 
@@ -91,6 +92,17 @@ class Demand:
         return attrs.evolve(self, horizon=min(known, default=None))
 
 
+class Answer(Protocol):
+    """Do at a tick, because someone asked for it, what is otherwise done on a schedule."""
+
+    def __call__(self, tick: Tick, /) -> "Future[Mapping[str, Any]]":
+        """Begin, and give what will say, in plain data, what was done; what went wrong is raised or is its exception.
+
+        Several processes call it together.
+        """
+        ...
+
+
 @attrs.frozen(eq=False)
 class Steps(Iterable[Tick]):
     """A stream of ticks that has not started: iterate it, or compose stages onto it.
@@ -100,12 +112,14 @@ class Steps(Iterable[Tick]):
         data: What it runs over.
         open: ``demand -> iterator``; stages pass the demands from below on to the source.
         world: The processes that run it together.
+        answers: What the observers so far can be asked for at any tick, by name: ``"save"``, ``"evaluate"``.
     """
 
     state: TrainState
     data: Data
     open: Callable[[Demand], Iterator[Tick]]
     world: World = ALONE
+    answers: Mapping[str, tuple[Answer, ...]] = attrs.field(factory=dict)
 
     def __iter__(self) -> Iterator[Tick]:
         """Run the stream; signals that ask it to end are heeded while it runs."""

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, Literal
 
 from forgather_fn.loop import Clock, Data, Steps, Tick
@@ -25,7 +26,12 @@ def evaluated(data: Data, *, params: Literal["params", "ema"] = "params", name: 
         found = tick.run.program.evaluate(tick.state, data, params=params)
         return {f"{name}_{metric}": value for metric, value in found.items()}
 
-    return Observer(observe)
+    def answer(tick: Tick) -> "Future[Mapping[str, Any]]":
+        done: Future[Mapping[str, Any]] = Future()
+        done.set_result(observe(tick))
+        return done
+
+    return Observer(observe, answers={"evaluate": answer})
 
 
 def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), clock: Clock = time.monotonic) -> Observer:

@@ -9,7 +9,7 @@ from typing import Protocol
 import attrs
 
 from forgather_fn import interrupt
-from forgather_fn.loop import Clock, Demand, Stage, Steps, Tick, closing
+from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, closing
 
 
 class Observe(Protocol):
@@ -30,6 +30,7 @@ class Observer:
         open: Called once, before the first step.
         end: Called with the last tick, when the stream ends other than by an exception.
         close: Called once, when a stream that was begun ends, however it ends.
+        answers: What it can be asked for off its schedule, by name; stages downstream find it in ``Steps.answers``.
     """
 
     observe: Observe
@@ -37,6 +38,16 @@ class Observer:
     open: Callable[[Steps], None] = lambda steps: None
     end: Callable[[Tick], None] = lambda tick: None
     close: Callable[[], None] = lambda: None
+    answers: Mapping[str, Answer] = attrs.field(factory=dict)
+
+
+def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:
+    """Add what observers can be asked for; one that stands in several stages counts once."""
+    answers = dict(steps.answers)
+    for observer in observers:
+        for name, answer in observer.answers.items():
+            answers[name] = tuple(dict.fromkeys((*answers.get(name, ()), answer)))
+    return attrs.evolve(steps, answers=answers)
 
 
 def _as_observer(observer: Observer | Observe) -> Observer:
@@ -72,7 +83,7 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
                     raise
                 _ended(last, lifted)
 
-        return attrs.evolve(steps, open=opened)
+        return attrs.evolve(_answering(steps, lifted), open=opened)
 
     return stage
 
@@ -131,6 +142,8 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
     if not seconds > 0:
         raise ValueError(f"every_seconds: seconds must be positive, got {seconds}")
 
+    lifted = [_as_observer(observer) for observer in observers]
+
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
             last, looks = clock(), 0
@@ -145,9 +158,9 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
                 last, looks = now, following
                 return True
 
-            return observing(due, lambda step: True, *observers)(steps).open(demand)
+            return observing(due, lambda step: True, *lifted)(steps).open(demand)
 
-        return attrs.evolve(steps, open=opened)
+        return attrs.evolve(_answering(steps, lifted), open=opened)
 
     return stage
 
@@ -174,4 +187,5 @@ def at_end(*observers: Observer | Observe) -> Stage:
 
     wants = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
     last = Observer(lambda tick: None, wants=wants, open=opened, end=look, close=close)
-    return observing(lambda tick: False, lambda step: True, last)
+    stage = observing(lambda tick: False, lambda step: True, last)
+    return lambda steps: _answering(stage(steps), lifted)

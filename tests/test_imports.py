@@ -69,8 +69,9 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
     "config": {"base", "report", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
+    "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "config", "demo", "distributed"},
+    "command": {"checkpoint", "config", "control", "demo", "distributed"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 

@@ -4,8 +4,9 @@ import contextlib
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import torch
@@ -101,7 +102,9 @@ def saved(
         resumed_from=_resumed(resumed_from) if resumed_from else None,
     )
     writer = _Writer(Path(run).resolve(), policy, async_, failures)
-    return Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close)
+    return Observer(
+        writer.observe, open=writer.open, end=writer.end, close=writer.close, answers={"save": writer.answer}
+    )
 
 
 def _resumed(path: str | Path) -> Path:
@@ -155,7 +158,20 @@ class _Writer:
         told: list[str] = self.world.broadcast([f"{type(error).__name__}: {error}" for error in self.errors])
         return told
 
-    def _save(self, tick: Tick) -> None:
+    def answer(self, tick: Tick) -> "Future[Mapping[str, Any]]":
+        """Save off the schedule; what the last look has saved is not written again."""
+        self.settle()
+        done: Future[Mapping[str, Any]] = Future()
+        if self.last != tick.state.step or self._failures():
+            self._save(tick, done)
+        elif self.session is not None:
+            done.set_result({"path": str(self.session.directory / f"checkpoint-{self.last}")})
+        if not self.world.main:
+            done.set_result({})  # the first process saves for all
+        return done
+
+    def _save(self, tick: Tick, done: "Future[Mapping[str, Any]] | None" = None) -> None:
+        done = Future() if done is None else done
         state = tick.state
         self.last = state.step
         raise_if_nonfinite(state)
@@ -172,18 +188,20 @@ class _Writer:
                     copy()
                 finally:
                     copied.set()
-                self._commit(taken)
+                done.set_result({"path": str(self._commit(taken))})
             except BaseException as error:  # whatever it is, it surfaces at the next look
                 self.errors.append(error)
+                done.set_exception(error)
 
         self.thread = threading.Thread(target=work, name="checkpoint writer")
         self.thread.start()
 
-    def _commit(self, taken: Snapshot) -> None:
+    def _commit(self, taken: Snapshot) -> Path:
         assert self.session is not None
-        commit(self.session, taken)
+        path = commit(self.session, taken)
         self.errors.clear()
         rotate(self.session.directory, self.policy)
+        return path
 
     def settle(self) -> None:
         """Wait for the save that is going on."""
