@@ -8,7 +8,7 @@ derived, schedules read, states wrapped.
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -29,7 +29,7 @@ from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, NonFiniteError, TrainState, counter, nonfinite_message
-from forgather_fn.step import following, inverse, known_weight
+from forgather_fn.step import divided, following, inverse, known_weight
 
 Whole = Callable[..., tuple[dict[str, Tensor], Sums]]
 
@@ -53,35 +53,28 @@ class Graphs:
 
 def compiled(built: Built) -> Execution:
     """Run the steps of a program as compiled graphs; see :class:`~forgather_fn.execution.Execution`."""
-    plan, device, layout = built.plan, built.device, built.binding.layout
-    made: list[Graphs] = []
+    graphs_of = Compiled(built)
+    return Execution(graphs_of.step, graphs_of.gradients, graphs_of.advance)
 
-    def begun(state: TrainState, batch: Batch) -> tuple[Arrays, list[Any], Graphs]:
-        arrays = state.read()
-        built.bound(arrays)
-        parts = microbatches(attrs.evolve(batch, data=built.place(batch.data)), plan.microbatches)
-        if batch.varies or batch.samples % plan.microbatches:
-            _mark_sizes(parts)
-        if not made:
-            compilable.try_once(built, state, parts[0])
-            made.append(_graphs(built, arrays))
-        buffers = arrays.buffers.layout
-        if buffers is not made[0].buffers and buffers.leaves != made[0].buffers.leaves:
-            raise ValueError(
-                "the state's buffers have other shapes than those that the step was compiled for; buffers that change "
-                'their shape need compile="model" or compile=False'
-            )
-        return arrays, parts, made[0]
 
-    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+@attrs.define(eq=False)
+class Compiled:
+    """A program whose steps are graphs, made at the first of them."""
+
+    built: Built
+    made: Graphs | None = None
+
+    def step(self, state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        """Take a step as one graph, or as its two halves."""
+        built, plan = self.built, self.built.plan
         if plan.microbatches > 1 and not plan.unroll:
-            gradients, buffers, means = gradients_of(state, batch)
-            return advance(state, gradients, buffers, means, wants)
-        arrays, parts, own = begun(state, batch)
-        run = own.whole(wants)
+            gradients, buffers, means = self.gradients(state, batch)
+            return self.advance(state, gradients, buffers, means, wants)
+        arrays, parts = self._begun(state, batch)
+        run = self._graphs(state, parts).whole(wants)
         learning_rate = rate(plan.schedule, state.step)
         state.settle()
-        with seeded(key(state.seed, state.step, 0, "forward"), device):
+        with seeded(key(state.seed, state.step, 0, "forward"), built.device):
             reports, sums = run(
                 _tensors(arrays),
                 dict(arrays.frozen),
@@ -92,42 +85,73 @@ def compiled(built: Built) -> Execution:
         means = {name: Mean(*pair) for name, pair in sums.items()}
         return _finished(built, state, batch.samples, {**means, **reports, "learning_rate": learning_rate})
 
-    def gradients_of(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
-        arrays, parts, own = begun(state, batch)
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
+        """Take the first half of a step: a graph for each microbatch."""
+        built = self.built
+        arrays, parts = self._begun(state, batch)
         share, taken = _share(built, parts)
-        total = flat.zeros(layout, device)
-        buffers, means = list(arrays.buffers.buffers), dict[str, Mean]()
-        scale = [held.clone() for name, held in arrays.loss_scale.items() if name == "scale"]  # an update writes to it
-        with seeded(key(state.seed, state.step, 0, "forward"), device):
-            for i, part in enumerate(parts):
-                if i:
-                    interrupt.check()
-                    reseed(key(state.seed, state.step, i, "forward"), device)
-                active, buffers, sums = own.gradient(
-                    list(arrays.params.buffers), dict(arrays.frozen), buffers, list(total.buffers), part, share, scale
-                )
-                found = {name: Mean(*pair) for name, pair in sums.items()}
-                means = {name: means[name] + mean for name, mean in found.items()} if i else found
+        total = flat.zeros(built.binding.layout, built.device)
+        found, active, buffers = self.accumulate(state, list(enumerate(parts)), total, share, interrupt.check)
+        means = functools.reduce(lambda one, other: {name: one[name] + mean for name, mean in other.items()}, found)
         weight = means["loss"].weight
-        divisors = [*scale] if taken else [*scale, inverse(weight, built.dtype, device).reciprocal()]
-        divisor = graphs.product(divisors)
-        views = {name: total[name] for name in itertools.compress(layout.index, active)}
-        gradients = Gradients(layout, active, views, total, batch.samples, weight, divisor)
-        return gradients, Flat(own.buffers, tuple(buffers)), means
+        views = {name: total[name] for name in itertools.compress(built.binding.layout.index, active)}
+        gradients = Gradients(built.binding.layout, active, views, total, batch.samples, weight)
+        # An update writes to the state's own scale.
+        scaled = attrs.evolve(arrays, loss_scale={name: held.clone() for name, held in arrays.loss_scale.items()})
+        return divided(built, scaled, gradients, weight=None if taken else weight), buffers, means
+
+    def accumulate(
+        self,
+        state: TrainState,
+        parts: Sequence[tuple[int, Any]],
+        total: Flat,
+        share: Tensor | None,
+        added: Callable[[], None],
+    ) -> tuple[list[dict[str, Mean]], graphs.Active, Flat]:
+        """Add the gradients of microbatches to a buffer, each under the key of its number.
+
+        Args:
+            state: Whose parameters they are of.
+            parts: Microbatches with their numbers in the step.
+            total: What is added to.
+            share: What each objective is multiplied by; None for the inverse of its own weight.
+            added: Called when one has been added.
+
+        Returns:
+            The means of each; which leaves have a gradient; and the buffers as forward passes leave them.
+        """
+        built, arrays = self.built, state.read()
+        buffers, found = arrays.buffers, list[dict[str, Mean]]()
+        active = (False,) * len(built.binding.layout.leaves)
+        if not parts:
+            return found, active, buffers
+        own = self._graphs(state, [part for _, part in parts])
+        scale = [held for name, held in arrays.loss_scale.items() if name == "scale"]
+        held = list(buffers.buffers)
+        with seeded(key(state.seed, state.step, 0, "forward"), built.device):
+            for number, part in parts:
+                reseed(key(state.seed, state.step, number, "forward"), built.device)
+                has, held, sums = own.gradient(
+                    list(arrays.params.buffers), dict(arrays.frozen), held, list(total.buffers), part, share, scale
+                )
+                active = tuple(one or other for one, other in zip(active, has, strict=True))
+                found.append({name: Mean(*pair) for name, pair in sums.items()})
+                added()
+        return found, active, Flat(own.buffers, tuple(held))
 
     def advance(
+        self,
         state: TrainState,
         gradients: Gradients,
         buffers: Flat | None,
         means: Mapping[str, Mean],
         wants: frozenset[str],
     ) -> tuple[TrainState, Metrics]:
-        arrays = state.read()
-        check_layout("this gradient", gradients.layout, layout)
-        if not made:
-            made.append(_graphs(built, arrays))
-        run = made[0].update(wants)
-        learning_rate = rate(plan.schedule, state.step)
+        """Take the second half of a step, as one graph."""
+        built, arrays = self.built, state.read()
+        check_layout("this gradient", gradients.layout, built.binding.layout)
+        run = self._graphs(state, []).update(wants)
+        learning_rate = rate(built.plan.schedule, state.step)
         state.settle()
         reports = run(
             _tensors(arrays),
@@ -135,13 +159,38 @@ def compiled(built: Built) -> Execution:
             gradients.active,
             [] if buffers is None else list(buffers.buffers),
             {name: graphs.pair(mean) for name, mean in means.items()},
-            torch.as_tensor(gradients.weight, device=device),
+            torch.as_tensor(gradients.weight, device=built.device),
             [] if gradients.divisor is None else [gradients.divisor],
             *_scalars(built, state, learning_rate),
         )
         return _finished(built, state, gradients.samples, {**means, **reports, "learning_rate": learning_rate})
 
-    return Execution(step, gradients_of, advance)
+    def _begun(self, state: TrainState, batch: Batch) -> tuple[Arrays, list[Any]]:
+        built, arrays = self.built, state.read()
+        built.bound(arrays)
+        parts = microbatches(attrs.evolve(batch, data=built.place(batch.data)), built.plan.microbatches)
+        if batch.varies or batch.samples % built.plan.microbatches:
+            mark_sizes(parts)
+        return arrays, parts
+
+    def _graphs(self, state: TrainState, parts: Sequence[Any]) -> Graphs:
+        """Give the graphs, which are made at the first call.
+
+        Raises:
+            ValueError: The state's buffers have other shapes than those that they were made for.
+        """
+        arrays = state.read()
+        if self.made is None:
+            if parts:
+                compilable.try_once(self.built, state, parts[0])
+            self.made = _graphs(self.built, arrays)
+        layout = arrays.buffers.layout
+        if layout is not self.made.buffers and layout.leaves != self.made.buffers.leaves:
+            raise ValueError(
+                "the state's buffers have other shapes than those that the step was compiled for; buffers that change "
+                'their shape need compile="model" or compile=False'
+            )
+        return self.made
 
 
 def _graphs(built: Built, arrays: Arrays) -> Graphs:
@@ -229,7 +278,7 @@ def _places(like: Mapping[str, Any]) -> dict[str, slice]:
     return places
 
 
-def _mark_sizes(parts: list[Any]) -> None:
+def mark_sizes(parts: list[Any]) -> None:
     """Make the number of samples a symbol of the graph, so that a batch of another size needs no other graph."""
     for part in parts:
         samples = leading_dimension(part)

@@ -87,6 +87,17 @@ class Counter:
             level, held = level + 1, _added(lower, held)
         self.digits.append((level, held))
 
+    def take(self, buffers: Sequence[Tensor]) -> None:
+        """Add what buffers hold, and make them ready for the next microbatch."""
+        self.add(buffers)
+        for buffer in buffers:
+            buffer.zero_()
+
+    def leave(self, buffers: Sequence[Tensor]) -> None:
+        """Write the sum of all into buffers."""
+        for buffer, total in zip(buffers, self.total(buffers), strict=True):
+            buffer.copy_(total)
+
     def total(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Give the sum of all; nothing is the number that changes no other, of the shapes of ``like``."""
         if not self.digits:

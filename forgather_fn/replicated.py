@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -13,7 +13,7 @@ from forgather_fn import parcel
 from forgather_fn.batch import owned
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
-from forgather_fn.execution import Execution
+from forgather_fn.execution import Advance, Execution
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
@@ -28,6 +28,16 @@ from forgather_fn.step import advance, backward, divided, passed
 from forgather_fn.world import World
 
 
+class RunParts(Protocol):
+    """Run forward and backward over this process's microbatches; leave the state as it is, also on failure."""
+
+    def __call__(
+        self, replica: "Replica", state: TrainState, parts: Sequence[tuple[int, Any]], samples: int, /
+    ) -> tuple[list[dict[str, Mean]], Gradients, Flat]:
+        """Give the means of each, the sum of their gradients in flat buffers, and the buffers as they leave them."""
+        ...
+
+
 @attrs.define(eq=False)
 class Replica:
     """One of the processes that train the same model.
@@ -38,6 +48,7 @@ class Replica:
         share: Which microbatches are this one's.
         reduce: Adds tensors up over processes.
         in_pairs: Whether microbatches are added in aligned pairs too, or one after the other.
+        run: Runs them.
         cuts: In which buckets the gradient is sent during the last backward pass; none where it is sent after it.
         names: Of the loss's means, known after the first step.
         moving: Whether forward passes change the model's buffers, known after the first step.
@@ -48,6 +59,7 @@ class Replica:
     share: Share
     reduce: Reduce
     in_pairs: bool
+    run: RunParts
     cuts: tuple[Bucket, ...] = ()
     names: tuple[str, ...] = ()
     moving: bool = False
@@ -111,19 +123,28 @@ def replicated(
         in_pairs: Whether microbatches are added in aligned pairs too.
         overlap_bytes: From which size of the gradient on it is sent in pieces.
     """
+    run, second = _halves(built)
     layout = built.binding.layout
-    overlapped = world.size > 1 and not in_pairs and layout.bytes >= overlap_bytes
-    replica = Replica(built, world, share, reduce, in_pairs, buckets(layout) if overlapped else ())
+    overlapped = world.size > 1 and not in_pairs and layout.bytes >= overlap_bytes and built.plan.compile is not True
+    replica = Replica(built, world, share, reduce, in_pairs, run, buckets(layout) if overlapped else ())
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         gradients, buffers, means = take_gradients(replica, state, batch)
         try:
-            return advance(built, state, gradients, buffers, means, wants)
+            return second(state, gradients, buffers, means, wants)
         except BaseException:
             built.workspace.clear()
             raise
 
-    return Execution(step, functools.partial(take_gradients, replica), functools.partial(advance, built))
+    return Execution(step, functools.partial(take_gradients, replica), second)
+
+
+def _halves(built: Built) -> tuple[RunParts, Advance]:
+    if built.plan.compile is not True:
+        return eager_parts, functools.partial(advance, built)
+    from forgather_fn.replicated_graphs import graph_halves  # when used: the compiler is as large as the rest of torch
+
+    return graph_halves(built)
 
 
 def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
@@ -133,15 +154,8 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
         replica.world.watch.begin()
     built.bound(arrays)
     parts = [(number, built.place(part)) for number, part in owned(batch, replica.share)]
-    (found, counter), buffers = passed(built, state, lambda: _accumulate(replica, state, parts))
-    if replica.cuts and not parts:  # what the others add up has a part of this process too
-        with replica.sending() as going:
-            going.finish()
-    gradients = built.workspace.collect(batch.samples, 0.0)
+    found, gradients, buffers = replica.run(replica, state, parts, batch.samples)
     assert gradients.flat is not None
-    if counter is not None:
-        for buffer, total in zip(gradients.flat.buffers, counter.total(gradients.flat.buffers), strict=True):
-            buffer.copy_(total)
     try:
         replica.learn(found, not replica.names and _changed(arrays.buffers, buffers))
         sums = replica.add(gradients.flat, gradients.active, _sums(replica, found))
@@ -154,6 +168,22 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     means = {name: Mean(total, weight) for name, (total, weight) in zip(replica.names, pairs, strict=True)}
     weight = pairs[replica.names.index("loss"), 1]
     return _read(replica, state, gradients, sums.counts, weight), buffers, means
+
+
+def eager_parts(
+    replica: Replica, state: TrainState, parts: Sequence[tuple[int, Any]], samples: int
+) -> tuple[list[dict[str, Mean]], Gradients, Flat]:
+    """Run microbatches as they stand; see :class:`RunParts`."""
+    built = replica.built
+    (found, counter), buffers = passed(built, state, lambda: _accumulate(replica, state, parts))
+    if replica.cuts and not parts:  # what the others add up has a part of this process too
+        with replica.sending() as going:
+            going.finish()
+    gradients = built.workspace.collect(samples, 0.0)
+    if counter is not None:
+        assert gradients.flat is not None
+        counter.leave(gradients.flat.buffers)
+    return found, gradients, buffers
 
 
 def _accumulate(
@@ -176,9 +206,7 @@ def _accumulate(
         if counter is not None:
             flat = built.workspace.collect(0, 0.0).flat
             assert flat is not None
-            counter.add(flat.buffers)
-            for buffer in flat.buffers:
-                buffer.zero_()
+            counter.take(flat.buffers)
     return found, counter
 
 

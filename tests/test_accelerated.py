@@ -372,7 +372,7 @@ def test_a_checkpoint_that_is_not_there_is_missed_by_all(pair, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "given", "message"),
     [
-        ({"compile": True}, {}, 'compile="model"'),
+        ({"compile": True, "unroll": True}, {}, "leave it out"),
         ({"update": "in_backward", "microbatches": 1}, {}, "in_backward"),
         ({}, {"accelerator_args": {"deepspeed_plugin": object()}}, "DeepSpeed has an optimizer"),
         ({}, {"accelerator_args": {"log_with": "all"}}, "ff.report"),

@@ -50,6 +50,7 @@ STEP = {
     "plan",
     "reduction",
     "replicated",
+    "replicated_graphs",
     "step",
     "workspace",
 }

@@ -129,9 +129,10 @@ def _accelerator(given: "Accelerator | None", arguments: Mapping[str, Any] | Non
 
 
 def _check(plan: Plan) -> None:
-    if plan.compile is True:
+    if plan.unroll:
         raise ValueError(
-            'accelerated: compile=True makes one graph of the step, and processes meet inside it; use compile="model"'
+            "accelerated: unroll=True makes one graph of all microbatches, of which each process has others; leave it "
+            "out, and compile=True makes one of a microbatch's gradient and one of the update"
         )
     if plan.update == "in_backward":
         raise ValueError('accelerated: update="in_backward" updates before the gradients of other processes are there')

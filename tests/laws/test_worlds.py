@@ -30,6 +30,14 @@ class Tokens(nn.Module):
         return self.rare(hidden) if (ids[:, 0] == 0).all() else self.head(hidden)
 
 
+class Graphed(Tokens):
+    """The same, without a branch that a graph cannot have."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        return self.head(hidden + self.layer(hidden))
+
+
 def rows(count: int = 22) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 11, (count, 6), generator=generator)
@@ -138,6 +146,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "tree in float64": (TREE, {}, 0.0),
     "tree in float32": (TREE, {"precision": "as_built"}, 0.0),
     "tree in bfloat16": (TREE, {"precision": "bfloat16"}, 0.0),
+    "compiled": (TREE, {"compile": True, "backend": "aot_eager", "model": Graphed}, 0.0),
     "tree with noise": (
         TREE,
         {"transforms": (ff.noise(0.1), ff.clipped(1.0)), "optimizer": ff.sgd(momentum=0.9)},
