@@ -19,7 +19,7 @@ PASSED_ON: Final[Mapping[str, tuple[str, str]]] = {
     "rdzv-endpoint": ("HOST:PORT", "where they find each other"),
     "rdzv-id": ("NAME", "a name of the run that all machines give"),
     "local-addr": ("HOST", "this machine, as the others reach it"),
-    "max-restarts": ("N", "how often all processes are started again when one has failed"),
+    "max-restarts": ("N", "how often all are started again when one has failed (see docs/distributed-training.md)"),
     "shutdown-timeout": ("SECONDS", "what processes have to save and end, when they are told to (default: 120)"),
     "log-dir": ("DIR", "where the output of each process goes, with --redirects or --tee"),
     "redirects": ("WHAT", "of each process, to a file: 1 its output, 2 its errors, 3 both; or RANK:WHAT,..."),

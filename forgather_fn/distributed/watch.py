@@ -111,9 +111,10 @@ class Watcher:
     def fail(self, error: BaseException, /) -> None:
         """Tell the others that this process cannot go on, and why; they end at once.
 
-        What is told is the root: of an error that another process has caused, what that one has said.
+        What is told is the root: of an error that another process has caused, what that one has said. One that all
+        processes raise at the same point (:func:`~forgather_fn.world.known_to_all`) is not told.
         """
-        if self._closed:
+        if self._closed or getattr(error, "known_to_all", False):
             return
         root = told_by_another(error)
         if root is None and is_broken_collective(error):

@@ -20,7 +20,7 @@ from forgather_fn import interrupt
 from forgather_fn.distributed import watch as watch_module
 from forgather_fn.distributed.watch import Watcher, watching
 from forgather_fn.testing.processes import ProcessesFailed, processes
-from forgather_fn.world import PeerError, World
+from forgather_fn.world import PeerError, World, known_to_all
 
 LONG = 40.0
 """Seconds for which a process is busy that nobody ends."""
@@ -284,6 +284,22 @@ def test_processes_that_are_done_may_leave_at_different_times(capfd):
     with processes(3) as pool:
         pool.run(done_at_different_times, 2)
         pool.run(done_at_different_times, 2)
+    assert capfd.readouterr().err == ""
+
+
+def failing_alike():
+    world, watch = watched()
+    world.gather(None)
+    watch.fail(known_to_all(ValueError("on all")))
+    world.gather(None)
+    time.sleep(0.1)
+    watch.begin()
+    watch.close()
+
+
+def test_an_error_that_all_raise_at_the_same_point_ends_nobody(capfd):
+    with processes(2) as pool:
+        pool.run(failing_alike)
     assert capfd.readouterr().err == ""
 
 
