@@ -27,14 +27,13 @@ class Numbers:
 
 @attrs.define(eq=False)
 class Progress:
-    """Where a run is; the loop advances it, others read it. What they read may be of two neighbouring steps.
+    """Where a run is; the loop advances it, others read it.
 
     Attributes:
         started: The step at which this attempt began.
         horizon: The step at which the run ends, if known.
         epoch_of: Passes over the data, from samples, where its length is known.
-        step: Steps made.
-        samples: Samples consumed.
+        at: Steps made, and samples consumed; of one step, for whoever reads both.
         rate_steps: Steps a second, over the last half minute or so; None before there is a mean.
         rate_samples: Samples a second, likewise.
     """
@@ -42,15 +41,14 @@ class Progress:
     started: int
     horizon: int | None
     epoch_of: Callable[[int], float | None]
-    step: int
-    samples: int
+    at: tuple[int, int]
     rate_steps: float | None = None
     rate_samples: float | None = None
     _marks: deque[tuple[float, int, int]] = attrs.field(factory=lambda: deque(maxlen=MARKS))
 
     def advance(self, step: int, samples: int, now: float) -> None:
         """Note a step. Rates are brought up to date once a second, and early on at each step."""
-        self.step, self.samples = step, samples
+        self.at = step, samples
         marks = self._marks
         if not marks or now - marks[-1][0] >= 1.0:
             marks.append((now, step, samples))
@@ -61,9 +59,14 @@ class Progress:
             self.rate_samples = (samples - first[2]) / elapsed
 
     @property
+    def step(self) -> int:
+        """Steps made."""
+        return self.at[0]
+
+    @property
     def epoch(self) -> float | None:
         """Passes over the data so far."""
-        return self.epoch_of(self.samples)
+        return self.epoch_of(self.at[1])
 
     @property
     def remaining(self) -> float | None:

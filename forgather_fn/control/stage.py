@@ -111,7 +111,7 @@ class _Control:
     def _note(self, tick: Tick) -> None:
         state, run, inbox = tick.state, tick.run, self.inbox
         if self.progress is None:
-            self.progress = Progress(run.started, run.horizon, run.epoch, state.step, state.samples)
+            self.progress = Progress(run.started, run.horizon, run.epoch, (state.step, state.samples))
             inbox.progress, inbox.world_size = self.progress, self.world.size
         now = inbox.clock()
         self.progress.advance(state.step, state.samples, now)

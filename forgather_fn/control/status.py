@@ -17,6 +17,7 @@ def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
     """
     progress, numbers, now = inbox.progress, inbox.numbers, time.time()
     values = dict(numbers.values) if numbers else {}
+    step, samples = progress.at if progress else (None, None)
     remaining = progress.remaining if progress else None
     found: dict[str, Any] = {
         "job": endpoint.job,
@@ -25,11 +26,11 @@ def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
         "host": endpoint.process.host,
         "since": endpoint.since,
         "world_size": inbox.world_size,
-        "step": progress.step if progress else None,
+        "step": step,
         "started": progress.started if progress else None,
         "horizon": progress.horizon if progress else None,
         "epoch": progress.epoch if progress else None,
-        "samples": progress.samples if progress else None,
+        "samples": samples,
         "loss": values.pop("loss", None),
         "learning_rate": values.pop("learning_rate", None),
         "metrics": values,
