@@ -69,7 +69,7 @@ class TrainerControlCallback(TrainerCallback):
         inbox = self.inbox = self._stack.enter_context(served)
         self._samples_per_step = int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
         samples = state.global_step * self._samples_per_step
-        at = state.global_step, samples
+        at = state.global_step, samples, inbox.clock()
         inbox.progress = Progress(state.global_step, state.max_steps, lambda samples: state.epoch, at)
         inbox.world_size = world.size
         self._agree = agreeing(world)
