@@ -20,6 +20,7 @@ ROWS: Final = {
     "overhead": "benchmarks.overhead",
     "compiled": "benchmarks.compiled",
     "everything": "benchmarks.everything",
+    "control": "benchmarks.control",
     "scaling": "benchmarks.scaling",
     "memory": "benchmarks.memory",
     "import": "benchmarks.startup",

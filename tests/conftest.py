@@ -1,6 +1,9 @@
 """One thread, one profile: every run of the suite does the same thing."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read by torch in the processes that tests start. How a sum is split over threads decides its last bits, and the
 # laws compare bits between processes.
@@ -11,6 +14,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# Runs that can be controlled are noted in a home of the tests; its path is short enough for sockets.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="f", dir="/tmp")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 settings.load_profile("deterministic")

@@ -54,12 +54,12 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
 
 def test_the_other_rows_run(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks", "compiled", "everything", "scaling", "gpu", "--quick"]
+    command = [sys.executable, "-m", "benchmarks", "compiled", "everything", "control", "scaling", "gpu", "--quick"]
     ended = subprocess.run([*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
-    alone, everything, microbatches, layers, gpu = json.loads(path.read_text())["tables"]
+    alone, everything, small, large, microbatches, layers, gpu = json.loads(path.read_text())["tables"]
     assert {result["arm"] for result in alone["results"]} >= {compiled.WHOLE, compiled.PART, compiled.MODEL_ONLY}
-    for table in (alone, everything):
+    for table in (alone, everything, small, large):
         losses = [loss for result in table["results"] for loss in result["losses"]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     assert [result["microbatches"] for result in microbatches["results"]] == [1, 8]

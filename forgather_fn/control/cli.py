@@ -12,19 +12,23 @@ from forgather_fn.control import jobs
 from forgather_fn.control.client import RefusedError, Target, ask, ask_status, target, target_at
 from forgather_fn.control.command import Command, ControlError
 from forgather_fn.control.process import alive
+from forgather_fn.control.watch import printable, watch
 
 _ABOUT_JOBS = {"list": "list", "cleanup": "cleanup"}
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
     """Add the actions to a parser, and give what runs one."""
-    actions = ("list", "status", *map(str, Command), "cleanup")
+    actions = ("list", "status", "watch", *map(str, Command), "cleanup")
     parser.add_argument("action", choices=actions, help="what to do", metavar="ACTION")
     parser.add_argument("job", nargs="?", metavar="JOB", help="the id of a job, as list prints it")
     waiting = parser.add_mutually_exclusive_group()
     waiting.add_argument("--wait", action="store_true", default=True, help="answer when it has happened (default)")
     waiting.add_argument("--no-wait", dest="wait", action="store_false", help="answer when it was asked for")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long to wait (default: as it takes)")
+    parser.add_argument(
+        "--interval", type=_positive, default=1.0, metavar="SECONDS", help="between looks of watch (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--at", metavar="ADDRESS:PORT", help="ask a job there, instead of one of this machine")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="the token for --at")
@@ -36,6 +40,9 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
             return _list(options.json) if options.action == "list" else _cleanup()
         found = _target(options)
         try:
+            if options.action == "watch":
+                watch(lambda: ask_status(found), sys.stdout, interval=options.interval)
+                return 0
             if options.action == "status":
                 return _tell(ask_status(found), options.json, _status_lines)
             answer = ask(found, Command(options.action), wait=options.wait, timeout=options.timeout)
@@ -47,9 +54,17 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
     return execute
 
 
+def _positive(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 86400:
+        raise ValueError
+    return seconds
+
+
 _HELP = """actions:
   list         print the jobs of this user: id, running or dead, process, run directory; dead ones are cleaned
   status       print where a job is
+  watch        show where it is, live, until it ends or Ctrl-C
   save         save a checkpoint, and go on
   stop         end after this step, saving what the run saves at its end
   save-stop    save a checkpoint, and end
@@ -107,11 +122,6 @@ def _cleanup() -> int:
 def _tell(answer: Mapping[str, Any], as_json: bool, lines: Callable[[Mapping[str, Any]], list[str]]) -> int:
     print(json.dumps(answer) if as_json else "\n".join(map(printable, lines(answer))))
     return 0
-
-
-def printable(text: str) -> str:
-    """Show what a terminal would act on as an escape: names of metrics and paths may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _answer_lines(answer: Mapping[str, Any]) -> list[str]:

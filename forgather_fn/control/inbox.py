@@ -94,10 +94,12 @@ class Inbox:
         return request.answer
 
     def take(self) -> Request | None:
-        """Give the oldest command that nobody has taken, or None. What is taken is answered by whoever takes it."""
+        """Give the oldest command that nobody has taken, or None. The loop takes, and answers what it has taken."""
+        if not self._waiting:
+            return None
         try:
             request = self._waiting.popleft()
-        except IndexError:
+        except IndexError:  # another thread was faster: the run has just ended
             return None
         self._taken = [one for one in self._taken if not one.answer.done()] + [request]
         return request

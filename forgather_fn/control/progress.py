@@ -27,47 +27,48 @@ class Numbers:
 
 @attrs.define(eq=False)
 class Progress:
-    """Where a run is; the loop advances it, others read it. What they read may be of two neighbouring steps.
+    """Where a run is; the loop advances it, others read it.
 
     Attributes:
         started: The step at which this attempt began.
         horizon: The step at which the run ends, if known.
         epoch_of: Passes over the data, from samples, where its length is known.
-        step: Steps made.
-        samples: Samples consumed.
-        rate_steps: Steps a second, over the last half minute or so; None before there is a mean.
-        rate_samples: Samples a second, likewise.
+        at: Steps made, samples consumed, and when that was; all of one step, for whoever reads them.
     """
 
     started: int
     horizon: int | None
     epoch_of: Callable[[int], float | None]
-    step: int
-    samples: int
-    rate_steps: float | None = None
-    rate_samples: float | None = None
-    _marks: deque[tuple[float, int, int]] = attrs.field(factory=lambda: deque(maxlen=MARKS))
+    at: tuple[int, int, float]
+    _marks: deque[tuple[int, int, float]] = attrs.field(factory=lambda: deque(maxlen=MARKS))
 
     def advance(self, step: int, samples: int, now: float) -> None:
-        """Note a step. Rates are brought up to date once a second, and early on at each step."""
-        self.step, self.samples = step, samples
-        marks = self._marks
-        if not marks or now - marks[-1][0] >= 1.0:
-            marks.append((now, step, samples))
-        first = marks[0]
-        if now > first[0]:
-            elapsed = now - first[0]
-            self.rate_steps = (step - first[1]) / elapsed
-            self.rate_samples = (samples - first[2]) / elapsed
+        """Note a step."""
+        self.at = at = step, samples, now
+        if not self._marks or now - self._marks[-1][2] >= 1.0:
+            self._marks.append(at)
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return self.at[0]
 
     @property
     def epoch(self) -> float | None:
         """Passes over the data so far."""
-        return self.epoch_of(self.samples)
+        return self.epoch_of(self.at[1])
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """Steps and samples a second, over the last half minute or so; None before the second step."""
+        at, first = self.at, self._marks[0] if self._marks else self.at
+        seconds = at[2] - first[2]
+        return ((at[0] - first[0]) / seconds, (at[1] - first[1]) / seconds) if seconds > 0 else None
 
     @property
     def remaining(self) -> float | None:
         """Seconds to the end, at the present pace; None where either is not known."""
-        if self.horizon is None or not self.rate_steps:
+        rates = self.rates
+        if self.horizon is None or rates is None or not rates[0]:
             return None
-        return max(self.horizon - self.step, 0) / self.rate_steps
+        return max(self.horizon - self.step, 0) / rates[0]

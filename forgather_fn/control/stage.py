@@ -110,10 +110,10 @@ class _Control:
 
     def _note(self, tick: Tick) -> None:
         state, run, inbox = tick.state, tick.run, self.inbox
-        if self.progress is None:
-            self.progress = Progress(run.started, run.horizon, run.epoch, state.step, state.samples)
-            inbox.progress, inbox.world_size = self.progress, self.world.size
         now = inbox.clock()
+        if self.progress is None:
+            self.progress = Progress(run.started, run.horizon, run.epoch, (state.step, state.samples, now))
+            inbox.progress, inbox.world_size = self.progress, self.world.size
         self.progress.advance(state.step, state.samples, now)
         if "save_failures" in tick.results:
             inbox.last_error = f"step {state.step}: {tick.results['save_failures']:g} saves in a row have failed"

@@ -17,6 +17,8 @@ def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
     """
     progress, numbers, now = inbox.progress, inbox.numbers, time.time()
     values = dict(numbers.values) if numbers else {}
+    step, samples, _ = progress.at if progress else (None, None, None)
+    rates = (progress.rates if progress else None) or (None, None)
     remaining = progress.remaining if progress else None
     found: dict[str, Any] = {
         "job": endpoint.job,
@@ -25,17 +27,17 @@ def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
         "host": endpoint.process.host,
         "since": endpoint.since,
         "world_size": inbox.world_size,
-        "step": progress.step if progress else None,
+        "step": step,
         "started": progress.started if progress else None,
         "horizon": progress.horizon if progress else None,
         "epoch": progress.epoch if progress else None,
-        "samples": progress.samples if progress else None,
+        "samples": samples,
         "loss": values.pop("loss", None),
         "learning_rate": values.pop("learning_rate", None),
         "metrics": values,
         "metrics_step": numbers.step if numbers else None,
-        "steps_per_second": progress.rate_steps if progress else None,
-        "samples_per_second": progress.rate_samples if progress else None,
+        "steps_per_second": rates[0],
+        "samples_per_second": rates[1],
         "remaining": remaining,
         "estimated_end": now + remaining if remaining is not None else None,
         "checkpoint": _newest(inbox, now),

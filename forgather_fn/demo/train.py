@@ -55,17 +55,21 @@ def train(settings: Settings) -> str:
         print(f"found  {settings.run} at step {state.step}: going on from there (another --run starts anew)")
     remember(settings, text)
 
-    state = toolz.pipe(
-        program.steps(state, training),
-        ff.at({1, *range(100, settings.steps, 100), settings.steps}, ff.evaluated(held_out), bits_per_byte, show),
-        ff.at(
-            {1, *range(10, settings.steps, 10), settings.steps},
-            ff.report(bar("demo"), tensorboard(settings.run), jsonl(settings.run / "metrics.jsonl")),
-        ),
-        ff.every(max(100, settings.steps // 10), ff.saved(settings.run)),
-        ff.until(steps=settings.steps),
-        ff.last,
-    )
+    with ff.serve(settings.run) as inbox:
+        if inbox.job is not None:
+            print(f"control  forgather control watch {inbox.job}  (in another terminal)")
+        state = toolz.pipe(
+            program.steps(state, training),
+            ff.at({1, *range(100, settings.steps, 100), settings.steps}, ff.evaluated(held_out), bits_per_byte, show),
+            ff.at(
+                {1, *range(10, settings.steps, 10), settings.steps},
+                ff.report(bar("demo"), tensorboard(settings.run), jsonl(settings.run / "metrics.jsonl")),
+            ),
+            ff.every(max(100, settings.steps // 10), ff.saved(settings.run)),
+            ff.controlled(inbox),
+            ff.until(steps=settings.steps),
+            ff.last,
+        )
 
     curve(settings.run / "metrics.jsonl", settings.run / "curve.svg", title="Loss, nats per byte")
     print(f"\n{readable(sample(program, state, length=200, context=settings.context))}\n")

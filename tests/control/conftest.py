@@ -1,3 +1,4 @@
+import functools
 import multiprocessing
 import socket
 import tempfile
@@ -8,6 +9,7 @@ import pytest
 
 from forgather_fn.control import client, jobs
 from tests.control.training import exit_with
+from tests.toys import classifier, labelled_batches, trained
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +70,17 @@ class Raw:
         return self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
 
+@functools.cache
+def warmed():
+    """Make a first step here, so that processes that are forked need not each load what it takes."""
+    trained(classifier(), labelled_batches(1))
+
+
 class Job:
     """A process that trains, and can be controlled; forked, so that it takes milliseconds."""
 
     def __init__(self, run, logs, options):
+        warmed()
         self.run = run
         self.process = multiprocessing.get_context("fork").Process(target=exit_with, args=(str(run), logs, options))
         self.process.start()

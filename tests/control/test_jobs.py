@@ -10,7 +10,6 @@ import attrs
 import pytest
 
 from forgather_fn.control import ControlError, jobs
-from forgather_fn.control.cli import printable
 from forgather_fn.control.jobs import Endpoint, UnsafeError
 from forgather_fn.control.process import alive, this_process
 
@@ -293,7 +292,3 @@ class TestClaims:
         monkeypatch.setattr(Path, "home", homeless)
         with pytest.raises(ControlError, match="set HOME or XDG_STATE_HOME"):
             jobs.jobs_directory()
-
-
-def test_what_a_terminal_would_act_on_is_shown_as_an_escape():
-    assert printable("a\x1b[2Jb") == "a\\x1b[2Jb"

@@ -246,3 +246,17 @@ def test_two_processes_act_at_the_same_step(pair, tmp_path, state_home, command,
     expected = [saved["step"]] if command == "abort" else [saved["step"], step]
     assert saved_steps(tmp_path / "a") == expected
     assert left(state_home) == []
+
+
+def test_watching_reads_until_the_job_ends(job, capsys):
+    started = job()
+    found = target(started.endpoint())
+    thread = threading.Thread(target=lambda: (time.sleep(0.3), ask(found, Command.STOP)))
+    thread.start()
+    assert main(["control", "watch", "a", "--interval", "0.1"]) == 0
+    thread.join()
+    *looks, last = capsys.readouterr().out.splitlines()
+    assert looks
+    assert all(line.startswith("a  step ") for line in looks)
+    assert last == "the job has ended"
+    assert started.end() == 0

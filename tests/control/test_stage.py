@@ -294,14 +294,14 @@ class TestWhatIsTold:
         data = ff.batches(labelled(12), batch_size=3)
         toolz.pipe(made.steps(made.init(0), data), controlled(inbox), ff.until(steps=6), ff.last)
         progress = inbox.progress
-        assert (progress.step, progress.samples, progress.horizon, progress.epoch) == (6, 18, 6, 1.5)
-        assert (progress.rate_steps, progress.rate_samples, progress.remaining) == (1.0, 3.0, 0.0)
+        assert (progress.at[:2], progress.horizon, progress.epoch) == ((6, 18), 6, 1.5)
+        assert (progress.rates, progress.remaining) == ((1.0, 3.0), 0.0)
 
     def test_rates_are_over_the_last_half_minute(self):
-        progress = Progress(0, 1000, lambda samples: None, 0, 0)
+        progress = Progress(0, 1000, lambda samples: None, (0, 0, 0.0))
         for second in range(100):
             progress.advance(second * (1 if second < 60 else 2), 0, float(second))
-        assert progress.rate_steps == 2.0
+        assert progress.rates == (2.0, 0.0)
         assert progress.remaining == (1000 - 198) / 2
 
     def test_nobody_looks_at_the_metrics_unless_asked(self, made, inbox):

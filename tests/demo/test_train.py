@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import forgather_fn as ff
+from forgather_fn.control import Command, jobs
+from forgather_fn.control.client import ask, target
 from forgather_fn.demo import Settings
 from forgather_fn.demo.train import bits_per_byte, fingerprint, prepare, readable, rebuilt, sample, train, versions
 from forgather_fn.report import read
@@ -49,7 +51,9 @@ def lines(settings) -> list[str]:
 
 def test_the_same_seed_gives_the_same_weights_and_the_same_sample(settings, lines, directory):
     again = trained(attrs.evolve(settings, run=directory / "again"))
-    assert [line for line in again if "written to" not in line] == [line for line in lines if "written to" not in line]
+    named = ("written to", "control ")  # lines that have the run's name
+    told = [[line for line in of if not line.startswith(named)] for of in (again, lines)]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize(
@@ -359,3 +363,17 @@ def test_what_is_held_out_is_evaluated_with_and_not_trained_on(settings, directo
     trained(here)
     assert [seen(stream) for stream in evaluated_with] == [{"h"}]
     assert seen(rebuilt(here.run)[1]) == {"t"}
+
+
+def test_it_can_be_controlled_and_says_how(settings, tmp_path, monkeypatch):
+    asked = []
+
+    def show(tick):
+        asked.append(ask(target(jobs.find("watched")), Command.STOP, wait=False))
+
+    monkeypatch.setattr("forgather_fn.demo.train.show", show)
+    told = trained(attrs.evolve(settings, run=tmp_path / "watched"))
+    assert "control  forgather control watch watched  (in another terminal)" in told
+    assert asked == [{"command": "stop", "accepted": True}]
+    assert any(", step 1" in line for line in told)
+    assert [path.name for path in (tmp_path / "watched" / "checkpoints").iterdir()] == ["checkpoint-1"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forgather.ml.trainer.callbacks import TBLogger as TBLogger
     from forgather.ml.trainer.callbacks import TextgenCallback as TextgenCallback
     from forgather.ml.trainer.callbacks import TrainerCallback as TrainerCallback
+    from forgather.ml.trainer.callbacks import TrainerControlCallback as TrainerControlCallback
     from forgather.ml.trainer.collators import DataCollatorWithPadding as DataCollatorWithPadding
     from forgather.ml.trainer.collators import DefaultDataCollator as DefaultDataCollator
     from forgather.ml.trainer.collators import default_data_collator as default_data_collator
@@ -71,6 +72,7 @@ _WHERE: Final = {
         "TBLogger",
         "TextgenCallback",
         "TrainerCallback",
+        "TrainerControlCallback",
     ),
     "collators": (
         "DataCollatorWithPadding",

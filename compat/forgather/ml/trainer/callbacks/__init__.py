@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from forgather.ml.trainer.callbacks.progress import ProgressCallback as ProgressCallback
     from forgather.ml.trainer.callbacks.tensorboard import TBLogger as TBLogger
     from forgather.ml.trainer.callbacks.textgen import TextgenCallback as TextgenCallback
+    from forgather.ml.trainer.callbacks.trainer_control import TrainerControlCallback as TrainerControlCallback
 
 _WHERE = {
     "DivergenceDetector": "divergence",
@@ -38,6 +39,7 @@ _WHERE = {
     "ProgressCallback": "progress",
     "TBLogger": "tensorboard",
     "TextgenCallback": "textgen",
+    "TrainerControlCallback": "trainer_control",
 }
 
 
