@@ -110,3 +110,10 @@ class CheckingPart(Attributes):
                     setattr(self.args, name, value)
             self._seen_args = now
         refuse_unhonoured(self.args)
+        if self._world.size != self.args.world_size:
+            raise ValueError(
+                f"a launcher started {self.args.world_size} processes, and {type(self).__name__} trains on "
+                f"{self._world.size}: each would train by itself, and all would write to {self.args.output_dir!r}. For "
+                "several processes use AccelTrainer with AccelTrainingArguments; for this trainer, start one process: "
+                "python script.py, without torchrun or accelerate launch"
+            )

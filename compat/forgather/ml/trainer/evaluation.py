@@ -1,7 +1,9 @@
 """Evaluation and prediction."""
 
+import functools
 import itertools
 import math
+import operator
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +15,15 @@ from torch import Tensor, nn
 import forgather_fn as ff
 from forgather.ml.trainer.counting import batch_size_of, weight_of
 from forgather.ml.trainer.data import DataPart, has_length
+from forgather.ml.trainer.feed import part
 from forgather.ml.trainer.logs import LogPart
-from forgather.ml.trainer.nested import Gathered, plain_numbers
+from forgather.ml.trainer.nested import Gathered, interleaved, plain_numbers
 from forgather.ml.trainer.prediction import PredictionPart
+from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.trainer_types import EvalLoopOutput, EvalPrediction, PredictionOutput, speed_metrics
 from forgather_fn.model import evaluation_mode
+from forgather_fn.share import Share
+from forgather_fn.world import World
 
 
 @attrs.define(eq=False)
@@ -25,7 +31,7 @@ class Kept:
     """What an evaluation keeps of its batches.
 
     Attributes:
-        loss: The sum of the losses, each times its weight, and the weights.
+        means: The loss of each batch, times its weight, and the weight.
         losses: The loss of each sample, as far as it is known: that of its batch.
         predictions: The outputs that metrics are computed of.
         labels: What they are compared with.
@@ -38,7 +44,7 @@ class Kept:
     predictions: Gathered
     labels: Gathered
     inputs: Gathered
-    loss: ff.Mean | None = None
+    means: list[ff.Mean] = attrs.field(factory=list)
     samples: int = 0
     metrics: Mapping[str, Any] | None = None
 
@@ -46,6 +52,19 @@ class Kept:
     def empty(join: bool) -> "Kept":
         """Keep nothing yet."""
         return Kept(Gathered(join), Gathered(join), Gathered(join), Gathered(join))
+
+    def loss(self) -> float | None:
+        """Give the mean loss, added up batch after batch; None where no batch had one."""
+        return float(functools.reduce(operator.add, self.means)) if self.means else None
+
+    def gather(self, world: World) -> None:
+        """Take what other processes keep, so that all have all batches, in the order of the data."""
+        own = [(float(mean.total), float(mean.weight)) for mean in self.means]
+        found = world.gather((own, self.samples))
+        self.means = [ff.Mean(*pair) for pair in interleaved([means for means, _ in found])]
+        self.samples = sum(samples for _, samples in found)
+        for held in (self.losses, self.predictions, self.labels, self.inputs):
+            held.gather(world)
 
 
 class EvaluationPart(PredictionPart, DataPart, LogPart):
@@ -109,7 +128,8 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         metrics: dict[str, float] = output.metrics if output.metrics is not None else {}
         number = output.num_samples or 0
         metrics.update(speed_metrics(prefix, start, num_samples=number, num_steps=math.ceil(number / batch_size)))
-        return metrics
+        told: dict[str, float] = self._world.broadcast(metrics)
+        return told
 
     def evaluation_loop(
         self,
@@ -127,26 +147,38 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         modes = evaluation_mode(model)
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
-        self.callback_handler.eval_dataloader = dataloader
         kept = Kept.empty(args.eval_do_concat_batches)
         limit = getattr(args, "max_eval_steps", -1)
+        batches = self._own_batches(dataloader, limit if limit > 0 else None)
         try:
-            batches = itertools.islice(dataloader, limit if limit > 0 else None)
             self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
         finally:
             if self.is_in_train:
                 modes.restore()
+        if self._world.size > 1:
+            kept.gather(self._world)
         number = self._number_of_samples(dataloader, kept.samples if limit <= 0 else -1, kept.samples)
         predictions, labels = kept.predictions.result(), kept.labels.result()
         metrics = self._metrics(kept, predictions, labels)
-        if kept.loss is not None:
-            metrics[f"{metric_key_prefix}_loss"] = float(kept.loss)
+        if (loss := kept.loss()) is not None:
+            metrics[f"{metric_key_prefix}_loss"] = loss
         if prepared is not None:
             metrics[f"{metric_key_prefix}_model_preparation_time"] = prepared
         for name in list(metrics):
             if not name.startswith(f"{metric_key_prefix}_"):
                 metrics[f"{metric_key_prefix}_{name}"] = metrics.pop(name)
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=metrics, num_samples=number)
+
+    def _own_batches(self, dataloader: Any, limit: int | None) -> Any:
+        """Give the batches of an evaluation that this process has: each of them is one process's."""
+        world = self._world
+        if world.size == 1:
+            self.callback_handler.eval_dataloader = dataloader
+            return itertools.islice(dataloader, limit)
+        shared = self.args.accelerator_config
+        sharing = Sharing(world, Share(world.size, world.rank, world.size), shared.dispatch_batches)
+        self.callback_handler.eval_dataloader = own = part(dataloader, self.args.seed, sharing, limit)
+        return own
 
     model_preparation_time: float
     _prepared: bool
@@ -203,8 +235,7 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
             kept.losses.add(loss.repeat(size))
         if weight == 0 or (self._filters_nonfinite() and not math.isfinite(float(loss))):
             return
-        mean = ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight)
-        kept.loss = mean if kept.loss is None else kept.loss + mean
+        kept.means.append(ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight))
 
     def _filters_nonfinite(self) -> bool:
         """Tell whether values that are not finite are to be left out: only where that was asked for."""
