@@ -1,8 +1,6 @@
 """The trainer for several devices, one process to each."""
 
 import logging
-import os
-import sys
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from forgather.ml.trainer.base_trainer import BaseTrainer
 from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments
 from forgather.ml.trainer.resuming import batch_of
 from forgather.ml.trainer.sharing import Sharing
-from forgather_fn.distributed.launched import idle_devices
 from forgather_fn.plan import Program
 from forgather_fn.world import World
 
@@ -73,10 +70,6 @@ class AccelTrainer(BaseTrainer):
                 f"Accelerate computes on {self.accelerator.device}, and the arguments on {args.device}: give both the "
                 "same, use_cpu=True and Accelerator(cpu=True), or neither"
             )
-        if world.size == 1 and args.device.type == "cuda":
-            notice = idle_devices(os.environ, torch.accelerator.device_count(), sys.argv)
-            if notice is not None:
-                logger.warning("%s", notice)
         precision = self.accelerator.mixed_precision
         if precision in PRECISIONS and not (args.bf16 or args.fp16):
             setattr(args, precision, True)

@@ -1,14 +1,11 @@
 """Evaluation and prediction."""
 
-import functools
 import itertools
 import math
-import operator
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
@@ -16,55 +13,14 @@ import forgather_fn as ff
 from forgather.ml.trainer.counting import batch_size_of, weight_of
 from forgather.ml.trainer.data import DataPart, has_length
 from forgather.ml.trainer.feed import part
+from forgather.ml.trainer.kept import Kept, in_turn
 from forgather.ml.trainer.logs import LogPart
-from forgather.ml.trainer.nested import Gathered, interleaved, plain_numbers
+from forgather.ml.trainer.nested import plain_numbers
 from forgather.ml.trainer.prediction import PredictionPart
 from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.trainer_types import EvalLoopOutput, EvalPrediction, PredictionOutput, speed_metrics
 from forgather_fn.model import evaluation_mode
 from forgather_fn.share import Share
-from forgather_fn.world import World
-
-
-@attrs.define(eq=False)
-class Kept:
-    """What an evaluation keeps of its batches.
-
-    Attributes:
-        means: The loss of each batch, times its weight, and the weight.
-        losses: The loss of each sample, as far as it is known: that of its batch.
-        predictions: The outputs that metrics are computed of.
-        labels: What they are compared with.
-        inputs: What the model was given.
-        samples: How many there were.
-        metrics: Those of the last batch, where they are computed batch by batch.
-    """
-
-    losses: Gathered
-    predictions: Gathered
-    labels: Gathered
-    inputs: Gathered
-    means: list[ff.Mean] = attrs.field(factory=list)
-    samples: int = 0
-    metrics: Mapping[str, Any] | None = None
-
-    @staticmethod
-    def empty(join: bool) -> "Kept":
-        """Keep nothing yet."""
-        return Kept(Gathered(join), Gathered(join), Gathered(join), Gathered(join))
-
-    def loss(self) -> float | None:
-        """Give the mean loss, added up batch after batch; None where no batch had one."""
-        return float(functools.reduce(operator.add, self.means)) if self.means else None
-
-    def gather(self, world: World) -> None:
-        """Take what other processes keep, so that all have all batches, in the order of the data."""
-        own = [(float(mean.total), float(mean.weight)) for mean in self.means]
-        found = world.gather((own, self.samples))
-        self.means = [ff.Mean(*pair) for pair in interleaved([means for means, _ in found])]
-        self.samples = sum(samples for _, samples in found)
-        for held in (self.losses, self.predictions, self.labels, self.inputs):
-            held.gather(world)
 
 
 class EvaluationPart(PredictionPart, DataPart, LogPart):
@@ -199,41 +155,48 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         self, kept: Kept, batches: Any, description: str, loss_only: bool, ignore_keys: list[str] | None
     ) -> None:
         args = self.args
-        for step, (inputs, is_last) in enumerate(_with_last(batches)):
-            size = batch_size_of(inputs)
-            kept.samples += size or 0
-            # Before the step: an override may take the labels out.
-            weight = weight_of(inputs, self._loss_shifts_labels)
-            loss, logits, labels = self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
-            wanted = self._main_input(inputs) if "inputs" in args.include_for_metrics else None
-            if loss is not None:
-                self._add_loss(kept, loss, weight, size or 1)
-            if logits is not None and self.preprocess_logits_for_metrics is not None:
-                logits = self.preprocess_logits_for_metrics(logits, labels)
-            whole = not args.batch_eval_metrics or description == "Prediction"
-            for held, nest in ((kept.inputs, wanted), (kept.predictions, logits), (kept.labels, labels)):
-                if nest is not None and whole:
-                    held.add(nest)
-            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-            if args.batch_eval_metrics:
-                if self.compute_metrics is not None and logits is not None and labels is not None:
-                    given = {
-                        "losses": loss.repeat(size or 1)
-                        if loss is not None and "loss" in args.include_for_metrics
-                        else None,
-                        "inputs": inputs if "inputs" in args.include_for_metrics else None,
-                    }
-                    prediction = EvalPrediction(predictions=logits, label_ids=labels, **given)
+        whole = not args.batch_eval_metrics or description == "Prediction"
+        evaluated = (self._evaluate_batch(kept, inputs, whole, loss_only, ignore_keys) for inputs in batches)
+        if args.batch_eval_metrics:
+            for prediction, is_last in _with_last(in_turn(self._world, evaluated)):
+                if prediction is not None and self.compute_metrics is not None:
                     kept.metrics = self.compute_metrics(prediction, compute_result=is_last)
-            elif args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
+            return
+        for step, _ in enumerate(evaluated, 1):
+            if args.eval_accumulation_steps and step % args.eval_accumulation_steps == 0:
                 for held in (kept.losses, kept.predictions, kept.labels, kept.inputs):
                     held.to_numpy()
+
+    def _evaluate_batch(
+        self, kept: Kept, inputs: Any, whole: bool, loss_only: bool, ignore_keys: list[str] | None
+    ) -> EvalPrediction | None:
+        """Run the model on a batch, keep what is kept of it, and give what metrics of it alone are computed of."""
+        args, size = self.args, batch_size_of(inputs)
+        kept.samples += size or 0
+        # Before the step: an override may take the labels out.
+        weight = weight_of(inputs, self._loss_shifts_labels)
+        loss, logits, labels = self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
+        wanted = self._main_input(inputs) if "inputs" in args.include_for_metrics else None
+        if loss is not None:
+            self._add_loss(kept, loss, weight, size or 1)
+        if logits is not None and self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        for held, nest in ((kept.inputs, wanted), (kept.predictions, logits), (kept.labels, labels)):
+            if nest is not None and whole:
+                held.add(nest)
+        self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        if not args.batch_eval_metrics or logits is None or labels is None:
+            return None
+        losses = loss.repeat(size or 1) if loss is not None and "loss" in args.include_for_metrics else None
+        inputs = inputs if "inputs" in args.include_for_metrics else None
+        return EvalPrediction(predictions=logits, label_ids=labels, inputs=inputs, losses=losses)
 
     def _add_loss(self, kept: Kept, loss: Tensor, weight: float, size: int) -> None:
         loss = loss.detach().mean()
         if "loss" in self.args.include_for_metrics:
             kept.losses.add(loss.repeat(size))
         if weight == 0 or (self._filters_nonfinite() and not math.isfinite(float(loss))):
+            kept.means.append(None)
             return
         kept.means.append(ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight))
 

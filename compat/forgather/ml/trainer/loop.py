@@ -5,21 +5,21 @@ What "step" counts: ``state.global_step`` is the number of updates made; a step 
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from forgather.ml.trainer.agreeing import agreed, telling
 from forgather.ml.trainer.between import BetweenPart, out_of_memory
-from forgather.ml.trainer.data import Lengths, has_length
+from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.feed import feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
+from forgather.ml.trainer.position import PositionPart
 from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.running import Running
 from forgather.ml.trainer.sharing import Sharing
@@ -32,7 +32,7 @@ from forgather_fn.state import NonFiniteError
 logger = logging.getLogger(__name__)
 
 
-class LoopPart(SteppingPart, BetweenPart):
+class LoopPart(SteppingPart, BetweenPart, PositionPart):
     """The part of a trainer that trains."""
 
     _preempted: Callable[[], bool]
@@ -110,11 +110,11 @@ class LoopPart(SteppingPart, BetweenPart):
                 self._train_batch_size = smaller
 
     def _train_from(self, resumed: str | None, ignore_keys: list[str] | None) -> TrainOutput:
-        loader = self.get_train_dataloader()
-        lengths = Lengths(*self.set_initial_training_values(self.args, loader))
+        fed = feed(self.get_train_dataloader(), self.args.seed, self._sharing())
+        lengths = Lengths(*self.set_initial_training_values(self.args, fed.loader))
         run = Running(
             lengths=lengths,
-            feed=feed(loader, self.args.seed, self._sharing()),
+            feed=fed,
             losses=Losses(self._filters_nonfinite()),
             resumed=resumed,
             start=time.time(),
@@ -166,28 +166,6 @@ class LoopPart(SteppingPart, BetweenPart):
             self._resume_state(run.resumed)
             self._find_position(run)
         self.state.init_training_references(self, run.lengths.max_steps, run.lengths.epochs, None)
-
-    def _find_position(self, run: Running) -> None:
-        """Find where in the data the run goes on."""
-        steps, accumulate = self.state.global_step, self._microbatches
-        from_start = self.args.ignore_data_skip or not getattr(self.args, "restore_dataset_state", True)
-        if has_length(run.feed.loader) or from_start:
-            run.epoch = steps // run.lengths.updates_per_epoch
-            run.skip = 0 if from_start else steps % run.lengths.updates_per_epoch * accumulate
-            return
-        while steps:  # how long an epoch is, only reading tells
-            run.opened, run.skip = run.feed.open(run.epoch, 0), 0
-            while steps and (count := self._read_window(run.opened)):
-                run.skip += count
-                steps -= 1
-            if not steps or not run.skip:
-                return
-            run.epoch += 1
-
-    def _read_window(self, batches: Iterator[Any]) -> int:
-        """Read the microbatches of one step, and count those of all processes."""
-        own = sum(1 for _ in itertools.islice(batches, self._own_accumulation))
-        return own if self._world.size == 1 else sum(self._world.gather(own))
 
     def _prepare_for_training(self, run: Running) -> None:
         """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""

@@ -1,6 +1,5 @@
 """One step of a training: the core's, whole where nobody looks inside, else in two halves with events between."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -10,16 +9,14 @@ from torch import Tensor, nn
 import forgather_fn as ff
 from forgather.ml.trainer.agreeing import AgreeingPart
 from forgather.ml.trainer.evaluation import EvaluationPart
-from forgather.ml.trainer.gathering import add_up
+from forgather.ml.trainer.left_gradients import add_up, clipped, taken
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
 from forgather.ml.trainer.optimizing import OptimizerPart
 from forgather.ml.trainer.windows import Window
-from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
-from forgather_fn.model import parameter_anatomy
 from forgather_fn.plan import Program
 from forgather_fn.random import key, seeded
 from forgather_fn.share import Parts
@@ -210,7 +207,7 @@ class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
         gradients = taken(self.model, state, samples, total)
         norm = gradients.norm().clone()
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
-            gradients = _clipped(gradients, state, float(args.max_grad_norm))
+            gradients = clipped(gradients, state, float(args.max_grad_norm))
         self.control = handler.call_event("on_pre_optimizer_step", args, self.state, self.control)
         try:
             self._update(engine, taken(self.model, state, samples, total), loss)
@@ -270,45 +267,6 @@ def ff_unbind(model: nn.Module) -> None:
     from forgather_fn.binding import unbind
 
     unbind(model)
-
-
-def taken(model: nn.Module, state: TrainState, samples: int, weight: float) -> Gradients:
-    """Take what the parameters' ``grad`` holds as the gradient of a step.
-
-    Raises:
-        ValueError: No parameter has a gradient.
-    """
-    params = state.params
-    assert isinstance(params, Flat)
-    layout = params.layout
-    views: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for site, name in parameter_anatomy(model).sites:
-        grad = site.tensor.grad
-        if grad is None or name not in layout.index or id(site.tensor) in seen:
-            continue
-        seen.add(id(site.tensor))
-        views[name] = grad if name not in views else views[name] + grad
-    if not views:
-        raise ValueError(
-            "no parameter has a gradient after training_step: call loss.backward() (or self.accelerator.backward) in it"
-        )
-    active = tuple(leaf.name in views for leaf in layout.leaves)
-    named: Mapping[str, Tensor] = {
-        leaf.name: _strided(views[leaf.name], leaf.stride) for leaf in layout.leaves if leaf.name in views
-    }
-    return Gradients(layout, active, named, None, samples, weight)
-
-
-def _strided(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return grad if grad.stride() == stride else grad.new_empty_strided(grad.shape, stride).copy_(grad)
-
-
-def _clipped(gradients: Gradients, state: TrainState, max_norm: float) -> Gradients:
-    with torch.no_grad():
-        clipped, _ = ff.clipped(max_norm).update(gradients, None, params=state.params, step=state.step, seed=state.seed)
-        assert isinstance(clipped, Gradients)
-        return clipped.resolved()
 
 
 def _copied(buffers: Any) -> Any:
