@@ -55,6 +55,20 @@ class Everywhere(Lines):
         return iter(self.samples)
 
 
+class Numbered(Dataset):
+    """Samples that have numbers; only the first process may read them."""
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        assert int(os.environ.get("RANK", "0")) == 0, "read by another process than the first"
+        return self.samples[index]
+
+
 class Shaken(Dataset):
     """Samples that draw random numbers each time."""
 
@@ -165,6 +179,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a loader of Accelerate": {"cls": Prepared},
     "lines": {"data": Lines},
     "lines that each reads": {"data": Everywhere, "accelerator_config": {"dispatch_batches": False}},
+    "read by the first": {"data": Numbered, "accelerator_config": {"dispatch_batches": True}},
     "samples that draw": {"data": Shaken},
     "grouped by length": {
         "model": llama, "kind": "llama", "train_sampling_strategy": "group_by_length", "length_column_name": "none"

@@ -94,6 +94,17 @@ def test_a_run_goes_on_in_another_world(pools, tmp_path, saved_by, resumed_by):
         assert unlike(whole, found, 0.0) == ["log 7 train_loss"]  # the mean of those that this call made
 
 
+@pytest.mark.parametrize("case", ["lines", "samples that draw", "a look between"])
+def test_any_run_goes_on_in_another_world(pools, tmp_path, case):
+    whole = accel.trained(case, 1, str(tmp_path / "whole"))
+    folder = str(tmp_path / "run")
+    pools[2].run(accel.trained, case, 2, folder, {"save_strategy": "steps", "save_steps": 4})
+    (Path(folder) / "checkpoint-7").rename(tmp_path / "checkpoint-7")
+    for found in pools[4].run(accel.resumed, case, 4, folder):
+        different = unlike(whole, found, 1e-12)
+        assert [name for name in different if not name.endswith("train_loss")] == []
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_microbatches_of_a_step_are_kept_where_the_world_changes(pools, tmp_path, size, caplog):
     constant = {"lr_scheduler_type": "constant"}

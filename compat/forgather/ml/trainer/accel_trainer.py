@@ -133,7 +133,8 @@ class AccelTrainer(BaseTrainer):
                 "allow_batch_change=True"
             )
         self._accumulate = microbatches // size
-        logger.warning(
+        logger.log(
+            logging.WARNING if self._world.main else logging.INFO,
             "%s. The steps stay as they were: gradient_accumulation_steps=%d is used. (allow_batch_change=True would "
             "change them.)",
             *(said, self._accumulate),

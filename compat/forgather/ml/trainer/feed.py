@@ -124,7 +124,7 @@ def feed(loader: Any, seed: int, sharing: Sharing | None = None) -> Feed:
             while it is fetched depends on its number alone.
     """
     loader = loader if sharing is None or sharing.world.size == 1 else whole(loader)
-    if not _is_plain(loader):
+    if not _is_plain(loader) or (sharing is not None and sharing.dispatch):
         return Feed(loader, lambda epoch, skip: _read(loader, seed, sharing or Sharing(), epoch, skip))
     rest, mine = _rest(loader, seed, sharing or Sharing())
 
@@ -148,7 +148,7 @@ def part(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> Any:
         stop: How many batches there are at most; None for all.
     """
     loader = whole(loader)
-    if not _is_plain(loader):
+    if not _is_plain(loader) or sharing.dispatch:
         by_first = sharing.dispatch is not False
         return sharing.own(itertools.islice(_opened(loader), stop), by_first=by_first)
     rest, mine = _rest(loader, seed, sharing)

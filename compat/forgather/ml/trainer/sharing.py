@@ -24,8 +24,8 @@ class Sharing:
     Attributes:
         world: The processes.
         share: Which batches of a window this process has; a window is what a step, or a round of an evaluation, takes.
-        dispatch: Whether the first process reads for all what no index can be given of (an iterable); if not, each
-            reads everything and keeps its own. None: it does.
+        dispatch: Whether the first process reads for all, and the others nothing. If not, each reads its own, and
+            everything where no index can be given (of an iterable). None: the first reads such data, and no other.
     """
 
     world: World = ALONE
