@@ -68,7 +68,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
-    "config": {"base", "report", "checkpoint", "public", "training"},
+    "config": {"base", "report", "distributed", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},

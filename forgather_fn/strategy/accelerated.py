@@ -62,7 +62,7 @@ def accelerated(
         ValueError: The microbatches cannot be shared out evenly; the plan or the accelerator asks for what this
             strategy does not do; or a launcher started several processes, and this one believes that it is alone.
     """
-    found = _accelerator(accelerator, accelerator_args)
+    found = accelerator_from(accelerator, accelerator_args)
     world = world_of(found)
     _check(plan)
     precision = _precision(plan, found)
@@ -110,7 +110,16 @@ _REFUSED: Final = {
 }
 
 
-def _accelerator(given: "Accelerator | None", arguments: Mapping[str, Any] | None) -> "Accelerator":
+def accelerator_from(given: "Accelerator | None", arguments: Mapping[str, Any] | None) -> "Accelerator":
+    """Take the accelerator that is given, or make one.
+
+    Args:
+        given: Which knows the processes and their devices.
+        arguments: Of ``accelerate.Accelerator``, for one that is made; ``cpu`` is whether there is no other device.
+
+    Raises:
+        ValueError: Both are given, or an argument asks for what is not done here.
+    """
     from accelerate import Accelerator
 
     if given is not None:

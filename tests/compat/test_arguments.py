@@ -484,11 +484,43 @@ def test_making_arguments_touches_no_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_arguments_of_accelerate_take_what_one_device_refuses() -> None:
-    args = AccelTrainingArguments("x", accelerator_args='{"mixed_precision": "no"}', fsdp="full_shard")
-    assert args.accelerator_args == {"mixed_precision": "no"}
-    with pytest.raises(ValueError, match="push_to_hub"):
-        AccelTrainingArguments("x", push_to_hub=True)
+def test_the_arguments_of_accelerate() -> None:
+    args = AccelTrainingArguments("x", accelerator_args='{"mixed_precision": "bf16", "cpu": true}')
+    assert args.accelerator_args == {"mixed_precision": "bf16", "cpu": True}
+    assert (args.bf16, args.use_cpu, args.mixed_precision) == (True, True, "bf16")
+    assert args.for_accelerator() == args.accelerator_args
+    waits = AccelTrainingArguments("x", use_cpu=True, ddp_timeout=60, ddp_backend="gloo").for_accelerator()
+    (opened,) = waits.pop("kwargs_handlers")
+    assert waits == {"cpu": True}
+    assert (opened.backend, opened.timeout.total_seconds()) == ("gloo", 60.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"fsdp": "full_shard"}, "each process holds the whole model"),
+        ({"ddp_bucket_cap_mb": 25}, "there are no buckets"),
+        ({"ddp_broadcast_buffers": False}, "buffers become those of the first process"),
+        ({"reduction": "mean"}, "reduction='mean' is not one of"),
+        ({"accelerator_args": 3}, "expected a dict, or JSON"),
+        ({"accelerator_args": {"mixed_precision": "fp16"}, "bf16": True, "use_cpu": True}, "leave one of them out"),
+    ],
+)
+def test_what_is_refused_of_the_arguments_of_accelerate(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        AccelTrainingArguments("x", **given)
+
+
+def test_what_several_processes_cannot_do_is_refused() -> None:
+    for given, named in (
+        ({"auto_find_batch_size": True}, "where memory runs out on one"),
+        ({"accelerator_config": {"split_batches": True}}, "give per_device_train_batch_size=4 instead"),
+    ):
+        args = AccelTrainingArguments("x", **given)
+        args.check_processes(1)
+        with pytest.raises(ValueError, match=named):
+            args.check_processes(2)
 
 
 def test_the_arguments_of_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,24 +373,21 @@ def test_configurations_are_listed(run):
     assert "projects/causal_lm.yaml" in out
 
 
-def test_several_processes_are_started_by_torch(run, monkeypatch):
+def test_several_processes_are_launched(run, monkeypatch):
     started = []
 
-    def record(command, check):
-        started.append(command)
-        return subprocess.CompletedProcess(command, 7)
+    def record(script, processes, *, module):
+        started.append((script, processes, module))
+        return 7
 
-    monkeypatch.setattr("subprocess.run", record)
+    monkeypatch.setattr("forgather_fn.distributed.cli.launch", record)
     code, _, err = run("train", "mine.yaml", "-n", "2", "--resume")
     assert (code, started) == (2, [])
     assert ".strategy: &strategy !partial:forgather_fn:accelerated []" in err
     with Path("mine.yaml").open("a") as file:
         file.write("[distributed_env]\n.strategy: &strategy !partial:forgather_fn:accelerated []\n")
     assert run("train", "mine.yaml", "-n", "2", "--resume")[0] == 7
-    assert started[0][1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "forgather_fn"),
-        *("train", "mine.yaml", "--resume"),
-    ]
+    assert started == [(["forgather_fn", "train", "mine.yaml", "--resume"], 2, True)]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

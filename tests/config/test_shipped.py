@@ -117,9 +117,10 @@ def samples() -> list[dict[str, object]]:
     return [{"x": torch.full((4,), float(i)), "labels": i % 3} for i in range(24)]
 
 
-def test_the_class_layer_trains(tmp_path):
+@pytest.mark.parametrize("name", ["trainer", "accel_trainer"])
+def test_the_class_layer_trains(tmp_path, name):
     (tmp_path / "mine.yaml").write_text(
-        "-- extends 'trainers/trainer.yaml'\n"
+        f"-- extends 'trainers/{name}.yaml'\n"
         f"[model]\n.model: &model !partial:{__name__}:scores []\n"
         f"[datasets]\n.train_dataset: &train_dataset !call:{__name__}:samples []\n"
         ".eval_dataset: &eval_dataset ~\n.data_collator: &data_collator ~\n"

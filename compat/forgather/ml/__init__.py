@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from forgather.ml.distributed import DistributedEnvironment as DistributedEnvironment
     from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
     from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
+    from forgather.ml.trainer.accel_trainer import AccelTrainer as AccelTrainer
     from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
     from forgather.ml.trainer.arguments import TrainingArguments as TrainingArguments
     from forgather.ml.trainer.base_trainer import BaseTrainer as BaseTrainer
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from forgather.ml.trainer.enums import ParallelMode as ParallelMode
     from forgather.ml.trainer.enums import SaveStrategy as SaveStrategy
     from forgather.ml.trainer.enums import SchedulerType as SchedulerType
+    from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments as AccelTrainingArguments
     from forgather.ml.trainer.scheduling import get_scheduler as get_scheduler
     from forgather.ml.trainer.seeding import enable_full_determinism as enable_full_determinism
     from forgather.ml.trainer.seeding import set_seed as set_seed

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,12 +80,15 @@ def _run(loaded: Loaded, options: argparse.Namespace) -> None:
     record = loaded.record("main", options.command_line)
     _check_run(run, record, options)
     main = loaded.build("main", options.allow)
-    if os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
         with locked(run):
             records.write(run, record)
-    print(f"run    {run} (configuration {record.hash[:12]})", flush=True)
+        print(f"run    {run} (configuration {record.hash[:12]})", flush=True)
     resume = Path(options.resume) if isinstance(options.resume, str) else bool(options.resume and latest(run))
-    _tell(start(main, resume, changes=options.allow_changes))
+    result = start(main, resume, changes=options.allow_changes)
+    if first:
+        _tell(result)
 
 
 def start(main: Any, resume: bool | Path, *, changes: bool) -> Any:
@@ -185,7 +187,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _launched(options: argparse.Namespace) -> int:
-    """Start this command in several processes, by torch's launcher."""
+    """Start this command in several processes."""
+    from forgather_fn.distributed.cli import launch  # when used: torch's launcher takes a while to load
+
     processes = options.processes
     if processes < 1:
         raise ConfigError(f"-n {processes}: expected a number of processes, at least 1")
@@ -195,10 +199,7 @@ def _launched(options: argparse.Namespace) -> int:
             f"-n {processes}: this configuration trains in one process; for several, set its strategy:\n"
             "  [distributed_env]\n  .strategy: &strategy !partial:forgather_fn:accelerated []"
         )
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--module", "forgather_fn"]
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *_without_processes(options.command_line[1:])], check=False
-    ).returncode
+    return launch(["forgather_fn", *_without_processes(options.command_line[1:])], processes, module=True)
 
 
 def _without_processes(arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
     from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
+    from forgather.ml.trainer.accel_trainer import AccelTrainer as AccelTrainer
     from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
     from forgather.ml.trainer.arguments import TrainingArguments as TrainingArguments
     from forgather.ml.trainer.base_trainer import BaseTrainer as BaseTrainer
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from forgather.ml.trainer.enums import ParallelMode as ParallelMode
     from forgather.ml.trainer.enums import SaveStrategy as SaveStrategy
     from forgather.ml.trainer.enums import SchedulerType as SchedulerType
+    from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments as AccelTrainingArguments
     from forgather.ml.trainer.scheduling import get_scheduler as get_scheduler
     from forgather.ml.trainer.seeding import enable_full_determinism as enable_full_determinism
     from forgather.ml.trainer.seeding import set_seed as set_seed
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from forgather.ml.trainer.trainer_types import speed_metrics as speed_metrics
 
 _WHERE: Final = {
+    "accel_trainer": ("AccelTrainer",),
     "arguments": (
         "Seq2SeqTrainingArguments",
         "TrainingArguments",
@@ -88,6 +91,7 @@ _WHERE: Final = {
         "SaveStrategy",
         "SchedulerType",
     ),
+    "parallel_arguments": ("AccelTrainingArguments",),
     "scheduling": ("get_scheduler",),
     "seeding": (
         "enable_full_determinism",

@@ -9,12 +9,14 @@ from typing import Any
 
 @dataclass
 class AcceleratorConfig:
-    """What Accelerate does with batches; with one process nothing is shared, and the first three say nothing.
+    """How batches are shared out; with one process nothing is shared, and the first three say nothing.
 
     Attributes:
-        split_batches: Whether ``per_device_train_batch_size`` is that of all processes, split among them.
-        dispatch_batches: Whether the first process loads for all.
-        even_batches: Whether the last batch is filled up, so that all processes have one of equal size.
+        split_batches: Whether ``per_device_train_batch_size`` is that of all processes; refused where there are
+            several.
+        dispatch_batches: Whether the first process loads for all; None: what can only be iterated.
+        even_batches: Accelerate's, which repeats samples so that all processes have equally many. Here none is
+            repeated, whatever it says: a process may have fewer microbatches of a step than others, or none.
         use_seedable_sampler: Always true: the order of data depends on its seed alone.
         non_blocking: Whether batches are copied to the device while it computes.
         gradient_accumulation_kwargs: Refused: ``gradient_accumulation_steps`` says it.

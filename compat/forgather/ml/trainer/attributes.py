@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from forgather.ml.trainer.callbacks.dispatch import CallbackHandler
+from forgather_fn.share import Share
+from forgather_fn.world import World
 
 
 class Attributes:
@@ -57,7 +59,24 @@ class Attributes:
     place_model_on_device: bool
     is_in_train: bool
     current_gradient_accumulation_steps: int
+    _world: World
+    _accumulate: int | None
     hub_model_id: str | None
     current_flos: float
     _train_batch_size: int
     _signature_columns: list[str] | None
+
+    @property
+    def _own_accumulation(self) -> int:
+        """Microbatches of a step on one process: as arguments say, or as a run that goes on was trained with."""
+        return int(self.args.gradient_accumulation_steps if self._accumulate is None else self._accumulate)
+
+    @property
+    def _microbatches(self) -> int:
+        """Microbatches of a step, over all processes."""
+        return self._own_accumulation * self._world.size
+
+    @property
+    def _own_share(self) -> Share:
+        """Which microbatches of a step this process has."""
+        return Share(self._microbatches, self._world.rank, self._world.size)

@@ -23,6 +23,7 @@ from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
 from forgather_fn.plan import Program
+from forgather_fn.world import ALONE, World
 
 
 class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
@@ -88,6 +89,7 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
         self._given_args = args
         self._seen_args = dict(vars(args)) if is_dataclass(args) else {}
         self.distributed_env = distributed_env
+        self._world, self._accumulate = self._join(), None
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.model_init = model_init
         self.processing_class = _one("processing_class", processing_class, "tokenizer", tokenizer)
@@ -118,8 +120,13 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
     def _strategy(self, plan: ff.Plan) -> Program:
         """Make the program of a plan: all that concrete trainers differ in."""
 
+    def _join(self) -> World:
+        """Find the processes that share the microbatches of a step; none by default."""
+        return ALONE
+
     def _begin(self) -> None:
         """Set what nobody gives."""
+        self._halved = self._in_parts = self._called = False
         self.is_in_train = self._prepared = self._created_lr_scheduler = self._watched = False
         self.hub_model_id = self._engine = self._writing = self._run = None
         self.current_flos, self._flops = 0, 0.0

@@ -5,17 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgather.ml.trainer.agreeing import AgreeingPart
 from forgather.ml.trainer.evaluation import EvaluationPart
 from forgather.ml.trainer.rates import RatePart, metric_of
 from forgather.ml.trainer.resuming import ResumingPart
 from forgather.ml.trainer.running import Running
 
 
-class BetweenPart(EvaluationPart, ResumingPart, RatePart):
+class BetweenPart(EvaluationPart, ResumingPart, RatePart, AgreeingPart):
     """The part of a trainer that does what callbacks asked for."""
 
     def _look_up(self, run: Running, epoch: int) -> None:
         """Do what callbacks asked for."""
+        self._agree()
         tr_loss = None
         if type(self)._maybe_log_save_evaluate is not BetweenPart._maybe_log_save_evaluate:
             tr_loss = torch.tensor(run.losses.sum_since())
@@ -58,6 +60,7 @@ class BetweenPart(EvaluationPart, ResumingPart, RatePart):
             run.last_logged = self.state.global_step
             self.store_flos()
             self.log(logs, start_time)
+            self._agree()
         if self.control.should_save and getattr(self.args, "eval_on_save", False) and self.eval_dataset is not None:
             self.control.should_evaluate = True
         if self.control.should_evaluate:
@@ -65,9 +68,11 @@ class BetweenPart(EvaluationPart, ResumingPart, RatePart):
             is_best = self._determine_best_metric(metrics, trial)
             if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
                 self.control.should_save = is_best
+            self._agree()
         if self.control.should_save:
             self._commit_checkpoint()
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._agree()
 
     _run: Running | None
 
@@ -85,9 +90,10 @@ class BetweenPart(EvaluationPart, ResumingPart, RatePart):
                     "size, reduce `per_device_eval_batch_size` instead."
                 ) from error
             raise
+        agreed: dict[str, float] = self._world.broadcast(metrics)  # an override may find others on each process
         if not skip_scheduler:
-            self._step_scheduler_on(metrics)
-        return metrics
+            self._step_scheduler_on(agreed)
+        return agreed
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
         """Compare an evaluation with the best before, and tell whether it is better; nan never is."""

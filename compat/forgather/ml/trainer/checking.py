@@ -24,8 +24,8 @@ NEVER_CALLED = {
     "_save_scaler": "there is no scaler object: the scale of a float16 loss is part of the state",
     "create_accelerator_and_postprocess": "set trainer.accelerator after the trainer is made",
     "_build_accelerator_args": "set trainer.accelerator after the trainer is made",
-    "_nested_gather": "there is one process: what is to be gathered is there",
-    "_pad_across_processes": "there is one process: nothing is padded for others",
+    "_nested_gather": "what an evaluation keeps is gathered when it ends: override evaluation_loop",
+    "_pad_across_processes": "what an evaluation keeps is padded when it ends: override evaluation_loop",
 }
 """Private methods of transformers' Trainer that are not called here, and what to override instead."""
 
@@ -110,3 +110,10 @@ class CheckingPart(Attributes):
                     setattr(self.args, name, value)
             self._seen_args = now
         refuse_unhonoured(self.args)
+        if self._world.size != self.args.world_size:
+            raise ValueError(
+                f"a launcher started {self.args.world_size} processes, and {type(self).__name__} trains on "
+                f"{self._world.size}: each would train by itself, and all would write to {self.args.output_dir!r}. For "
+                "several processes use AccelTrainer with AccelTrainingArguments; for this trainer, start one process: "
+                "python script.py, without torchrun or accelerate launch"
+            )

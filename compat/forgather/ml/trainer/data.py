@@ -136,7 +136,7 @@ class DataPart(Attributes):
             return None
         strategy = str(getattr(self.args, "train_sampling_strategy", "random"))
         if strategy == "group_by_length":
-            together = self._train_batch_size * self.args.gradient_accumulation_steps
+            together = self._train_batch_size * self._microbatches
             return LengthGroupedSampler(together, self._lengths(dataset), self._data_seed())
         if strategy == "sequential":
             return SequentialSampler(dataset)
@@ -197,7 +197,7 @@ class DataPart(Attributes):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Count the samples of one step."""
-        return int(self._train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        return int(self._train_batch_size * self._microbatches)
 
     def set_initial_training_values(self, args: Any, dataloader: Sized) -> tuple[int, int, int, float, int, int, int]:
         """Find how long the training is: the fields of :class:`Lengths`, in order.
@@ -209,7 +209,7 @@ class DataPart(Attributes):
 
     def _training_lengths(self, args: Any, dataloader: Sized) -> Lengths:
         batch_size = self.get_total_train_batch_size(args)
-        accumulate = args.gradient_accumulation_steps
+        accumulate = self._microbatches
         cap = getattr(args, "epoch_train_steps", None)
         if not has_length(dataloader):
             if args.max_steps <= 0:

@@ -6,46 +6,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 import forgather_fn as ff
 from forgather.ml.trainer.counting import batch_size_of, weight_of
 from forgather.ml.trainer.data import DataPart, has_length
+from forgather.ml.trainer.feed import part
+from forgather.ml.trainer.kept import Kept, in_turn
 from forgather.ml.trainer.logs import LogPart
-from forgather.ml.trainer.nested import Gathered, plain_numbers
+from forgather.ml.trainer.nested import plain_numbers
 from forgather.ml.trainer.prediction import PredictionPart
+from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.trainer_types import EvalLoopOutput, EvalPrediction, PredictionOutput, speed_metrics
 from forgather_fn.model import evaluation_mode
-
-
-@attrs.define(eq=False)
-class Kept:
-    """What an evaluation keeps of its batches.
-
-    Attributes:
-        loss: The sum of the losses, each times its weight, and the weights.
-        losses: The loss of each sample, as far as it is known: that of its batch.
-        predictions: The outputs that metrics are computed of.
-        labels: What they are compared with.
-        inputs: What the model was given.
-        samples: How many there were.
-        metrics: Those of the last batch, where they are computed batch by batch.
-    """
-
-    losses: Gathered
-    predictions: Gathered
-    labels: Gathered
-    inputs: Gathered
-    loss: ff.Mean | None = None
-    samples: int = 0
-    metrics: Mapping[str, Any] | None = None
-
-    @staticmethod
-    def empty(join: bool) -> "Kept":
-        """Keep nothing yet."""
-        return Kept(Gathered(join), Gathered(join), Gathered(join), Gathered(join))
+from forgather_fn.share import Share
 
 
 class EvaluationPart(PredictionPart, DataPart, LogPart):
@@ -109,7 +84,8 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         metrics: dict[str, float] = output.metrics if output.metrics is not None else {}
         number = output.num_samples or 0
         metrics.update(speed_metrics(prefix, start, num_samples=number, num_steps=math.ceil(number / batch_size)))
-        return metrics
+        told: dict[str, float] = self._world.broadcast(metrics)
+        return told
 
     def evaluation_loop(
         self,
@@ -127,26 +103,38 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         modes = evaluation_mode(model)
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
-        self.callback_handler.eval_dataloader = dataloader
         kept = Kept.empty(args.eval_do_concat_batches)
         limit = getattr(args, "max_eval_steps", -1)
+        batches = self._own_batches(dataloader, limit if limit > 0 else None)
         try:
-            batches = itertools.islice(dataloader, limit if limit > 0 else None)
             self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
         finally:
             if self.is_in_train:
                 modes.restore()
+        if self._world.size > 1:
+            kept.gather(self._world)
         number = self._number_of_samples(dataloader, kept.samples if limit <= 0 else -1, kept.samples)
         predictions, labels = kept.predictions.result(), kept.labels.result()
         metrics = self._metrics(kept, predictions, labels)
-        if kept.loss is not None:
-            metrics[f"{metric_key_prefix}_loss"] = float(kept.loss)
+        if (loss := kept.loss()) is not None:
+            metrics[f"{metric_key_prefix}_loss"] = loss
         if prepared is not None:
             metrics[f"{metric_key_prefix}_model_preparation_time"] = prepared
         for name in list(metrics):
             if not name.startswith(f"{metric_key_prefix}_"):
                 metrics[f"{metric_key_prefix}_{name}"] = metrics.pop(name)
         return EvalLoopOutput(predictions=predictions, label_ids=labels, metrics=metrics, num_samples=number)
+
+    def _own_batches(self, dataloader: Any, limit: int | None) -> Any:
+        """Give the batches of an evaluation that this process has: each of them is one process's."""
+        world = self._world
+        if world.size == 1:
+            self.callback_handler.eval_dataloader = dataloader
+            return itertools.islice(dataloader, limit)
+        shared = self.args.accelerator_config
+        sharing = Sharing(world, Share(world.size, world.rank, world.size), shared.dispatch_batches)
+        self.callback_handler.eval_dataloader = own = part(dataloader, self.args.seed, sharing, limit)
+        return own
 
     model_preparation_time: float
     _prepared: bool
@@ -167,44 +155,50 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         self, kept: Kept, batches: Any, description: str, loss_only: bool, ignore_keys: list[str] | None
     ) -> None:
         args = self.args
-        for step, (inputs, is_last) in enumerate(_with_last(batches)):
-            size = batch_size_of(inputs)
-            kept.samples += size or 0
-            # Before the step: an override may take the labels out.
-            weight = weight_of(inputs, self._loss_shifts_labels)
-            loss, logits, labels = self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
-            wanted = self._main_input(inputs) if "inputs" in args.include_for_metrics else None
-            if loss is not None:
-                self._add_loss(kept, loss, weight, size or 1)
-            if logits is not None and self.preprocess_logits_for_metrics is not None:
-                logits = self.preprocess_logits_for_metrics(logits, labels)
-            whole = not args.batch_eval_metrics or description == "Prediction"
-            for held, nest in ((kept.inputs, wanted), (kept.predictions, logits), (kept.labels, labels)):
-                if nest is not None and whole:
-                    held.add(nest)
-            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-            if args.batch_eval_metrics:
-                if self.compute_metrics is not None and logits is not None and labels is not None:
-                    given = {
-                        "losses": loss.repeat(size or 1)
-                        if loss is not None and "loss" in args.include_for_metrics
-                        else None,
-                        "inputs": inputs if "inputs" in args.include_for_metrics else None,
-                    }
-                    prediction = EvalPrediction(predictions=logits, label_ids=labels, **given)
+        whole = not args.batch_eval_metrics or description == "Prediction"
+        evaluated = (self._evaluate_batch(kept, inputs, whole, loss_only, ignore_keys) for inputs in batches)
+        if args.batch_eval_metrics:
+            for prediction, is_last in _with_last(in_turn(self._world, evaluated)):
+                if prediction is not None and self.compute_metrics is not None:
                     kept.metrics = self.compute_metrics(prediction, compute_result=is_last)
-            elif args.eval_accumulation_steps and (step + 1) % args.eval_accumulation_steps == 0:
+            return
+        for step, _ in enumerate(evaluated, 1):
+            if args.eval_accumulation_steps and step % args.eval_accumulation_steps == 0:
                 for held in (kept.losses, kept.predictions, kept.labels, kept.inputs):
                     held.to_numpy()
+
+    def _evaluate_batch(
+        self, kept: Kept, inputs: Any, whole: bool, loss_only: bool, ignore_keys: list[str] | None
+    ) -> EvalPrediction | None:
+        """Run the model on a batch, keep what is kept of it, and give what metrics of it alone are computed of."""
+        args, size = self.args, batch_size_of(inputs)
+        kept.samples += size or 0
+        # Before the step: an override may take the labels out.
+        weight = weight_of(inputs, self._loss_shifts_labels)
+        loss, logits, labels = self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
+        wanted = self._main_input(inputs) if "inputs" in args.include_for_metrics else None
+        if loss is not None:
+            self._add_loss(kept, loss, weight, size or 1)
+        if logits is not None and self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        for held, nest in ((kept.inputs, wanted), (kept.predictions, logits), (kept.labels, labels)):
+            if nest is not None and whole:
+                held.add(nest)
+        self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        if not args.batch_eval_metrics or logits is None or labels is None:
+            return None
+        losses = loss.repeat(size or 1) if loss is not None and "loss" in args.include_for_metrics else None
+        inputs = inputs if "inputs" in args.include_for_metrics else None
+        return EvalPrediction(predictions=logits, label_ids=labels, inputs=inputs, losses=losses)
 
     def _add_loss(self, kept: Kept, loss: Tensor, weight: float, size: int) -> None:
         loss = loss.detach().mean()
         if "loss" in self.args.include_for_metrics:
             kept.losses.add(loss.repeat(size))
         if weight == 0 or (self._filters_nonfinite() and not math.isfinite(float(loss))):
+            kept.means.append(None)
             return
-        mean = ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight)
-        kept.loss = mean if kept.loss is None else kept.loss + mean
+        kept.means.append(ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight))
 
     def _filters_nonfinite(self) -> bool:
         """Tell whether values that are not finite are to be left out: only where that was asked for."""

@@ -9,12 +9,16 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from forgather.ml.trainer.sampler import EpochSampler, LengthGroupedSampler
 from forgather.ml.trainer.seeding import seed_worker
+from forgather.ml.trainer.sharing import Sharing, whole
 from forgather_fn.random import key, seeded
 
 CPU = torch.device("cpu")
+_ORDERED = (EpochSampler, LengthGroupedSampler, SequentialSampler)
+"""Samplers that give all processes the same order; any other is read by the first process for all."""
 
 
 @attrs.define(eq=False)
@@ -27,6 +31,8 @@ class Rest:
         sampler: Gives the batches of indices of a whole epoch.
         seed: Of the run.
         numbered: Give each index as a pair with its epoch, for :class:`Keyed`.
+        sharing: Which of them this process has.
+        stop: How many there are at most; None for all.
         epoch: The next one.
         skip: How many batches of it are left out.
     """
@@ -34,18 +40,25 @@ class Rest:
     sampler: Any
     seed: int
     numbered: bool
+    sharing: Sharing
+    stop: int | None = None
     epoch: int = 0
     skip: int = 0
 
     def __iter__(self) -> Iterator[list[Any]]:
-        with seeded(key(self.seed, "sampler", self.epoch), CPU):
-            batches = iter(self.sampler)
-            first = list(itertools.islice(batches, self.skip, self.skip + 1))
-        for batch in itertools.chain(first, batches):
+        by_first = not (type(self.sampler) is BatchSampler and type(self.sampler.sampler) in _ORDERED)
+        for batch in self.sharing.own(self._batches(), by_first=by_first):
             yield [(self.epoch, index) for index in batch] if self.numbered else batch
 
+    def _batches(self) -> Iterator[list[Any]]:
+        with seeded(key(self.seed, "sampler", self.epoch), CPU):
+            batches = itertools.islice(self.sampler, self.skip, self.stop)
+            first = list(itertools.islice(batches, 1))
+        return itertools.chain(first, batches)
+
     def __len__(self) -> int:
-        return len(self.sampler)
+        total = len(self.sampler)
+        return self.sharing.count(total if self.stop is None else min(total, self.stop))
 
 
 @attrs.define(eq=False)
@@ -90,22 +103,67 @@ class Feed:
 
     Attributes:
         loader: The user's, or the trainer's own.
-        open: ``(epoch, skip) -> iterator`` over the batches of an epoch, less the first ``skip``.
+        open: ``(epoch, skip) -> iterator`` over the batches of an epoch that this process has, less those among the
+            first ``skip`` of all.
     """
 
     loader: Any
     open: Callable[[int, int], Iterator[Any]]
 
 
-def feed(loader: Any, seed: int) -> Feed:
+def feed(loader: Any, seed: int, sharing: Sharing | None = None) -> Feed:
     """Make a loader iterable from any batch on.
 
-    A map-style torch loader is never asked for what is skipped; anything else is read and dropped.
+    A map-style torch loader is never asked for what is skipped, nor for what other processes have; anything else is
+    read and dropped, or read by the first process for all.
+
+    Args:
+        loader: Of all batches.
+        seed: Of the run.
+        sharing: Which batches this process has; None where there are no others. With it, what a batch draws at random
+            while it is fetched depends on its number alone.
     """
+    loader = loader if sharing is None or sharing.world.size == 1 else whole(loader)
+    if not _is_plain(loader) or (sharing is not None and sharing.dispatch):
+        return Feed(loader, lambda epoch, skip: _read(loader, seed, sharing or Sharing(), epoch, skip))
+    rest, mine = _rest(loader, seed, sharing or Sharing())
+
+    def opened(epoch: int, skip: int) -> Iterator[Any]:
+        set_epoch(loader, epoch)
+        rest.epoch, rest.skip = epoch, skip
+        if sharing is None or loader.num_workers:
+            return iter(mine)
+        return _drawn(iter(mine), sharing.own(itertools.count(skip)), seed, epoch)
+
+    return Feed(loader, opened)
+
+
+def part(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> Any:
+    """Give the batches of a loader that this process has, one pass over them, as something to iterate.
+
+    Args:
+        loader: Of all batches.
+        seed: Of the run.
+        sharing: Which of them this process has.
+        stop: How many batches there are at most; None for all.
+    """
+    loader = whole(loader)
+    if not _is_plain(loader) or sharing.dispatch:
+        by_first = sharing.dispatch is not False
+        return sharing.own(itertools.islice(_opened(loader), stop), by_first=by_first)
+    rest, mine = _rest(loader, seed, sharing)
+    rest.stop = stop
+    return mine
+
+
+def _is_plain(loader: Any) -> bool:
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-    if not plain or loader.batch_sampler is None:
-        return Feed(loader, lambda epoch, skip: _read(loader, seed, epoch, skip))
-    rest = Rest(loader.batch_sampler, seed, numbered=loader.num_workers > 0)
+    return plain and loader.batch_sampler is not None
+
+
+def _rest(loader: Any, seed: int, sharing: Sharing) -> tuple[Rest, DataLoader[Any]]:
+    """Make a loader like the one given, of the batches of indices that :class:`Rest` gives."""
+    rest = Rest(loader.batch_sampler, seed, numbered=loader.num_workers > 0, sharing=sharing)
     dataset: Any = Keyed(loader.dataset, seed) if loader.num_workers else loader.dataset
     mine: DataLoader[Any] = DataLoader(
         dataset,
@@ -121,23 +179,36 @@ def feed(loader: Any, seed: int) -> Feed:
         persistent_workers=loader.persistent_workers,
         in_order=loader.in_order,
     )
-
-    def opened(epoch: int, skip: int) -> Iterator[Any]:
-        set_epoch(loader, epoch)
-        rest.epoch, rest.skip = epoch, skip
-        return iter(mine)
-
-    return Feed(loader, opened)
+    return rest, mine
 
 
-def _read(loader: Any, seed: int, epoch: int, skip: int) -> Generator[Any, None, None]:
+def _drawn(batches: Iterator[Any], numbers: Iterator[int], seed: int, epoch: int) -> Generator[Any, None, None]:
+    """Fetch each batch under a key of its number, and leave the global generators as they are."""
+    for number in numbers:
+        before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+        _reseed(seed, "batch", epoch, number)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.default_generator.set_state(before[2])
+        yield batch
+
+
+def _read(loader: Any, seed: int, sharing: Sharing, epoch: int, skip: int) -> Generator[Any, None, None]:
     set_epoch(loader, epoch)
     if getattr(loader, "worker_init_fn", None) is seed_worker:  # a loader of ours: its workers draw by epoch
         loader.generator.manual_seed(key(seed, "workers", epoch))
-    batches = iter(loader)
-    for _ in itertools.islice(batches, skip):
-        pass
-    yield from batches
+    rest = itertools.islice(_opened(loader), skip, None)
+    yield from sharing.own(rest, by_first=sharing.dispatch is not False)
+
+
+def _opened(loader: Any) -> Iterator[Any]:
+    """Begin to iterate a loader when its first batch is asked for: not before, and not where nobody asks."""
+    yield from loader
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

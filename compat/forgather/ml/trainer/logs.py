@@ -112,9 +112,13 @@ class LogPart(Attributes):
         self.current_flos = 0.0
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
+        self.state.num_input_tokens_seen += self._input_tokens(inputs)
+
+    def _input_tokens(self, inputs: Any) -> int:
+        """Count the tokens of a microbatch; none where that was not asked for."""
         kind = self.args.include_num_input_tokens_seen
         if kind in ("no", False):
-            return
+            return 0
         name = getattr(self.model, "main_input_name", "input_ids")
         if not isinstance(inputs, Mapping) or name not in inputs:
             raise ValueError(
@@ -123,12 +127,10 @@ class LogPart(Attributes):
             )
         padding = getattr(self.processing_class, "pad_token_id", None)
         if kind == "non_padding" and "attention_mask" in inputs:
-            count = int(inputs["attention_mask"].sum())
-        elif kind == "non_padding" and padding is not None:
-            count = int((inputs[name] != padding).sum())
-        else:
-            count = int(inputs[name].numel())
-        self.state.num_input_tokens_seen += count
+            return int(inputs["attention_mask"].sum())
+        if kind == "non_padding" and padding is not None:
+            return int((inputs[name] != padding).sum())
+        return int(inputs[name].numel())
 
     def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
         """Print metrics as a table.

@@ -1,11 +1,10 @@
 """The training loop: epochs, steps and events, in the order of transformers.Trainer.
 
 What "step" counts: ``state.global_step`` is the number of updates made; a step is one update, of
-``gradient_accumulation_steps`` microbatches.
+``gradient_accumulation_steps`` microbatches on each process.
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import time
@@ -14,25 +13,32 @@ from typing import Any
 
 import torch
 
+from forgather.ml.trainer.agreeing import agreed, telling
 from forgather.ml.trainer.between import BetweenPart, out_of_memory
-from forgather.ml.trainer.data import Lengths, has_length
+from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.feed import feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
+from forgather.ml.trainer.position import PositionPart
 from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.running import Running
+from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
 from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
+from forgather.ml.trainer.windows import Window
 from forgather_fn.state import NonFiniteError
 
 logger = logging.getLogger(__name__)
 
 
-class LoopPart(SteppingPart, BetweenPart):
+class LoopPart(SteppingPart, BetweenPart, PositionPart):
     """The part of a trainer that trains."""
 
     _preempted: Callable[[], bool]
+
+    def _keep_batch(self, resumed: str) -> None:
+        """Look whether a step is what it was in the run that is gone on with; one process takes it as it is told."""
 
     def _check_args(self) -> None:
         raise NotImplementedError
@@ -68,10 +74,11 @@ class LoopPart(SteppingPart, BetweenPart):
         self._check_args()
         self.is_in_train = True
         try:
-            with surroundings(self.args), self._session(), noting_preemption(self.args) as self._preempted:
+            with surroundings(self.args), self._session(), noting_preemption(self.args) as asked, telling(self._world):
+                self._preempted = agreed(self._world, asked, self.args.enable_jit_checkpoint)
                 return self._train_with(resume_from_checkpoint, ignore_keys_for_eval)
         finally:
-            self.is_in_train, self._run = False, None
+            self.is_in_train, self._run, self._accumulate = False, None, None
             self._close_engine()
 
     def _train_with(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
@@ -85,6 +92,7 @@ class LoopPart(SteppingPart, BetweenPart):
         resumed = self._checkpoint_to_resume(resume)
         if resumed is not None:
             self._load_from_checkpoint(resumed)
+            self._keep_batch(resumed)
         self._train_batch_size = (
             self._batch_size_of(resumed) if self.args.auto_find_batch_size else (self.args.train_batch_size)
         )
@@ -102,11 +110,11 @@ class LoopPart(SteppingPart, BetweenPart):
                 self._train_batch_size = smaller
 
     def _train_from(self, resumed: str | None, ignore_keys: list[str] | None) -> TrainOutput:
-        loader = self.get_train_dataloader()
-        lengths = Lengths(*self.set_initial_training_values(self.args, loader))
+        fed = feed(self.get_train_dataloader(), self.args.seed, self._sharing())
+        lengths = Lengths(*self.set_initial_training_values(self.args, fed.loader))
         run = Running(
             lengths=lengths,
-            feed=feed(loader, self.args.seed),
+            feed=fed,
             losses=Losses(self._filters_nonfinite()),
             resumed=resumed,
             start=time.time(),
@@ -132,6 +140,10 @@ class LoopPart(SteppingPart, BetweenPart):
                 break
         return self._finish(run)
 
+    def _sharing(self) -> Sharing | None:
+        """Say how the batches of training are shared out; None where that is not asked."""
+        return None
+
     def _tell(self, run: Running) -> None:
         """Log what is about to be done."""
         lengths = run.lengths
@@ -139,7 +151,7 @@ class LoopPart(SteppingPart, BetweenPart):
         logger.info("  Num examples = %s", f"{lengths.examples:,}")
         logger.info("  Num Epochs = %s", f"{lengths.epochs:,}")
         logger.info("  Total train batch size (w. accumulation) = %s", f"{lengths.batch_size:,}")
-        logger.info("  Gradient Accumulation steps = %s", self.args.gradient_accumulation_steps)
+        logger.info("  Gradient Accumulation steps = %s", self._own_accumulation)
         logger.info("  Total optimization steps = %s", f"{lengths.max_steps:,}")
         logger.info("  Number of trainable parameters = %s", f"{self.get_num_trainable_parameters():,}")
         if run.resumed is not None:
@@ -155,23 +167,6 @@ class LoopPart(SteppingPart, BetweenPart):
             self._find_position(run)
         self.state.init_training_references(self, run.lengths.max_steps, run.lengths.epochs, None)
 
-    def _find_position(self, run: Running) -> None:
-        """Find where in the data the run goes on."""
-        steps, accumulate = self.state.global_step, self.args.gradient_accumulation_steps
-        from_start = self.args.ignore_data_skip or not getattr(self.args, "restore_dataset_state", True)
-        if has_length(run.feed.loader) or from_start:
-            run.epoch = steps // run.lengths.updates_per_epoch
-            run.skip = 0 if from_start else steps % run.lengths.updates_per_epoch * accumulate
-            return
-        while steps:  # how long an epoch is, only reading tells
-            run.opened, run.skip = run.feed.open(run.epoch, 0), 0
-            while steps and (window := list(itertools.islice(run.opened, accumulate))):
-                run.skip += len(window)
-                steps -= 1
-            if not steps or not run.skip:
-                return
-            run.epoch += 1
-
     def _prepare_for_training(self, run: Running) -> None:
         """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""
         self.current_flos, self._flops = 0.0, 0.0
@@ -184,6 +179,8 @@ class LoopPart(SteppingPart, BetweenPart):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = run.feed.loader
+        if self._world.size > 1:
+            self._compare()
         self._open_engine(self.state.global_step)
         self._load_scaler_of(run.resumed)
 
@@ -194,7 +191,7 @@ class LoopPart(SteppingPart, BetweenPart):
 
     def _pass_over_data(self, run: Running, epoch: int) -> None:
         """Run one pass over the data, or the rest of it."""
-        accumulate, per_epoch = self.args.gradient_accumulation_steps, run.lengths.updates_per_epoch
+        accumulate, per_epoch = self._microbatches, run.lengths.updates_per_epoch
         first = epoch == run.epoch and run.resumed is not None
         skip = run.skip if first else 0
         batches = run.opened if first and run.opened is not None else run.feed.open(epoch, skip)
@@ -205,11 +202,13 @@ class LoopPart(SteppingPart, BetweenPart):
         with _closing(batches):
             for update in range(skip // accumulate, per_epoch):
                 count = accumulate if update != per_epoch - 1 else rest
-                samples, items = self.get_batch_samples(batches, count, self.args.device)
-                if samples:
-                    seen += len(samples)
-                    self._make_step(run, epoch, seen, samples, items)
-                if not samples or self.control.should_epoch_stop or self.control.should_training_stop:
+                window = self._window(
+                    *self.get_batch_samples(batches, min(count, self._own_accumulation), self.args.device)
+                )
+                if window.count:
+                    seen += window.count
+                    self._make_step(run, epoch, seen, window)
+                if not window.count or self.control.should_epoch_stop or self.control.should_training_stop:
                     break
         if seen == 0:
             logger.warning(
@@ -223,15 +222,17 @@ class LoopPart(SteppingPart, BetweenPart):
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         self._look_up(run, epoch)
 
-    def _make_step(self, run: Running, epoch: int, seen: int, samples: list[Any], items: Any) -> None:
+    def _make_step(self, run: Running, epoch: int, seen: int, window: Window) -> None:
         handler, args = self.callback_handler, self.args
-        self.current_gradient_accumulation_steps = len(samples)
+        self.current_gradient_accumulation_steps = len(window.batches)
         self.control = handler.on_step_begin(args, self.state, self.control)
-        if len(samples) > 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
+        if window.count > 1:
+            self._agree()
+        if window.count > 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
             return  # asked for before the first microbatch: the step is not made
         updates = self._updates() if args.fp16 else None
         try:
-            loss, run.grad_norm = self._step(samples, items)
+            loss, run.grad_norm = self._step(window)
         except StoppedInsideError:
             return
         except NonFiniteError as error:
@@ -243,9 +244,11 @@ class LoopPart(SteppingPart, BetweenPart):
             self._step_scheduler()
         if self._engine is not None and self._engine.halves:
             self.model.zero_grad()
-        for batch in samples:
+        for batch in window.batches:
             self.current_flos += self.floating_point_ops(batch)
             self._track_num_input_tokens(batch)
+        self.current_flos += window.all.flos - window.own.flos
+        self.state.num_input_tokens_seen += int(window.all.tokens - window.own.tokens)
         every = args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0 and torch.accelerator.is_available():
             torch.accelerator.empty_cache()

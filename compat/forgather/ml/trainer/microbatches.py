@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import forgather_fn as ff
+from forgather.ml.trainer.windows import Window
 from forgather_fn.losses import logits_of
 
 INPUTS, ITEMS, SHARE, WEIGHT, WATCHED, LABELS = "inputs", "items", "share", "weight", "watched", "labels"
@@ -15,29 +16,27 @@ its share of the step, by which a mean over it alone is multiplied; what it adds
 whether the use of the number is watched; and the labels, once taken out."""
 
 
-def microbatches(batches: list[Any], weights: list[float], items: Any, watch: bool) -> list[dict[str, Any]]:
-    """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step.
+def microbatches(window: Window, watch: bool) -> list[dict[str, Any]]:
+    """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step that this process has.
 
     Args:
-        batches: Collated, as the model takes them.
-        weights: What each weighs: its labels, or its samples.
-        items: The number of items of the step, if it is counted.
-        watch: Whether it is to be found out if models use that number.
+        window: The microbatches.
+        watch: Whether it is to be found out if models use the number of items.
     """
-    total = sum(weights)
+    items = window.items
     if isinstance(items, Tensor):
         items = items.clamp(min=1)  # models divide by it
-    watched = watch and len(batches) > 1 and isinstance(items, Tensor)
+    watched = watch and window.count > 1 and isinstance(items, Tensor)
     return [
         {
             INPUTS: inputs,
             ITEMS: items,
-            SHARE: weight / total if total else 0.0,
-            WEIGHT: 0.0 if i else 1.0,
+            SHARE: window.share(weight),
+            WEIGHT: 0.0 if number else 1.0,
             WATCHED: watched,
             LABELS: None,
         }
-        for i, (inputs, weight) in enumerate(zip(batches, weights, strict=True))
+        for number, (inputs, weight) in enumerate(zip(window.batches, window.weights, strict=True), window.first)
     ]
 
 

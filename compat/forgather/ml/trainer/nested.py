@@ -1,12 +1,16 @@
 """Nested tensors: detached, joined along their batches with padding, and turned into arrays of numpy."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
 import torch
 from torch import Tensor
+
+from forgather_fn.world import World
+
+T = TypeVar("T")
 
 PADDING = -100
 """What fills the gaps where sequences of different lengths are joined."""
@@ -85,6 +89,17 @@ def _joined_tensors(parts: list[Tensor], padding: int) -> Tensor:
     return result
 
 
+def interleaved(parts: list[list[T]]) -> list[T]:
+    """Bring what processes have of rounds back into one order: the first of each, then the second, and so on.
+
+    Example:
+        >>> interleaved([[1, 3, 5], [2, 4]])
+        [1, 2, 3, 4, 5]
+    """
+    longest = max((len(part) for part in parts), default=0)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
 @attrs.define(eq=False)
 class Gathered:
     """What an evaluation keeps of its batches, joined once, at the end.
@@ -105,6 +120,11 @@ class Gathered:
         """Move what is kept to the CPU."""
         self._arrays += [as_numpy(nest) for nest in self._tensors]
         self._tensors.clear()
+
+    def gather(self, world: World) -> None:
+        """Take the batches that other processes keep too, each in its place."""
+        self.to_numpy()
+        self._arrays = interleaved(world.gather(self._arrays))
 
     def result(self) -> Any:
         """Give all batches as arrays; None if there was none."""

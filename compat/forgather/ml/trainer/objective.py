@@ -23,6 +23,8 @@ class ObjectivePart(Attributes):
 
     _loss_shifts_labels: bool
     _share: float
+    _in_parts: bool
+    _called: bool
     _uses_items: bool | None
 
     def compute_loss(
@@ -85,8 +87,8 @@ class ObjectivePart(Attributes):
         model.train()
         inputs = self._prepare_inputs(inputs)
         items = num_items_in_batch
-        several = self.current_gradient_accumulation_steps > 1
-        if several and self._uses_items is None and isinstance(items, Tensor) and not isinstance(items, Count):
+        self._called = True
+        if self._in_parts and self._uses_items is None and isinstance(items, Tensor) and not isinstance(items, Count):
             items = Count.of(items)
         with self.compute_loss_context_manager():
             if items is None and not takes(self.compute_loss, "num_items_in_batch"):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from forgather.ml.trainer.accelerator_config import AcceleratorConfig
 from forgather.ml.trainer.arguments import TrainingArguments
 from forgather.ml.trainer.fields.describing import does
 from forgather.ml.trainer.refusals import REFUSED, Refusal
@@ -19,11 +20,86 @@ class AccelTrainingArguments(TrainingArguments):
     accelerator_args: dict[str, Any] | str | None = field(
         default=None, metadata=does("Arguments of accelerate.Accelerator, as a dict or JSON.")
     )
+    reduction: str = field(
+        default="sum",
+        metadata=does(
+            "How gradients are added up over processes: sum, or tree, for the same bits on 1, 2 and 4.",
+            choices=["sum", "tree"],
+        ),
+    )
+    allow_batch_change: bool = field(
+        default=False, metadata=does("Go on from a checkpoint with steps of another size than it was trained with.")
+    )
 
     refused: ClassVar[Mapping[str, Refusal]] = {
-        name: refusal for name, refusal in REFUSED.items() if name not in ("fsdp", "parallelism_config")
+        **REFUSED,
+        "fsdp": Refusal("each process holds the whole model", lambda value: bool(value)),
+        "parallelism_config": Refusal("each process holds the whole model; PipelineTrainer cuts one"),
+        "deepspeed": Refusal("DeepSpeed keeps parameters, gradients and the optimizer itself"),
+        "ddp_bucket_cap_mb": Refusal("there are no buckets: gradients are sent at once, after the last microbatch"),
+        "ddp_broadcast_buffers": Refusal(
+            "buffers become those of the first process after each step", lambda value: value is False
+        ),
     }
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "accelerator_args"]
+
+    def __post_init__(self) -> None:
+        """Derive and check; what is said to Accelerate holds for the trainer too.
+
+        Raises:
+            ValueError: Arguments contradict each other, or one of them is not honoured.
+        """
+        super().__post_init__()
+        if self.reduction not in ("sum", "tree"):
+            raise ValueError(f"reduction={self.reduction!r} is not one of ['sum', 'tree']")
+        if not isinstance(self.accelerator_args, dict | None):
+            raise ValueError(f"accelerator_args={self.accelerator_args!r}: expected a dict, or JSON")
+        told = self.accelerator_args or {}
+        if told.get("cpu"):
+            self.use_cpu = True
+        asked = str(told.get("mixed_precision") or "no")
+        if asked not in ("no", self.mixed_precision) and (self.bf16 or self.fp16):
+            raise ValueError(
+                f"accelerator_args asks for mixed_precision={asked!r}, and the arguments for {self.mixed_precision!r}: "
+                "leave one of them out"
+            )
+        if asked in ("bf16", "fp16"):
+            setattr(self, asked, True)
+            self.mixed_precision = asked
+
+    def for_accelerator(self) -> dict[str, Any]:
+        """Give the arguments of ``accelerate.Accelerator`` that these make."""
+        assert not isinstance(self.accelerator_args, str)
+        made: dict[str, Any] = {"cpu": self.device.type == "cpu", **(self.accelerator_args or {})}
+        if self.ddp_backend is not None or self.ddp_timeout != 1800:
+            from accelerate import InitProcessGroupKwargs
+
+            opened = InitProcessGroupKwargs(backend=self.ddp_backend, timeout=self.ddp_timeout_delta)
+            made["kwargs_handlers"] = [opened, *made.get("kwargs_handlers", [])]
+        return made
+
+    def check_processes(self, number: int) -> None:
+        """Refuse what several processes cannot do.
+
+        Args:
+            number: How many there are.
+
+        Raises:
+            ValueError: There are several, and one of these arguments is for one.
+        """
+        if number == 1:
+            return
+        if self.auto_find_batch_size:
+            raise ValueError(
+                f"auto_find_batch_size=True on {number} processes: where memory runs out on one, the others wait for "
+                "it. Find the batch size on one process, and give per_device_train_batch_size"
+            )
+        assert isinstance(self.accelerator_config, AcceleratorConfig)
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config: split_batches=True makes per_device_train_batch_size the batch of all processes; "
+                f"give per_device_train_batch_size={self.per_device_train_batch_size // number} instead"
+            )
 
 
 @dataclass(repr=False)

@@ -41,13 +41,16 @@ class ResumingPart(SavingPart):
     _engine: Any
 
     def _checkpoint_to_resume(self, given: Any) -> str | None:
-        """Find the checkpoint that is meant, and make sure that it is whole.
+        """Find the checkpoint that is meant, and make sure that it is whole; the first process does, for all.
 
         Raises:
             ValueError: There is none, or it is damaged.
         """
         if given is None or given is False:
             return None
+        return self._world.first(lambda: self._whole_checkpoint(given))
+
+    def _whole_checkpoint(self, given: Any) -> str:
         if given is True:
             found = newest_checkpoint(self.args.output_dir)
             if found is None:
@@ -204,6 +207,21 @@ def newest_checkpoint(folder: str | Path) -> str | None:
             continue
         return str(entry.path)
     return None
+
+
+def batch_of(path: str) -> tuple[int, int] | None:
+    """Tell what the steps of a run were made of: how many microbatches, and samples in each of them.
+
+    Returns:
+        Both; None where a checkpoint does not tell, as those of transformers do not.
+    """
+    manifest = manifests.read(Path(path))
+    if manifest is None or not manifest.step or not has(path, STATE):
+        return None
+    size = TrainerState.load_from_json(os.path.join(path, STATE)).train_batch_size
+    if not size or manifest.samples % (manifest.step * size):
+        return None
+    return manifest.samples // (manifest.step * size), size
 
 
 def check_whole(path: Path) -> None:

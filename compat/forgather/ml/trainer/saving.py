@@ -116,9 +116,20 @@ class SavingPart(LogPart):
         return str(self.args.output_dir)
 
     def _commit_checkpoint(self) -> None:
-        """Write a checkpoint aside, by :meth:`_save_checkpoint`, and move it in when it is whole; then rotate."""
-        if not self.args.should_save:
-            return
+        """Write a checkpoint aside, by :meth:`_save_checkpoint`, and move it in when it is whole; then rotate.
+
+        The first process writes; no other goes on before it has, and if it fails, all fail.
+        """
+        self.state.best_model_checkpoint = self._world.each(self._commit_own)[0]
+
+    def _commit_own(self) -> str | None:
+        """Commit a checkpoint, where this process writes, and name the best one."""
+        if self.args.should_save:
+            self._write_checkpoint()
+        best: str | None = self.state.best_model_checkpoint
+        return best
+
+    def _write_checkpoint(self) -> None:
         writing = self._writing
         assert writing is not None
         session = writing.open()
@@ -155,7 +166,7 @@ class SavingPart(LogPart):
         return {name: float(value) for name, value in last.items() if isinstance(value, int | float)}
 
     def _samples(self) -> int:
-        return int(self.state.global_step * self._train_batch_size * self.args.gradient_accumulation_steps)
+        return int(self.state.global_step * self._train_batch_size * self._microbatches)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write ``checkpoint-<step>`` into :meth:`_get_output_dir`. Override it to write more, or other, files."""

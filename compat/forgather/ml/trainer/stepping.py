@@ -1,6 +1,5 @@
 """One step of a training: the core's, whole where nobody looks inside, else in two halves with events between."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -8,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 import forgather_fn as ff
-from forgather.ml.trainer.counting import batch_size_of, weight_of
+from forgather.ml.trainer.agreeing import AgreeingPart
 from forgather.ml.trainer.evaluation import EvaluationPart
+from forgather.ml.trainer.left_gradients import add_up, clipped, taken
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
 from forgather.ml.trainer.optimizing import OptimizerPart
-from forgather_fn.flat import Flat
+from forgather.ml.trainer.windows import Window
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
-from forgather_fn.model import parameter_anatomy
 from forgather_fn.plan import Program
 from forgather_fn.random import key, seeded
 from forgather_fn.share import Parts
@@ -50,7 +49,7 @@ class Engine:
     looks: tuple[Any, ...]
 
 
-class SteppingPart(OptimizerPart, EvaluationPart):
+class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
     """The part of a trainer that makes steps."""
 
     _engine: Engine | None
@@ -73,6 +72,13 @@ class SteppingPart(OptimizerPart, EvaluationPart):
                 f"{', '.join(OVERRIDES[:2])} or the like, a callback for one of {', '.join(INSIDE)}, or a scheduler of "
                 "its own kind. Leave one of the two out"
             )
+        if halves and self._world.size > 1 and getattr(self.args, "reduction", "sum") == "tree":
+            raise ValueError(
+                'reduction="tree" adds the gradients of microbatches in pairs, and where somebody looks inside steps '
+                "they are added up one after the other in the parameters' grad. This trainer has an override of "
+                f"{', '.join(OVERRIDES[:2])} or the like, a callback for one of {', '.join(INSIDE)}, or a scheduler of "
+                'its own kind: leave it out, or use reduction="sum"'
+            )
         held = adopted(self.optimizer, self.model)
         plan = self._plan(held, halves)
         program = self._strategy(plan)
@@ -89,7 +95,7 @@ class SteppingPart(OptimizerPart, EvaluationPart):
             optimizer=held.as_optimizer(),
             schedule=lambda step: float(self.optimizer.param_groups[0]["lr"]),
             transforms=() if halves or not clips else (ff.clipped(float(args.max_grad_norm)),),
-            microbatches=args.gradient_accumulation_steps,
+            microbatches=self._microbatches,
             precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "as_built",
             on_nonfinite="skip" if self._goes_on_nonfinite() else "raise",
             device=args.device,
@@ -102,7 +108,10 @@ class SteppingPart(OptimizerPart, EvaluationPart):
         return bool(given("logging_nan_inf_filter")) if given is not None else not self.args.logging_nan_inf_filter
 
     def _in_halves(self) -> bool:
-        """Tell whether somebody looks inside steps, or decides how gradients come about."""
+        """Tell whether on any process somebody looks inside steps, or decides how gradients come about."""
+        return self._halved if self._world.size > 1 else self._wants_halves()
+
+    def _wants_halves(self) -> bool:
         from forgather.ml.trainer.base_trainer import BaseTrainer
 
         overridden = any(getattr(type(self), name) is not getattr(BaseTrainer, name) for name in OVERRIDES)
@@ -159,74 +168,46 @@ class SteppingPart(OptimizerPart, EvaluationPart):
                         "optimizer: optimizer.add_param_group({'params': [p]})"
                     )
 
-    def _step(self, batches: list[Any], items: Any) -> tuple[Mean, Tensor]:
-        """Make one step on microbatches, and give its loss and the norm of its gradient before clipping.
+    def _step(self, window: Window) -> tuple[Mean, Tensor]:
+        """Make one step, and give its loss and the norm of its gradient before clipping.
 
         Raises:
             NonFiniteError: The loss or a gradient is not finite, and nothing was said of what then.
         """
-        if len(self.callback_handler.callbacks) != self._callbacks_seen:
+        if self._world.size == 1 and len(self.callback_handler.callbacks) != self._callbacks_seen:
             self._callbacks_seen, self._watched = len(self.callback_handler.callbacks), self._is_watched()
         engine = self._refresh_engine() if self._watched else self._engine
         assert engine is not None
         if not self.model.training:
             self.model.train()
-        if self.args.torch_compile and len(batches) > 1 and isinstance(items, Tensor) and self._uses_items is None:
-            self._find_use_of_items(batches[0], items)
-        weights = self._weights(batches, items)
+        unknown = self._uses_items is None and window.count > 1 and isinstance(window.items, Tensor)
+        if self.args.torch_compile and unknown and window.batches:
+            self._find_use_of_items(window.batches[0], window.items)
         if engine.halves:
-            return self._step_in_halves(engine, batches, weights, items)
-        parts = microbatches(batches, weights, items, watch=self._uses_items is None)
-        samples = sum(batch_size_of(batch) or 1 for batch in batches)
-        data = Parts(tuple(parts)) if engine.program.plan.microbatches > 1 else parts[0]
-        state, metrics = engine.program.step(engine.state, ff.Batch(data, samples, None))
+            return self._step_in_halves(engine, window)
+        parts = microbatches(window, watch=self._uses_items is None)
+        data = Parts(tuple(parts), window.first) if engine.program.plan.microbatches > 1 else parts[0]
+        state, metrics = engine.program.step(engine.state, ff.Batch(data, int(window.all.samples), None))
         engine.state = state
         return metrics["loss"], metrics["grad_norm"]
 
-    _watched: bool
     _callbacks_seen: int
 
-    def _is_watched(self) -> bool:
-        """Tell whether code of users runs between steps, that may change parameters or the optimizer."""
-        known = ("forgather.ml.", "transformers.trainer_callback")
-        if any(not type(callback).__module__.startswith(known) for callback in self.callback_handler.callbacks):
-            return True
-        return not type(self).__module__.startswith("forgather.ml.")
-
-    def _weights(self, batches: list[Any], items: Any) -> list[float]:
-        """Weigh the microbatches of a step; one alone weighs what was counted already."""
-        if len(batches) == 1 and isinstance(items, Tensor) and items.device.type == "cpu":
-            return [float(items)]
-        return [weight_of(batch, self._loss_shifts_labels) for batch in batches]
-
-    def _step_in_halves(
-        self, engine: Engine, batches: list[Any], weights: list[float], items: Any
-    ) -> tuple[Mean, Tensor]:
+    def _step_in_halves(self, engine: Engine, window: Window) -> tuple[Mean, Tensor]:
         """Make one step by :meth:`training_step` on each microbatch, the events inside it, and the core's update."""
         handler, args = self.callback_handler, self.args
-        state, total = engine.state, sum(weights)
+        state, total, samples = engine.state, window.all.weight, int(window.all.samples)
         for p in self.model.parameters():
             p.grad = None
-        self._scaler.used = False
+        self._scaler.used = not window.batches
         before = _copied(state.buffers)
-        loss: Tensor | None = None
-        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            self._share = weight / total if total else 0.0
-            with seeded(key(state.seed, state.step, i, "forward"), args.device):
-                part = self.training_step(self.model, batch, items)
-            loss = part if loss is None else loss + part
-            if i < len(batches) - 1:
-                self.control = handler.call_event("on_substep_end", args, self.state, self.control)
-                if self.control.should_epoch_stop or self.control.should_training_stop:
-                    raise StoppedInsideError
-        assert loss is not None
-        samples = sum(batch_size_of(batch) or 1 for batch in batches)
+        loss = self._train_parts(window)
         if state.loss_scale:
             unscale(self.model, state.loss_scale["scale"], self._scaler)
         gradients = taken(self.model, state, samples, total)
         norm = gradients.norm().clone()
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
-            gradients = _clipped(gradients, state, float(args.max_grad_norm))
+            gradients = clipped(gradients, state, float(args.max_grad_norm))
         self.control = handler.call_event("on_pre_optimizer_step", args, self.state, self.control)
         try:
             self._update(engine, taken(self.model, state, samples, total), loss)
@@ -235,6 +216,36 @@ class SteppingPart(OptimizerPart, EvaluationPart):
             raise
         self.control = handler.call_event("on_optimizer_step", args, self.state, self.control)
         return Mean(loss.detach() * total, total), norm
+
+    def _train_parts(self, window: Window) -> Tensor:
+        """Call :meth:`training_step` on each microbatch, and leave in ``grad`` the gradient of all processes.
+
+        A ``training_step`` that does not call the trainer's own gives what it gives under DistributedDataParallel: the
+        mean over the microbatches of its process, of which the mean over processes is taken.
+
+        Raises:
+            StoppedInsideError: A callback ended the training between two microbatches.
+        """
+        handler, args, last = self.callback_handler, self.args, len(window.batches) - 1
+        engine, alone = self._engine, self._world.size == 1
+        assert engine is not None
+        loss, self._in_parts, self._called = torch.zeros(()), window.count > 1, False
+        for i, (batch, weight) in enumerate(zip(window.batches, window.weights, strict=True)):
+            self._share = window.share(weight)
+            with seeded(key(engine.state.seed, engine.state.step, window.first + i, "forward"), args.device):
+                part = self.training_step(self.model, batch, window.items)
+            loss = loss + part if i else part
+            if i < last:
+                self.control = handler.call_event("on_substep_end", args, self.state, self.control)
+                if alone and (self.control.should_epoch_stop or self.control.should_training_stop):
+                    raise StoppedInsideError
+        if alone:
+            return loss
+        self._agree()
+        if window.count > 1 and (self.control.should_epoch_stop or self.control.should_training_stop):
+            raise StoppedInsideError
+        factor = 1.0 if self._called else len(window.batches) / window.count
+        return add_up(self._world, self.model, loss.detach(), factor)
 
     def _update(self, engine: Engine, gradients: Gradients, loss: Tensor) -> None:
         kept = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
@@ -256,45 +267,6 @@ def ff_unbind(model: nn.Module) -> None:
     from forgather_fn.binding import unbind
 
     unbind(model)
-
-
-def taken(model: nn.Module, state: TrainState, samples: int, weight: float) -> Gradients:
-    """Take what the parameters' ``grad`` holds as the gradient of a step.
-
-    Raises:
-        ValueError: No parameter has a gradient.
-    """
-    params = state.params
-    assert isinstance(params, Flat)
-    layout = params.layout
-    views: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for site, name in parameter_anatomy(model).sites:
-        grad = site.tensor.grad
-        if grad is None or name not in layout.index or id(site.tensor) in seen:
-            continue
-        seen.add(id(site.tensor))
-        views[name] = grad if name not in views else views[name] + grad
-    if not views:
-        raise ValueError(
-            "no parameter has a gradient after training_step: call loss.backward() (or self.accelerator.backward) in it"
-        )
-    active = tuple(leaf.name in views for leaf in layout.leaves)
-    named: Mapping[str, Tensor] = {
-        leaf.name: _strided(views[leaf.name], leaf.stride) for leaf in layout.leaves if leaf.name in views
-    }
-    return Gradients(layout, active, named, None, samples, weight)
-
-
-def _strided(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return grad if grad.stride() == stride else grad.new_empty_strided(grad.shape, stride).copy_(grad)
-
-
-def _clipped(gradients: Gradients, state: TrainState, max_norm: float) -> Gradients:
-    with torch.no_grad():
-        clipped, _ = ff.clipped(max_norm).update(gradients, None, params=state.params, step=state.step, seed=state.seed)
-        assert isinstance(clipped, Gradients)
-        return clipped.resolved()
 
 
 def _copied(buffers: Any) -> Any:

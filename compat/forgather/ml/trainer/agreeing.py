@@ -1,0 +1,106 @@
+"""What the processes of a training agree on: its steps, and what callbacks ask for."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from forgather.ml.trainer.counting import weight_of
+from forgather.ml.trainer.logs import LogPart
+from forgather.ml.trainer.trainer_types import TrainerControl
+from forgather.ml.trainer.windows import Window, added, items_of, told
+from forgather_fn.world import World
+
+_FLAGS = tuple(field.name for field in fields(TrainerControl))
+
+
+class AgreeingPart(LogPart):
+    """The part of a trainer that makes its processes do the same.
+
+    Callbacks run on every process, as with transformers, and what they ask for may differ: a clock, a file, a callback
+    that only the first process has. What counts is what those of the first process ask for.
+    """
+
+    _loss_shifts_labels: bool
+    _watched: bool
+    _halved: bool
+
+    def _wants_halves(self) -> bool:
+        raise NotImplementedError
+
+    def _is_watched(self) -> bool:
+        """Tell whether code of users runs between steps, that may change parameters, the optimizer or the control."""
+        known = ("forgather.ml.", "transformers.trainer_callback")
+        if any(not type(callback).__module__.startswith(known) for callback in self.callback_handler.callbacks):
+            return True
+        return not type(self).__module__.startswith("forgather.ml.")
+
+    def _compare(self) -> None:
+        """Find out, before the first step, whether on any process somebody looks on or inside."""
+        found = self._world.gather((self._is_watched(), self._wants_halves()))
+        self._watched, self._halved = (any(each) for each in zip(*found, strict=True))
+
+    def _window(self, batches: list[Any], items: Any) -> Window:
+        """Make the microbatches of the next step out of those of this process."""
+        weights = self._weights(batches, items)
+        own = told(batches, weights, items)
+        if self._world.size == 1:
+            return Window(batches, weights, 0, items, own, own)
+        own = told(
+            batches,
+            weights,
+            items,
+            flos=sum(self.floating_point_ops(batch) for batch in batches),
+            tokens=sum(self._input_tokens(batch) for batch in batches),
+            watched=self._is_watched(),
+            halves=self._wants_halves(),
+        )
+        everyone = added(self._world, own)
+        self._watched, self._halved = bool(everyone.watched), bool(everyone.halves)
+        items = items_of(everyone, self.args.device)
+        return Window(batches, weights, self._own_share.block.start, items, everyone, own)
+
+    def _weights(self, batches: list[Any], items: Any) -> list[float]:
+        """Weigh the microbatches of a step; one alone weighs what was counted already."""
+        if len(batches) == 1 and isinstance(items, torch.Tensor) and items.device.type == "cpu":
+            return [float(items)]
+        return [weight_of(batch, self._loss_shifts_labels) for batch in batches]
+
+    def _agree(self) -> None:
+        """Take what the callbacks of the first process ask for; nothing is sent where all callbacks are known ones."""
+        if self._world.size == 1 or not self._watched:
+            return
+        from torch import distributed
+
+        asked = torch.tensor([bool(getattr(self.control, name)) for name in _FLAGS])
+        with self._world.explained():
+            distributed.broadcast(asked, group=self._world.control, group_src=0)
+        for name, on in zip(_FLAGS, asked.tolist(), strict=True):
+            setattr(self.control, name, on)
+
+
+def agreed(world: World, asked: Callable[[], bool], heeded: bool) -> Callable[[], bool]:
+    """Make a question that is asked at each step have one answer on all processes; theirs is known one step later.
+
+    Args:
+        world: The processes.
+        asked: Answers on this one.
+        heeded: Whether the answer is ever yes.
+    """
+    if not heeded or world.size == 1:
+        return asked
+    vote = world.polled()
+    return lambda: bool(vote(int(asked())))
+
+
+@contextlib.contextmanager
+def telling(world: World) -> Iterator[None]:
+    """Tell the other processes of a training that it cannot go on here, and why."""
+    try:
+        yield
+    except BaseException as error:
+        if world.watch is not None:
+            world.watch.fail(error)
+        raise
