@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -34,14 +34,27 @@ def evaluate(built: Built, state: TrainState, data: Any, params: Which, world: W
     """
     raise_if_nonfinite(state)
 
-    def own() -> dict[int, dict[str, tuple[float, float]]]:
-        with _evaluating(built, state, params):
-            found = {i: _measured(built, state, i, item) for i, item in _own_batches(data, world)}
+    def own() -> Sums:
+        with evaluating(built, state, params):
+            found = {i: _measured(built, state, i, item) for i, item in own_batches(data, world)}
         return {i: {name: (float(m.total), float(m.weight)) for name, m in means.items()} for i, means in found.items()}
 
-    batches: dict[int, dict[str, tuple[float, float]]] = {}
-    for told in world.each(own):
-        batches |= told
+    return averaged(world.each(own))
+
+
+Sums = dict[int, dict[str, tuple[float, float]]]
+"""For each batch by its number, the total and the weight of each mean."""
+
+
+def averaged(told: Iterable[Sums]) -> dict[str, float]:
+    """Add up what processes have found of the batches, in the order of the batches, and divide once.
+
+    Raises:
+        ValueError: There was no batch.
+    """
+    batches: Sums = {}
+    for found in told:
+        batches |= found
     if not batches:
         raise ValueError(
             "the evaluation data gave no batch; an iterator can be used once only: pass a stream or a list"
@@ -54,7 +67,7 @@ def evaluate(built: Built, state: TrainState, data: Any, params: Which, world: W
     return {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
 
 
-def _own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
+def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
     """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
     if isinstance(data, Stream):
         own: Iterator[tuple[int, Any]] = zip(
@@ -77,7 +90,7 @@ def _measured(built: Built, state: TrainState, number: int, item: Any) -> dict[s
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which) -> Any:
     """Call the model on inputs in evaluation mode; see :class:`~forgather_fn.plan.Apply`."""
     with (
-        _evaluating(built, state, params),
+        evaluating(built, state, params),
         seeded(key(state.seed, state.step, "apply"), built.device),
         built.autocast(),
     ):
@@ -85,7 +98,7 @@ def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[
 
 
 @contextlib.contextmanager
-def _evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]:
+def evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]:
     """Bind the module to the parameters asked for, in evaluation mode; put modes and buffers back afterwards."""
     arrays = state.read()
     built.bound(arrays)

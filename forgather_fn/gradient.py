@@ -32,6 +32,7 @@ class Gradients(Mapping[str, Tensor]):
         divisor: A scalar that every element is still to be divided by; fused optimizers do it on the way.
         known_norm: The 2-norm of the views, where it has been computed.
         reports: Named scalars that transforms report.
+        measure: Computes the 2-norm where these are a part of a gradient that is spread over processes; collective.
     """
 
     layout: Layout
@@ -43,6 +44,7 @@ class Gradients(Mapping[str, Tensor]):
     divisor: Tensor | None = None
     known_norm: Tensor | None = None
     reports: Mapping[str, Tensor] = MappingProxyType({})
+    measure: "Callable[[Gradients], Tensor] | None" = None
 
     def __getitem__(self, name: str) -> Tensor:
         view = self.views[name]
@@ -71,6 +73,8 @@ class Gradients(Mapping[str, Tensor]):
         """Compute the 2-norm of the views, a scalar in at least float32, and keep it as ``known_norm``."""
         if self.known_norm is not None:
             return self
+        if self.measure is not None:
+            return self._with(self.divisor, self.measure(self), self.reports)
         whole = self.whole()
         if len(whole) == 1:
             norm = torch.linalg.vector_norm(whole[0], dtype=torch.float32 if whole[0].dtype.itemsize < 4 else None)
@@ -118,7 +122,16 @@ class Gradients(Mapping[str, Tensor]):
     def _with(self, divisor: Tensor | None, norm: Tensor | None, reports: Mapping[str, Tensor]) -> "Gradients":
         # Three times as fast as attrs.evolve, on the way of every step.
         return Gradients(
-            self.layout, self.active, self.views, self.flat, self.samples, self.weight, divisor, norm, reports
+            self.layout,
+            self.active,
+            self.views,
+            self.flat,
+            self.samples,
+            self.weight,
+            divisor,
+            norm,
+            reports,
+            self.measure,
         )
 
     def copy(self) -> "Gradients":

@@ -36,6 +36,10 @@ class Kind:
     fills: bool = False
     rounds: bool = False
 
+    def rank_of(self, stage: int, ranks: int, stages: int) -> int:
+        """Tell on which rank a stage is."""
+        return min(stage, stages - 1 - stage) if self.placement == "v" else stage % ranks
+
 
 KINDS: Final = {
     kind.name.lower(): kind
@@ -88,9 +92,7 @@ class Arrangement:
 
     def rank_of(self, stage: int) -> int:
         """Tell on which rank a stage is."""
-        if self.kind.placement == "v":
-            return min(stage, self.stages - 1 - stage)
-        return stage % self.ranks
+        return self.kind.rank_of(stage, self.ranks, self.stages)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Give the stages of a rank, in order."""

@@ -1,6 +1,7 @@
 """A program: what every strategy makes of a plan, from how its steps are run and which processes run them."""
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,29 @@ class Agree(Protocol):
         ...
 
 
+class Prepare(Protocol):
+    """Make the module that a process trains."""
+
+    def __call__(self, plan: Plan, seed: int, /) -> nn.Module:
+        """Build it, and give it its first values, data types, and device."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Looking:
+    """What a program does with a model besides training it; see :class:`~forgather_fn.plan.Program`.
+
+    Attributes:
+        evaluate: ``(built, state, data, params) -> means``.
+        apply: ``(built, state, inputs, named, params) -> outputs``.
+        export: ``(built, state, params) -> module``.
+    """
+
+    evaluate: Callable[[Built, TrainState, Any, evaluation.Which], dict[str, float]]
+    apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], evaluation.Which], Any]
+    export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
+
+
 @attrs.frozen(eq=False)
 class Strategy:
     """Where strategies differ.
@@ -58,6 +82,8 @@ class Strategy:
         share: Which microbatches of a step this one has, None for all.
         agree: Makes tensors of a first state the same on all processes, in place.
         dispatch: Whether the first process alone reads data, and sends the others theirs.
+        prepare: Makes the module.
+        looking: What is done with the model besides; None for what one device does, each batch on one process.
     """
 
     execution: Callable[[Built], Execution]
@@ -65,6 +91,8 @@ class Strategy:
     share: Share | None = None
     agree: Agree = lambda layout, tensors: None
     dispatch: bool = False
+    prepare: Prepare = lambda plan, seed: prepared(plan, seed)
+    looking: Looking | None = None
 
 
 def assembled(plan: Plan, strategy: Strategy) -> Program:
@@ -77,6 +105,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         strategy: How its steps are run, and by which processes.
     """
     held: list[tuple[Built, Execution]] = []
+    looking = strategy.looking or Looking(
+        functools.partial(evaluation.evaluate, world=strategy.world), evaluation.apply, _export
+    )
 
     def built() -> Built:
         return running()[0]
@@ -88,7 +119,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 
     def init(seed: int = 0) -> TrainState:
         seed = operator.index(seed)
-        module = _prepared(plan, seed)
+        module = strategy.prepare(plan, seed)
         machine = held[0][0] if held else _build(plan, module)
         state = _first_state(machine, module, seed, strategy.agree)
         if not held:
@@ -118,7 +149,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return execution.advance(state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset())
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
-        return _export(built(), state, params)
+        return looking.export(built(), state, params)
 
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:
@@ -138,12 +169,8 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         step=step,
         gradients=gradients,
         update=update,
-        evaluate=lambda state, data, /, *, params="params": evaluation.evaluate(
-            built(), state, data, params, strategy.world
-        ),
-        apply=lambda state, /, *inputs, params="params", **named: evaluation.apply(
-            built(), state, inputs, named, params
-        ),
+        evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
+        apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
         batches=batches,
         world=strategy.world,
@@ -152,7 +179,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     return program
 
 
-def _prepared(plan: Plan, seed: int) -> nn.Module:
+def prepared(plan: Plan, seed: int) -> nn.Module:
     """Build the module and give it its first values, data types, and device."""
     module = build(plan.model, seed)
     if plan.init == "by_name" and on_meta(module):
@@ -161,12 +188,12 @@ def _prepared(plan: Plan, seed: int) -> nn.Module:
         unbind(module)  # so that its new values are not drawn into the storage of a state
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
-    module.to(device=plan.device, dtype=_floating(plan))
+    module.to(device=plan.device, dtype=floating_of(plan))
     anatomy.retie()
     return module
 
 
-def _floating(plan: Plan) -> torch.dtype | None:
+def floating_of(plan: Plan) -> torch.dtype | None:
     return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
 
 
@@ -196,7 +223,7 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         ),
         call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
-        floating=_floating(plan),
+        floating=floating_of(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
 
