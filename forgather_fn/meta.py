@@ -5,7 +5,7 @@ would have drawn in their constructors they draw here, in their ``reset_paramete
 copied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import attrs
@@ -40,7 +40,9 @@ def on_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for _, _, _, tensor in _tensors(module))
 
 
-def initialise_from_meta(module: nn.Module, seed: int, device: torch.device) -> None:
+def initialise_from_meta(
+    module: nn.Module, seed: int, device: torch.device, chosen: Callable[[nn.Module], bool] = lambda child: True
+) -> None:
     """Give a model that was built on the meta device memory on another, and the values of ``init="by_name"``.
 
     On a CPU these are the values that the model would have got, had it been built there and initialised by name.
@@ -51,6 +53,7 @@ def initialise_from_meta(module: nn.Module, seed: int, device: torch.device) -> 
         module: Changed in place: its parameters are other objects afterwards.
         seed: Of the run.
         device: Where it is to be.
+        chosen: Which of the modules in it are initialised.
 
     Raises:
         ValueError: A parameter or buffer got no value, because no ``reset_parameters`` (or ``_init_weights``, in models
@@ -64,7 +67,7 @@ def initialise_from_meta(module: nn.Module, seed: int, device: torch.device) -> 
         (device(type='cpu'), tensor([1., 1., 1.]))
     """
     places = _materialise(module, device)
-    initialise_by_name(module, seed)
+    initialise_by_name(module, seed, chosen)
     unset = [place.name for place in places if not _is_set(place)]
     if unset:
         raise ValueError(

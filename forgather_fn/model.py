@@ -187,12 +187,17 @@ def build(model: nn.Module | ModelFactory, seed: int) -> nn.Module:
     raise ValueError(f"model must be a torch.nn.Module or a function that builds one, got {type(model).__name__}")
 
 
-def initialise_by_name(module: nn.Module, seed: int) -> None:
+def initialise_by_name(module: nn.Module, seed: int, chosen: Callable[[nn.Module], bool] = lambda child: True) -> None:
     """Initialise module by module, each under a key of its own name, children before their parents.
 
     The values then depend on names alone, not on the order of construction, so that any part of a model, built alone,
     starts as it does in the whole. Each module's own ``reset_parameters`` is used (``_reset_parameters`` for
     attention), or, in Hugging Face models, the model's ``_init_weights``.
+
+    Args:
+        module: Changed in place.
+        seed: Of the run.
+        chosen: Which of the modules in it are initialised; others keep what they have.
 
     Raises:
         ValueError: A module has parameters of its own and none of these.
@@ -201,6 +206,8 @@ def initialise_by_name(module: nn.Module, seed: int) -> None:
     hugging_face = _is_hugging_face(module)
     with torch.no_grad():
         for name, child in reversed(list(module.named_modules())):
+            if not chosen(child):
+                continue
             reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
             initialise = module._init_weights if hugging_face else None
             own = [p for p in child.parameters(recurse=False) if p is not None]

@@ -44,11 +44,13 @@ class Assignment:
         cuts: In their order.
         params: For each parameter, by its first name, the stages that use it; several where it is tied.
         buffers: The same for buffers.
+        places: For each place of a parameter in the model, the name of what it holds.
     """
 
     cuts: tuple[Cut, ...]
     params: Mapping[str, frozenset[int]]
     buffers: Mapping[str, frozenset[int]]
+    places: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
     @property
     def stages(self) -> int:
@@ -114,16 +116,18 @@ def registered(model: nn.Module, cuts: Sequence[Cut]) -> Assignment:
         model: Whole; its tensors may be on the meta device.
         cuts: As :func:`cuts_of` gives them.
     """
-    places = _places(model)
+    ends = _places(model)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    bounds = [places[cut.name][_SIDES.index(cut.side)] for cut in cuts]
+    bounds = [ends[cut.name][_SIDES.index(cut.side)] for cut in cuts]
 
     def stage(name: str) -> int:
         return sum(bound < order[name.rpartition(".")[0]] for bound in bounds)
 
     params: dict[str, set[int]] = {}
+    places: dict[str, str] = {}
     for site, name in parameter_sites(model):
         params.setdefault(name, set()).add(stage(site.name))
+        places[site.name] = name
     slots = buffer_slots(model)
     buffers: dict[str, set[int]] = {}
     for place, name in buffer_names(slots).items():
@@ -132,4 +136,5 @@ def registered(model: nn.Module, cuts: Sequence[Cut]) -> Assignment:
         tuple(cuts),
         {name: frozenset(stages) for name, stages in params.items()},
         {name: frozenset(stages) for name, stages in buffers.items()},
+        places,
     )

@@ -85,13 +85,13 @@ class Line:
         from torch import distributed
 
         mine = torch.tensor([number])
-        found = torch.empty(self.world.size, dtype=mine.dtype)
+        found = [torch.empty_like(mine) for _ in range(self.world.size)]
         with self.world.explained():
-            distributed.all_gather_into_tensor(found, mine, group=self.world.control)
-        first = self.number * self.ranks
-        if any(len(set(found[at : at + self.ranks].tolist())) > 1 for at in range(0, self.world.size, self.ranks)):
-            told = self.world.gather(tell())[first : first + self.ranks]
-            lines = "".join(f"\n  rank {first + i}: {text}" for i, text in enumerate(told))
+            distributed.all_gather(found, mine, group=self.world.control)
+        first, told = self.number * self.ranks, [int(one) for one in found]
+        if any(len(set(told[at : at + self.ranks])) > 1 for at in range(0, self.world.size, self.ranks)):
+            texts = self.world.gather(tell())[first : first + self.ranks]
+            lines = "".join(f"\n  rank {first + i}: {text}" for i, text in enumerate(texts))
             raise ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
 
 

@@ -55,11 +55,15 @@ class Machine:
         Raises:
             SplitError: More than a hidden state crosses a cut, or a stage uses a parameter that it was not given.
         """
+        args, kwargs = self.built.arguments(_first_sample(part))
+        self.prove_by(lambda: self.built.module(*args, **kwargs))
+
+    def prove_by(self, call: Callable[[], Any]) -> None:
+        """Do so by a call of the model; see :meth:`prove`."""
         if self.flow is not None:
             return
-        model, built = self.built.module, self.built
-        args, kwargs = built.arguments(_first_sample(part))
-        flow = probe(model, self.assignment.cuts, lambda: model(*args, **kwargs))
+        model = self.built.module
+        flow = probe(model, self.assignment.cuts, call)
         for name, stages in flow.assignment.params.items():
             missing = sorted(stages - self.assignment.params[name])
             if missing:

@@ -5,6 +5,7 @@ masks, positions and whatever else is made of the batch alone is of none, since 
 if, of all that the stages before have made, the next one reads the hidden state and nothing else.
 """
 
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
@@ -16,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from forgather_fn.model import buffer_names, buffer_slots, evaluation_mode
+from forgather_fn.model import buffer_slots, evaluation_mode
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError
+from forgather_fn.pipeline.freeing import freed
 from forgather_fn.random import seeded
 
 _SHAPES_ONLY: Final = frozenset(
@@ -106,15 +108,40 @@ class _Call:
     kept: bool = False
 
 
+@attrs.frozen(eq=False)
+class _Owner:
+    """A parameter or buffer, by the memory that it takes; many may lie in one storage."""
+
+    name: str
+    buffer: bool
+    start: int
+    stop: int
+    stages: set[int] = attrs.field(factory=set)
+
+
+def _owners(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[int, list[_Owner]]:
+    """Find the tensors of a model by their storage, each once, in the order of their memory."""
+    found: dict[int, dict[int, _Owner]] = {}
+    for kind in (params, buffers):
+        for name, tensor in kind.items():
+            start, reach = (
+                tensor.data_ptr(),
+                sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)),
+            )
+            stop = start + (reach + 1) * tensor.element_size()
+            held = found.setdefault(tensor.untyped_storage()._cdata, {})
+            held.setdefault(start, _Owner(name, kind is buffers, start, stop))
+    return {storage: [held[start] for start in sorted(held)] for storage, held in found.items()}
+
+
 @attrs.define(eq=False)
 class _Trace:
     """What is known while the model runs."""
 
+    owners: Mapping[int, Sequence[_Owner]]
     stage: int = 0
     modules: list[str] = attrs.field(factory=list)
     origins: dict[int, _Origin] = attrs.field(factory=dict)
-    used: dict[int, set[int]] = attrs.field(factory=dict)
-    buffers: set[int] = attrs.field(factory=set)
     held: list[Any] = attrs.field(factory=list)
 
     def mark(self, tensor: Tensor) -> None:
@@ -130,9 +157,11 @@ class _Trace:
             SplitError: It is of a stage before.
         """
         place = tensor.untyped_storage()._cdata
-        if place in self.used:
-            self.used[place].add(self.stage)
-            return place not in self.buffers
+        if place in self.owners:
+            own = self.owners[place]
+            owner = own[max(0, bisect.bisect_right(own, tensor.data_ptr(), key=lambda owner: owner.start) - 1)]
+            owner.stages.add(self.stage)
+            return not owner.buffer
         origin = self.origins.get(place)
         if origin is None:
             return False
@@ -165,7 +194,7 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         result = func(*args, **(kwargs or {}))
         if any(staged):
             for leaf in tree_flatten(result)[0]:
-                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.trace.used:
+                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.trace.owners:
                     self.trace.mark(leaf)
         return result
 
@@ -184,12 +213,9 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
     """
     named = {child: name for name, child in model.named_modules()}
     slots = buffer_slots(model)
-    tensors = {**_stand_ins(model), **{slot.name: slot.tensor for slot in slots if slot.tensor is not None}}
-    trace = _Trace()
-    for tensor in tensors.values():
-        trace.used.setdefault(tensor.untyped_storage()._cdata, set())
+    buffers = {slot.name: slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.numel()}
+    trace = _Trace(_owners(_stand_ins(model), buffers))
     calls: list[_Call] = []
-    trace.buffers.update(slot.tensor.untyped_storage()._cdata for slot in slots if slot.tensor is not None)
     passed: list[tuple[Cut, Crossing]] = []
     before = [(slot, None if slot.tensor is None else slot.tensor.clone()) for slot in slots]
     modes = evaluation_mode(model)
@@ -208,18 +234,17 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
                 if slot.tensor is not None and value is not None and slot.tensor.shape == value.shape:
                     slot.tensor.copy_(value)
     _check_passed(cuts, passed)
-    assignment = _assigned(model, cuts, trace, tensors)
+    assignment = _assigned(cuts, trace)
     crossings = tuple(crossing for _, crossing in passed)
     return Flow(assignment, crossings, tuple(_skipped(model, crossings, calls)))
 
 
 def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
     """Give every parameter by name, and what stands in for those that were freed."""
-    from forgather_fn.pipeline.freeing import FREED
-
     found: dict[str, Tensor] = {}
     for prefix, child in model.named_modules():
-        for name, tensor in (*child._parameters.items(), *vars(child).get(FREED, {}).items()):
+        stands = {name: instead.stand for name, instead in freed(child).items()}
+        for name, tensor in (*child._parameters.items(), *stands.items()):
             if tensor is not None:
                 found[f"{prefix}.{name}" if prefix else name] = tensor
     return found
@@ -325,22 +350,16 @@ def _check_passed(cuts: Sequence[Cut], passed: Sequence[tuple[Cut, Crossing]]) -
         )
 
 
-def _assigned(model: nn.Module, cuts: Sequence[Cut], trace: _Trace, tensors: Mapping[str, Tensor]) -> Assignment:
-    first: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault(tensor.untyped_storage()._cdata, name)
-    buffers = set(buffer_names(buffer_slots(model)))
-    stages = {name: frozenset(trace.used[place]) for place, name in first.items()}
-    params = {name: used for name, used in stages.items() if name not in buffers}
+def _assigned(cuts: Sequence[Cut], trace: _Trace) -> Assignment:
+    owners = [owner for held in trace.owners.values() for owner in held]
+    params = {owner.name: frozenset(owner.stages) for owner in owners if not owner.buffer}
     for stage in range(len(cuts) + 1):
         if not any(stage in used for used in params.values()):
-            raise SplitError(f"split_spec: stage {stage} of {len(cuts) + 1} has no parameter: {listed_cuts(cuts)}")
-    return Assignment(tuple(cuts), params, {name: used for name, used in stages.items() if name in buffers})
-
-
-def listed_cuts(cuts: Sequence[Cut]) -> str:
-    """Write cuts for a message."""
-    return ", ".join(map(str, cuts))
+            raise SplitError(
+                f"split_spec: stage {stage} of {len(cuts) + 1} has no parameter; its cuts are among "
+                f"{', '.join(map(str, cuts))}"
+            )
+    return Assignment(tuple(cuts), params, {o.name: frozenset(o.stages) for o in owners if o.buffer})
 
 
 def _skipped(model: nn.Module, crossings: Sequence[Crossing], calls: Sequence[_Call]) -> Iterator[Mapping[str, Form]]:

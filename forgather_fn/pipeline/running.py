@@ -1,4 +1,4 @@
-"""The step on a pipeline: torch's schedule runs the microbatches, sums cross the processes, and each updates its own."""
+"""The step on a pipeline: a schedule of torch runs the microbatches, sums cross the processes, each updates its own."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.line import Line
 from forgather_fn.pipeline.machine import Machine, Wires, number_of, signature
-from forgather_fn.pipeline.schedules import arrange
 from forgather_fn.pipeline.ties import Ties
 from forgather_fn.pipeline.wire import Shape, packed, unpacked
 from forgather_fn.plan import Metrics
@@ -136,7 +135,9 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any]]:
     return numbers, parts
 
 
-def _wires(line: Line, shapes: Sequence[Mapping[int, tuple[Shape | None, Shape | None]]], dtype: torch.dtype) -> dict[int, Wires]:
+def _wires(
+    line: Line, shapes: Sequence[Mapping[int, tuple[Shape | None, Shape | None]]], dtype: torch.dtype
+) -> dict[int, Wires]:
     """Find the length of each wire: that of the largest hidden state of the step."""
     scalar = Shape((1,), dtype), Shape((), dtype)
     found = {}

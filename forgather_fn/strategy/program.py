@@ -194,6 +194,7 @@ def prepared(plan: Plan, seed: int) -> nn.Module:
 
 
 def floating_of(plan: Plan) -> torch.dtype | None:
+    """Give the type that a plan brings floating tensors to, if any."""
     return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
 
 

@@ -76,7 +76,8 @@ def test_a_stage_has_its_parameters_under_their_names_and_no_memory_of_others() 
     }
     stand = own.model.layers[0].mlp.up_proj.weight  # type: ignore[union-attr, index]
     assert stand.untyped_storage().nbytes() == 4
-    filled(own, dict(whole.named_parameters(remove_duplicate=False)).__getitem__)
+    there = dict(whole.named_parameters(remove_duplicate=False))
+    filled(own, lambda place, instead: there[place])
     assert own.state_dict().keys() == whole.state_dict().keys()
 
 
