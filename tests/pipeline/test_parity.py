@@ -31,11 +31,14 @@ def assert_alike(found: list[runs.Found], one: runs.Found, tolerance: float) -> 
     for run in found:
         for name, tensor in run.params.items():
             torch.testing.assert_close(tensor, one.params[name], rtol=0, atol=tolerance)
-        for mine, others in zip(run.metrics, one.metrics, strict=True):
+        for step, (mine, others) in enumerate(zip(run.metrics, one.metrics, strict=True)):
+            # The squares of the norm are added in other groups; after the first step, parameters differ as well, and
+            # norms by the curvature times that.
+            norm = 1e-6 if step == 0 or not tolerance else 20 * tolerance
             assert mine.keys() == others.keys()
             for name, value in others.items():
-                assert mine[name] == pytest.approx(value, rel=1e-6 if name == "grad_norm" else tolerance / 2, abs=1e-12)
-        assert run.evaluated == pytest.approx(one.evaluated, rel=tolerance / 2, abs=1e-12)
+                assert mine[name] == pytest.approx(value, rel=norm if name == "grad_norm" else tolerance, abs=1e-12)
+        assert run.evaluated == pytest.approx(one.evaluated, rel=tolerance, abs=1e-12)
     first = {name: tensor for run in reversed(found) for name, tensor in run.params.items()}
     for run in found:  # the copies of tied parameters are one, to the bit
         assert all(torch.equal(tensor, first[name]) for name, tensor in run.params.items())
