@@ -15,6 +15,7 @@ from forgather_fn.gradient import Gradients, Transform
 from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory
 from forgather_fn.optim import Optimizer
+from forgather_fn.part import Part
 from forgather_fn.schedules import Schedule
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
@@ -310,7 +311,7 @@ class Program:
 
     ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
-    ``batches`` how they come to it.
+    ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it.
     """
 
     plan: Plan
@@ -327,6 +328,7 @@ class Program:
     batches: OpenBatches
     world: World = ALONE
     share: Share | None = None
+    part: Callable[[], Part | None] = lambda: None
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

@@ -15,6 +15,7 @@ from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
+from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
 from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of, registered
 from forgather_fn.pipeline.line import Line, lined_up
@@ -22,7 +23,7 @@ from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.preparing import stage_prepared
 from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import ScheduleError, arrange, kind_of
-from forgather_fn.pipeline.ties import ties_of
+from forgather_fn.pipeline.ties import Ties, ties_of
 from forgather_fn.plan import Metrics, Plan, Program
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
@@ -87,6 +88,7 @@ def pipelined(
             agree=stand.agree,
             prepare=stand.prepare,
             looking=Looking(stand.evaluate, stand.apply, stand.export) if ranks > 1 else None,
+            part=stand.part,
         ),
     )
 
@@ -142,6 +144,8 @@ class _Standing:
     share: Share
     assignment: Assignment | None = None
     machine: Machine | None = None
+    ties: Ties | None = None
+    trained: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan, seed: int) -> nn.Module:
         """Build the module and give it the values of this process's stages."""
@@ -161,8 +165,30 @@ class _Standing:
         machine = self.machine = Machine(built, self.line, self.assignment)
         if self.line.ranks == 1:
             return _proved(machine, self.share)
-        ties = ties_of(self.line, self.assignment, built.binding.layout.index)
-        return pipelining(Pipeline(machine, ties, self.share))
+        index = built.binding.layout.index
+        self.ties = ties_of(self.line, self.assignment, index)
+        everywhere = {name for own in self.line.world.gather(tuple(index)) for name in own}
+        self.trained = tuple(name for name in self.assignment.params if name in everywhere)
+        return pipelining(Pipeline(machine, self.ties, self.share))
+
+    def part(self) -> Part | None:
+        """Tell which part of a state this process has."""
+        if self.line.ranks == 1:
+            return None
+        assert self.assignment is not None
+        assert self.ties is not None
+        stages = frozenset(self.line.own)
+        own = frozenset(name for name, used in self.assignment.params.items() if used & stages)
+        first = {name: self.line.rank_of(min(used)) for name, used in self.assignment.buffers.items()}
+        return Part(
+            number=self.line.rank,
+            count=self.line.ranks,
+            writes=self.line.number == 0,
+            order=self.trained,
+            own=own,
+            named=own - self.ties.foreign,
+            buffers=frozenset(name for name, rank in first.items() if rank == self.line.rank),
+        )
 
     def agree(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
         """Make sure that all processes have the same plan and cuts; values are made the same before they are freed."""

@@ -30,6 +30,7 @@ from forgather_fn.model import (
     initialise_by_name,
     parameter_anatomy,
 )
+from forgather_fn.part import Part
 from forgather_fn.plan import Metrics, Plan, Program
 from forgather_fn.share import Share
 from forgather_fn.state import Arrays, TrainState, counter
@@ -84,6 +85,7 @@ class Strategy:
         dispatch: Whether the first process alone reads data, and sends the others theirs.
         prepare: Makes the module.
         looking: What is done with the model besides; None for what one device does, each batch on one process.
+        part: Which part of a state this process has, when its model is built; None for all of it.
     """
 
     execution: Callable[[Built], Execution]
@@ -93,6 +95,7 @@ class Strategy:
     dispatch: bool = False
     prepare: Prepare = lambda plan, seed: prepared(plan, seed)
     looking: Looking | None = None
+    part: Callable[[], Part | None] = lambda: None
 
 
 def assembled(plan: Plan, strategy: Strategy) -> Program:
@@ -130,7 +133,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, path, allow, without)
+        return restored(plan, init, strategy.world, strategy.part, path, allow, without)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
@@ -175,6 +178,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         batches=batches,
         world=strategy.world,
         share=strategy.share,
+        part=strategy.part,
     )
     return program
 
