@@ -230,10 +230,15 @@ def _first_sample(part: Any) -> Any:
 
 
 def signature(part: Any) -> Signature:
-    """Describe the form of a microbatch: shapes and data types, and whatever else is in it."""
+    """Describe the form of a microbatch: shapes and data types, and whatever else is in it but fractions."""
     leaves, spec = tree_flatten(part)
-    described = [(tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-    return (*described, repr(spec))
+    return (*map(_described, leaves), repr(spec))
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), str(leaf.dtype)
+    return "float" if isinstance(leaf, float) else repr(leaf)
 
 
 def number_of(sign: Any) -> int:

@@ -1,5 +1,7 @@
 """The module of one process: the model whole, and then freed of other stages; or never whole at all."""
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +9,31 @@ from torch import nn
 
 from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import initialise_by_name, parameter_anatomy
-from forgather_fn.pipeline.cuts import Assignment
+from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError, registered
 from forgather_fn.pipeline.freeing import free, freed, is_freed
 from forgather_fn.pipeline.line import Line
 from forgather_fn.pipeline.looking import agreed
 from forgather_fn.plan import Plan
+
+_assignments: "weakref.WeakKeyDictionary[nn.Module, Assignment]" = weakref.WeakKeyDictionary()
+"""Of modules that were freed of stages: how the whole was assigned."""
+
+
+def assignment_of(module: nn.Module, cuts: Sequence[Cut]) -> Assignment:
+    """Assign the tensors of a module to the stages that cuts make of it.
+
+    Raises:
+        SplitError: The module has been freed of stages that other cuts make.
+    """
+    known = _assignments.get(module)
+    if known is None:
+        return registered(module, cuts)
+    if known.cuts != tuple(cuts):
+        raise SplitError(
+            f"split_spec: this model was cut at {', '.join(map(str, known.cuts))} before, and what belongs to other "
+            "processes is gone from it; cut it there again, or build it anew"
+        )
+    return known
 
 
 def stage_prepared(plan: Plan, seed: int, module: nn.Module, line: Line, assignment: Assignment, dtype: Any) -> None:
@@ -29,6 +51,7 @@ def stage_prepared(plan: Plan, seed: int, module: nn.Module, line: Line, assignm
         dtype: To which floating tensors are brought, or None.
     """
     own = frozenset(line.own)
+    _assignments[module] = assignment
 
     def foreign(name: str) -> bool:
         return not own & assignment.params[name]

@@ -17,10 +17,10 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
-from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of, registered
+from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of
 from forgather_fn.pipeline.line import Line, lined_up
 from forgather_fn.pipeline.machine import Machine
-from forgather_fn.pipeline.preparing import stage_prepared
+from forgather_fn.pipeline.preparing import assignment_of, stage_prepared
 from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
@@ -153,7 +153,7 @@ class _Standing:
 
         module = build(plan.model, seed)
         if self.assignment is None:
-            self.assignment = registered(module, cuts_of(module, self.spec))
+            self.assignment = assignment_of(module, cuts_of(module, self.spec))
         if self.line.ranks == 1:
             return prepared(attrs.evolve(plan, model=module), seed)
         stage_prepared(plan, seed, module, self.line, self.assignment, floating_of(plan))
