@@ -113,6 +113,10 @@ class Fsdp:
         held._sharded_param_data = block
         held.sharded_param._local_tensor = shard
 
+    def shards(self) -> dict[str, Tensor]:
+        """Give this process's rows of every parameter."""
+        return {name: held.sharded_param._local_tensor for name, held in self._params.items()}
+
     def rest(self) -> None:
         """Let go of what is gathered; the next pass gathers anew, from the shards as they are then."""
         for unit in self.units:

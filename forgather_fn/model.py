@@ -216,6 +216,12 @@ def initialise_by_name(module: nn.Module, seed: int) -> None:
                     reset()
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Give the class of a module, as it was before torch's ``fully_shard`` put one of its own in front."""
+    kind = type(module)
+    return kind if not getattr(kind, "_orig_cls_mro_index", 0) else kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[attr-defined]
+
+
 def _is_hugging_face(module: nn.Module) -> bool:
     """Tell models of transformers apart without importing it."""
     library = sys.modules.get("transformers.modeling_utils")

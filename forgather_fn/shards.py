@@ -65,7 +65,7 @@ class Shards:
         block = self.block(flat, name)
         whole = block.new_empty(self.world.size * len(block))
         with self.world.explained():
-            distributed.all_gather_into_tensor(whole, block, group=self.world.group)
+            distributed.all_gather_single(whole, block, group=self.world.group)
         return self._trimmed(whole, name)
 
     def gathered_on_first(self, flat: Flat, name: str) -> Tensor | None:

@@ -1,0 +1,125 @@
+"""Sharded runs: the numbers of one process, with every tensor cut among several."""
+
+from typing import Any
+
+import pytest
+import toolz
+import torch
+from torch import nn
+
+import forgather_fn as ff
+from forgather_fn.testing.processes import processes
+
+
+class Block(nn.Module):
+    """A residual block whose sizes divide by no number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 13), nn.Linear(13, 7)
+        self.drop = nn.Dropout(0.3)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.down(self.drop(torch.tanh(self.up(x))))
+
+
+class Tokens(nn.Module):
+    """A small language model: blocks, a tied head, and a part that only some batches use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 7)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.rare = nn.Linear(7, 11)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = self.norm(hidden)
+        return self.head(hidden) + (self.rare(hidden) if (ids[:, 0] == 0).all() else 0.0)
+
+
+def rows(count: int = 22) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 11, (count, 6), generator=generator)
+    labels = ids.clone()
+    for row in range(count):
+        labels[row, 1 + row % 5 :] = -100  # so that tokens are unequal in number
+    return {"ids": ids, "labels": labels}
+
+
+def plan(**changes: Any) -> ff.Plan:
+    given: dict[str, Any] = {
+        "model": Tokens,
+        "loss": ff.losses.causal_lm,
+        "optimizer": ff.adamw(weight_decay=0.1),
+        "schedule": ff.schedules.cosine(peak=1e-2, warmup=2, total=12),
+        "transforms": (ff.clipped(0.3),),
+        "average": ff.ema(0.9),
+        "microbatches": 8,
+        "precision": "float64",
+    }
+    return ff.Plan(**given | changes)
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
+    "blocks": (True, {}, 1e-12),
+}
+
+
+def recorded(state: ff.TrainState | None, metrics: list[dict[str, float]]) -> dict[str, Any] | None:
+    """Take what a run has come to; of a state in shards, that is known on the first process."""
+    if state is None:
+        return None
+    arrays = state.read()
+    flats = {"params": arrays.params, "ema": arrays.ema, "buffers": arrays.buffers, "frozen": arrays.frozen}
+    flats |= {f"opt/{name}": slot for name, slot in arrays.opt.items() if not isinstance(slot, torch.Tensor)}
+    tensors = {f"{kind}/{n}": t.clone() for kind, flat in flats.items() if flat is not None for n, t in flat.items()}
+    tensors |= {f"opt/{name}": slot for name, slot in arrays.opt.items() if isinstance(slot, torch.Tensor)}
+    tensors |= {f"metrics/{i}/{n}": torch.tensor(v).double() for i, row in enumerate(metrics) for n, v in row.items()}
+    return {"tensors": tensors, "place": (state.step, state.samples, int(state.tokens), int(state.updates))}
+
+
+def run(program: ff.Program, steps: int = 6) -> dict[str, Any] | None:
+    """Train over batches of 10 out of 22 samples, the last of an epoch ragged: 10, 10, 2 samples for 8 microbatches."""
+    data = ff.batches(rows(), batch_size=10, last="ragged")
+    found = []
+    state = program.init(seed=1)
+    for tick in ff.until(steps=steps)(program.steps(state, data)):
+        state = tick.state
+        found.append({name: float(value) for name, value in tick.metrics.items()})
+    found.append(program.evaluate(state, ff.batches(rows(7), batch_size=2)))
+    return recorded(program.whole(state), found)
+
+
+def trained(case: str) -> dict[str, Any] | None:
+    sharded, changes, _ = CASES[case]
+    return run(ff.accelerated(plan(**changes), sharded=sharded))
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with processes(2) as two, processes(4) as four:
+        yield {2: two.run, 4: four.run}
+
+
+def unlike(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> list[str]:
+    mine, others = one["tensors"], other["tensors"]
+    assert mine.keys() == others.keys()
+    assert one["place"] == other["place"]
+    return [n for n, t in mine.items() if not torch.allclose(t, others[n], rtol=tolerance, atol=tolerance)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_shards_train_as_one_process(pools, case, size):
+    _, changes, tolerance = CASES[case]
+    first, *others = pools[size](trained, case)
+    assert others == [None] * (size - 1)
+    assert unlike(run(ff.single(plan(**changes))), first, tolerance) == []
