@@ -3,8 +3,8 @@
 ``fully_shard`` gathers a unit of the model (a block) before its forward and its backward pass, lets go of it after
 them, and adds up its gradient so that each process has the sum of its own block of rows. It holds those blocks itself,
 as the local tensors of distributed ones, and offers no way to say where in memory they lie. Here they are views of the
-flat storage of a state, so that one kernel updates them all and nothing is copied in a step. That takes three attributes
-which are not public, in one version of torch; any other is refused until somebody has looked.
+flat storage of a state, so that one kernel updates them all and nothing is copied in a step. That takes attributes that
+are not public, as they are in one version of torch; any other is refused until somebody has looked.
 
 Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html, and the code of
 ``torch.distributed.fsdp._fully_shard``.

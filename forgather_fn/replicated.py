@@ -205,6 +205,7 @@ def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Ten
 
 
 def changed(before: Flat, after: Flat) -> bool:
+    """Tell whether buffers are other ones, or have other values."""
     same = before.layout is after.layout and all(map(torch.equal, before.buffers, after.buffers))
     return not same
 

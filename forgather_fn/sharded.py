@@ -159,9 +159,7 @@ def _accumulate(
     return found
 
 
-def _told(
-    replica: Replica, gradients: Gradients, found: Sequence[Mapping[str, Mean]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _told(replica: Replica, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
     device = replica.built.device
     flags = torch.tensor(gradients.active, dtype=torch.float64, device=device)

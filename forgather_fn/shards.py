@@ -1,12 +1,12 @@
 """Tensors cut along their first dimension, one block of rows to each process.
 
 The blocks are those of ``torch.chunk``, as ``fully_shard`` cuts: of equal length but for the last ones, which are
-shorter or empty. In flat storage each has the room of a full block, the rest of it zeros, so that all processes have the
-same layout but for shapes, and the blocks of a tensor are gathered as they lie.
+shorter or empty. In flat storage each has the room of a full block, the rest of it zeros: all processes have the same
+layout but for shapes, and the blocks of a tensor are gathered as they lie.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -16,6 +16,14 @@ from forgather_fn import flat as flat_storage
 from forgather_fn.flat import Flat, Hyper, Layout, Leaf, layout_of, listed
 from forgather_fn.tree import rebuilt
 from forgather_fn.world import World
+
+
+class Rows(Protocol):
+    """Say which rows of a tensor, of a parameter's shape, a process needs."""
+
+    def __call__(self, length: int, /) -> slice:
+        """Give them, of so many."""
+        ...
 
 
 def rows(length: int, rank: int, size: int) -> slice:

@@ -41,6 +41,7 @@ STEP = {
     "dispatch",
     "evaluation",
     "execution",
+    "fsdp",
     "graphs",
     "in_backward",
     "meta",
@@ -50,6 +51,8 @@ STEP = {
     "plan",
     "reduction",
     "replicated",
+    "sharded",
+    "shards",
     "step",
     "workspace",
 }

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import attrs
 import safetensors
@@ -21,6 +21,7 @@ from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.plan import Plan
+from forgather_fn.shards import Rows
 from forgather_fn.state import Arrays, Ownership, TrainState, counter
 from forgather_fn.world import World
 
@@ -46,14 +47,6 @@ class Loaded:
     path: Path
     record: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
-
-
-class Rows(Protocol):
-    """Say which rows of a tensor, of a parameter's shape, a process needs."""
-
-    def __call__(self, length: int, /) -> slice:
-        """Give them, of so many."""
-        ...
 
 
 def load(path: str | Path, rows: Rows | None = None) -> Loaded:

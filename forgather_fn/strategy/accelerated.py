@@ -92,7 +92,9 @@ def accelerated(
         patterns = None if sharded is True else tuple(sharded)
         sharding = Sharding(world, functools.partial(_agree, plan, world), patterns)
         execution = functools.partial(sharding.execution, share=share)
-        return assembled(plan, Strategy(execution, world, share, dispatch=dispatch == "rank0", storage=sharding.storage()))
+        return assembled(
+            plan, Strategy(execution, world, share, dispatch=dispatch == "rank0", storage=sharding.storage())
+        )
     reduce = doubled(world) if pairs else all_reduced(world)
     return assembled(
         plan,

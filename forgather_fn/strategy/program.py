@@ -4,7 +4,7 @@ import copy
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -31,13 +31,11 @@ from forgather_fn.model import (
     parameter_anatomy,
 )
 from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
+from forgather_fn.shards import Rows
 from forgather_fn.share import Share
 from forgather_fn.state import Arrays, TrainState, counter
 from forgather_fn.workspace import workspace
 from forgather_fn.world import ALONE, World
-
-if TYPE_CHECKING:
-    from forgather_fn.checkpoint.loading import Rows
 
 
 class Agree(Protocol):
@@ -79,7 +77,7 @@ class Storage:
     first: First
     export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
     whole: Whole = itself
-    rows: "Rows | None" = None
+    rows: Rows | None = None
     pace: evaluation.Pace = evaluation.unpaced
 
 

@@ -25,9 +25,9 @@ from forgather_fn.model import (
 )
 from forgather_fn.plan import Plan
 from forgather_fn.reduction import Reduction
-from forgather_fn.share import Share
 from forgather_fn.sharded import added, on_shards, shard_workspace
 from forgather_fn.shards import Shards, shards_of
+from forgather_fn.share import Share
 from forgather_fn.state import Arrays, Ownership, TrainState
 from forgather_fn.strategy.program import (
     Agree,
@@ -89,9 +89,9 @@ class Sharding:
         Raises:
             ValueError: It is cut already, and is to be initialised anew; or somebody else has cut it.
         """
-        given = isinstance(plan.model, nn.Module)
-        if given and class_of(plan.model) is not type(plan.model):
-            if self.fsdp is None or self.fsdp.module is not plan.model:
+        given = plan.model
+        if isinstance(given, nn.Module) and class_of(given) is not type(given):
+            if self.fsdp is None or self.fsdp.module is not given:
                 raise ValueError(
                     "sharded: the model is cut by fully_shard already; give it as it was, or a function that builds it"
                 )
@@ -99,7 +99,7 @@ class Sharding:
                 raise ValueError(
                     'sharded: init="by_name" on a module that this program has cut; give a function that builds it'
                 )
-            return self.fsdp.module
+            return given
         return prepared(plan, seed)
 
     def build(self, plan: Plan, module: nn.Module) -> Built:
