@@ -189,3 +189,120 @@ def test_a_run_goes_on_in_other_shards_or_whole(pools, tmp_path, whole, saved_by
     for (size, strategy), begun in ((saved_by, True), (resumed_by, False)):
         found = pools[size](continued, strategy, str(tmp_path), begun)
     assert unlike(whole, found[0], 1e-12) == []
+
+
+def parts_of_a_step(strategy: str) -> dict[str, Any]:
+    """Do by hand what a step does, call the model, and take it out."""
+    program = STRATEGIES[strategy](frozen_plan())
+    state = program.init(seed=1)
+    batch = {name: tensor[:10] for name, tensor in rows().items()}
+    gradients, buffers, means = program.gradients(state, batch)
+    state, metrics = program.update(state, gradients, buffers)
+    norm, loss = float(metrics["grad_norm"]), float(means["loss"])
+    state, metrics = program.step(state, batch, wants=frozenset({"gradient_norms"}))
+    outputs = {which: program.apply(state, batch["ids"], params=which) for which in ("params", "ema")}
+    exported = {which: program.export(state, params=which) for which in ("params", "ema")}
+    state, after = program.step(state, batch)
+    return {
+        "numbers": [norm, loss, float(after["loss"])],
+        "norms": {name: float(value) for name, value in metrics.items() if name.startswith("grad_norm/")},
+        "outputs": outputs,
+        "weights": {which: module.state_dict() for which, module in exported.items()},
+        "again": {which: module.eval()(batch["ids"]).detach() for which, module in exported.items()},
+        "tied": [module.head.weight is module.embedding.weight for module in exported.values()],
+        "kinds": [type(module) is Tokens for module in exported.values()],
+        "asked": [p.requires_grad for p in exported["params"].parameters()],
+    }
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_program_in_shards_gives_what_others_give(pools, size):
+    expected = parts_of_a_step("single")
+    for one in pools[size](parts_of_a_step, "sharded"):
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one["again"], one["outputs"], rtol=1e-12, atol=1e-12)
+
+
+def memory() -> tuple[int, list[int], dict[str, tuple[int, ...]]]:
+    """Count the elements that a process has, after a step, and those of its model's parameters."""
+    program = sharded(plan())
+    state = program.init(seed=1)
+    state, _ = program.step(state, rows(16))
+    arrays = state.read()
+    held = [arrays.params, arrays.ema, arrays.opt["exp_avg"], arrays.opt["exp_avg_sq"]]
+    stored = [sum(buffer.numel() for buffer in flat.buffers) for flat in held]
+    local = sum(p.to_local().numel() for p in program.module().parameters())
+    return local, stored, {name: tuple(tensor.shape) for name, tensor in state.params.items()}
+
+
+def test_each_process_has_its_part(pools):
+    whole = {name: tuple(p.shape) for name, p in Tokens().named_parameters()}
+    elements = sum(p.numel() for p in Tokens().parameters())
+    for size in (2, 4):
+        found = pools[size](memory)
+        assert sum(local for local, _, _ in found) == elements
+        assert all(len(set(stored)) == 1 for _, stored, _ in found)
+        for name, shape in whole.items():
+            assert sum(shapes[name][0] for _, _, shapes in found) == shape[0]
+            assert {shapes[name][1:] for _, _, shapes in found} == {shape[1:]}
+
+
+class Bad(nn.Module):
+    """Gives nan for a batch that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x * 1.0
+
+
+def bad_plan(**changes: Any) -> ff.Plan:
+    given: dict[str, Any] = {
+        "model": Bad,
+        "loss": lambda outputs, batch: ff.mean.of(outputs.square()),
+        "optimizer": ff.adam(),
+        "schedule": 0.1,
+        "microbatches": 4,
+        "init": "by_name",
+    }
+    return ff.Plan(**given | changes)
+
+
+def skipping() -> tuple[list[int], float]:
+    """Leave out a step that is not finite on the last process alone."""
+    program = sharded(bad_plan(on_nonfinite="skip"))
+    state = program.init()
+    x = torch.ones(4, 3)
+    x[3] = torch.nan
+    state, _ = program.step(state, (x, x))
+    state, metrics = program.step(state, (torch.ones(4, 3), torch.ones(4, 3)))
+    return [int(state.skipped), int(state.updates)], float(metrics["loss"])
+
+
+def raising() -> list[str]:
+    """Try again after a step that was not finite on one process, and after one that failed on all."""
+    program = sharded(bad_plan())
+    state = program.init()
+    good = (torch.ones(4, 3), torch.ones(4, 3))
+    x = torch.ones(4, 3)
+    x[3] = torch.nan
+    said = []
+    for batch in ((x, x), (torch.ones(4, 2), torch.ones(4, 2))):
+        try:
+            program.step(state, batch)
+        except (ff.NonFiniteError, RuntimeError) as error:
+            said.append(type(error).__name__)
+    _, metrics = program.step(state, good)
+    return [*said, f"{float(metrics['loss']):.9f}"]
+
+
+def test_processes_agree_on_steps_that_are_not_finite(pools):
+    program = ff.single(bad_plan())
+    _, metrics = program.step(program.init(), (torch.ones(4, 3), torch.ones(4, 3)))
+    loss = float(metrics["loss"])
+    assert pools[2](skipping) == [([1, 1], pytest.approx(loss))] * 2
+    assert pools[2](raising) == [["NonFiniteError", "RuntimeError", f"{loss:.9f}"]] * 2

@@ -87,8 +87,9 @@ def accelerated(
             f'accelerated: reduction="tree" adds aligned pairs, and each process has {len(share.block)} microbatches, '
             'which is no power of two; use such a number, or reduction="sum"'
         )
+    if sharded is not False:
+        check_shards(plan, reduction, overlap_bytes if overlap_bytes != OVERLAPPED_BYTES else None)
     if sharded is not False and world.size > 1:
-        check_shards(plan, reduction)
         patterns = None if sharded is True else tuple(sharded)
         sharding = Sharding(world, functools.partial(_agree, plan, world), patterns)
         execution = functools.partial(sharding.execution, share=share)

@@ -91,7 +91,7 @@ class Sharding:
         """
         given = plan.model
         if isinstance(given, nn.Module) and class_of(given) is not type(given):
-            if self.fsdp is None or self.fsdp.module is not given:
+            if self.fsdp is None or id(self.fsdp.module) != id(given):
                 raise ValueError(
                     "sharded: the model is cut by fully_shard already; give it as it was, or a function that builds it"
                 )
@@ -241,7 +241,7 @@ def _filled_in(
     return blank
 
 
-def check_shards(plan: Plan, reduction: Reduction) -> None:
+def check_shards(plan: Plan, reduction: Reduction, overlap_bytes: int | None) -> None:
     """Make sure that a plan can be carried out on shards.
 
     Raises:
@@ -257,6 +257,7 @@ def check_shards(plan: Plan, reduction: Reduction) -> None:
             )
     refused = {
         "compile": (plan.compile is not False, "units are gathered by hooks, between which nothing can be one graph"),
+        "overlap_bytes": (overlap_bytes is not None, "each unit's gradient is sent while the next is computed"),
         'reduction="tree"': (reduction == "tree", "gradients are added up unit by unit, by torch's reduce-scatter"),
     }
     for what, (given, reason) in refused.items():
