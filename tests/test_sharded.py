@@ -10,6 +10,8 @@ import torch.distributed.fsdp  # both in the parent of all processes, since each
 from torch import nn
 
 import forgather_fn as ff
+from forgather_fn import fsdp
+from forgather_fn.checkpoint.saving import save
 from forgather_fn.testing.processes import processes
 
 
@@ -306,3 +308,95 @@ def test_processes_agree_on_steps_that_are_not_finite(pools):
     loss = float(metrics["loss"])
     assert pools[2](skipping) == [([1, 1], pytest.approx(loss))] * 2
     assert pools[2](raising) == [["NonFiniteError", "RuntimeError", f"{loss:.9f}"]] * 2
+
+
+def given_a_module(path: str) -> list[Any]:
+    """Train a module that is given, and begin again from what it has come to."""
+    torch.manual_seed(torch.distributed.get_rank())  # so that processes build other values
+    model = Bad()
+    program = sharded(bad_plan(model=model, init="as_built"))
+    batch = (torch.ones(4, 3), torch.ones(4, 3))
+    state, _ = program.step(program.init(), batch)
+    save(path, state, program)
+    again = program.init()
+    assert all(torch.equal(again.params[name], state.params[name]) for name in state.params)
+    other = sharded(bad_plan(model=model, init="as_built"))
+    return [program.plan.describe()["model"], refusal(other.init), float(program.step(again, batch)[1]["loss"])]
+
+
+def refusal(function: Any, *args: Any) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_a_module_that_is_given_is_cut_in_place(pools, tmp_path):
+    found = pools[2](given_a_module, str(tmp_path))
+    assert found[0] == found[1]
+    described, refused, loss = found[0]
+    assert described.endswith(".Bad")
+    assert "cut by fully_shard already" in refused
+    program = ff.single(bad_plan(model=Bad(), init="as_built"))
+    state = program.restore(str(tmp_path))
+    _, metrics = program.step(state, (torch.ones(4, 3), torch.ones(4, 3)))
+    assert float(metrics["loss"]) == pytest.approx(loss)
+
+
+class Odd(nn.Module):
+    """Has what cannot be cut, as asked for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        if kind == "scalar":
+            self.scale = nn.Parameter(torch.ones(()))
+        if kind == "shared":
+            self.layers[1].weight = self.layers[0].weight
+        if kind == "types":
+            self.half = nn.Linear(2, 2, dtype=torch.float16)
+            self.float = nn.Linear(2, 2)
+        if kind == "last":
+            self.conv = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last)
+
+
+def refused() -> dict[str, str]:
+    said = {kind: refusal(sharded(bad_plan(model=lambda k=kind: Odd(k), init="as_built")).init) for kind in KINDS}
+    said["unit"] = refusal(ff.accelerated(bad_plan(), sharded=["blocks.*"]).init)
+    return said
+
+
+KINDS = {
+    "scalar": "'scale' have no dimension to cut along",
+    "shared": "layers.0.weight is shared by the units",
+    "types": "has parameters of several data types (half.weight torch.float16",
+    "last": "'conv.weight' are not contiguous",
+}
+
+
+def test_models_that_cannot_be_cut_are_refused(pools):
+    for said in pools[2](refused):
+        for kind, expected in (KINDS | {"unit": "'blocks.*' matches no module; there are 'layers'"}).items():
+            assert expected in said[kind], kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({"optimizer": ff.from_torch(torch.optim.RMSprop)}, {}, "from_torch"),
+        ({"transforms": (ff.chain(ff.clipped(1.0), ff.noise(0.1)),)}, {}, "noise"),
+        ({"compile": "model"}, {}, "compile"),
+        ({"compile": True}, {}, "compile"),
+        ({"update": "in_backward", "transforms": (), "microbatches": 1}, {}, "in_backward"),
+        ({}, {"reduction": "tree"}, "tree"),
+        ({}, {"overlap_bytes": 1}, "overlap_bytes"),
+    ],
+)
+def test_what_needs_whole_tensors_is_refused_on_any_number_of_processes(changes, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        ff.accelerated(plan(**changes), sharded=True, **options)
+
+
+def test_another_version_of_torch_is_refused():
+    fsdp.check_version(torch.__version__)
+    with pytest.raises(RuntimeError, match=r"torch is 2\.14\.0, and its fully_shard is known here as of 2\.13 only"):
+        fsdp.check_version("2.14.0")
