@@ -13,14 +13,14 @@ Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html, an
 import functools
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from forgather_fn.flat import Flat, listed
-from forgather_fn.model import parameter_anatomy
+from forgather_fn.model import outline
 from forgather_fn.shards import Shards
 from forgather_fn.world import World
 
@@ -158,17 +158,48 @@ class Fsdp:
         self.used.add(name)
 
 
-def cut(module: nn.Module, patterns: Sequence[str] | None, trained: Shards, still: Shards, world: World) -> Fsdp:
+class Ready(Protocol):
+    """Give a unit its values, before it is cut."""
+
+    def __call__(self, names: frozenset[str], /) -> None:
+        """Have the modules of these names stand whole on their device."""
+        ...
+
+
+def parts_of(units: Sequence[tuple[str, nn.Module]]) -> list[frozenset[str]]:
+    """Give the names of the modules in each unit that are in no unit before it.
+
+    Args:
+        units: Inner ones first, the whole model, named ``""``, last.
+    """
+    names = {id(child): name for name, child in units[-1][1].named_modules()}
+    parts: list[frozenset[str]] = []
+    for _, unit in units:
+        parts.append(frozenset(names.pop(id(child)) for child in unit.modules() if id(child) in names))
+    return parts
+
+
+def cut(
+    module: nn.Module,
+    patterns: Sequence[str] | None,
+    trained: Shards,
+    still: Shards,
+    world: World,
+    device: torch.device,
+    ready: Ready,
+) -> Fsdp:
     """Apply ``fully_shard`` to the units of a module and to the rest of it.
 
     Gradients are summed over processes, not averaged, in the data type of the parameters.
 
     Args:
-        module: Whole, on the device where it is trained; changed in place.
+        module: Changed in place.
         patterns: Which modules are units; see :func:`units_of`.
         trained: How trained parameters are cut.
         still: How the others are; they ask for no gradient.
         world: The processes.
+        device: Where it is trained.
+        ready: Called with the modules of each unit before that is cut; until then they may be on the meta device.
 
     Raises:
         ValueError: Two units share a parameter, or the parameters of one have several data types.
@@ -178,15 +209,16 @@ def cut(module: nn.Module, patterns: Sequence[str] | None, trained: Shards, stil
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    anatomy = parameter_anatomy(module)
+    anatomy = outline(module)
     names = {(id(site.module), site.attribute): name for site, name in anatomy.sites}
     for site, name in anatomy.sites:  # tied storage becomes one object, which is how torch knows ties
         site.module._parameters[site.attribute] = anatomy.params[name]
     units = [*units_of(module, patterns), ("", module)]
     _check_apart(units, names)
-    device = next(iter(anatomy.params.values())).device
+    del anatomy  # so that nobody holds what is cut
     mesh = DeviceMesh.from_group(world.group, device.type)
-    for _, unit in units:
+    for (_, unit), part in zip(units, parts_of(units), strict=True):
+        ready(part)
         fully_shard(unit, mesh=mesh)
     made: tuple[Any, ...] = tuple(unit for _, unit in units)
     result = Fsdp(module, made, trained, still, mesh)

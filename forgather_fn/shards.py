@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn import flat as flat_storage
-from forgather_fn.flat import Flat, Hyper, Layout, Leaf, layout_of, listed
+from forgather_fn.flat import Flat, Hyper, Layout, layout_of, listed
 from forgather_fn.tree import rebuilt
 from forgather_fn.world import World
 
@@ -53,11 +53,20 @@ class Shards:
 
     def cut(self, tensors: Mapping[str, Tensor], device: torch.device) -> Flat:
         """Copy this process's block of every tensor to storage of its own."""
-        mine = {leaf.name: tensors[leaf.name][self._rows(leaf)] for leaf in self.whole.leaves}
-        return flat_storage.filled(self.layout, mine, device)
+        return flat_storage.filled(
+            self.layout, {name: self.mine(name, tensors[name]) for name in self.layout.index}, device
+        )
 
-    def _rows(self, whole: Leaf) -> slice:
-        return rows(whole.shape[0], self.world.rank, self.world.size)
+    def mine(self, name: str, whole: Tensor) -> Tensor:
+        """Cut this process's rows out of a whole tensor.
+
+        Raises:
+            ValueError: It is not of the shape that was planned.
+        """
+        expected = self.whole.leaves[self.whole.index[name]].shape
+        if tuple(whole.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(whole.shape)}")
+        return whole[rows(len(whole), self.world.rank, self.world.size)]
 
     def block(self, flat: Flat, name: str) -> Tensor:
         """Give the memory of a tensor's block, filled up with zeros to the length of a full one; one-dimensional."""

@@ -1,6 +1,8 @@
 """The storage of states that lie in shards: how it is made, and how a model is brought together from it."""
 
 import copy
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +14,18 @@ from forgather_fn import evaluation, shards
 from forgather_fn.binding import Binding, bound, unbind
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Flat, Layout, filled
-from forgather_fn.fsdp import Fsdp, cut
+from forgather_fn.flat import Flat, Layout, filled, zeros
+from forgather_fn.fsdp import Fsdp, Ready, cut, parts_of, units_of
+from forgather_fn.meta import initialise_part, on_meta, separable
 from forgather_fn.model import (
     buffer_names,
     buffer_slots,
+    build,
     call_arguments,
     check_apart,
     class_of,
     enter_training,
+    outline,
     parameter_anatomy,
 )
 from forgather_fn.plan import Plan
@@ -40,6 +45,8 @@ from forgather_fn.strategy.program import (
 )
 from forgather_fn.world import World
 
+logger = logging.getLogger(__name__)
+
 
 @attrs.define(eq=False)
 class Sharding:
@@ -52,6 +59,7 @@ class Sharding:
         fsdp: The model, cut.
         blank: A copy of the model without values, for the models that are exported; or why there is none.
         sites: Each place of a parameter in the model, with its name.
+        drawn: Gives some modules of the model that was prepared last their values; None if it has them.
     """
 
     world: World
@@ -60,6 +68,7 @@ class Sharding:
     fsdp: Fsdp | None = None
     blank: nn.Module | Exception | None = None
     sites: tuple[tuple[str, str], ...] = ()
+    drawn: Ready | None = None
 
     def storage(self) -> Storage:
         """Give what a program asks of its storage."""
@@ -84,7 +93,9 @@ class Sharding:
         return self.fsdp
 
     def prepare(self, plan: Plan, seed: int) -> nn.Module:
-        """Build the module whole; one that was given, and is cut already, stays as it is.
+        """Build the module; one that was given, and is cut already, stays as it is.
+
+        One on the meta device is left there, if its units can be initialised one at a time; otherwise it is whole.
 
         Raises:
             ValueError: It is cut already, and is to be initialised anew; or somebody else has cut it.
@@ -100,10 +111,18 @@ class Sharding:
                     'sharded: init="by_name" on a module that this program has cut; give a function that builds it'
                 )
             return given
-        return prepared(plan, seed)
+        module = build(plan.model, seed)
+        self.drawn = None
+        if plan.init == "by_name" and on_meta(module):
+            parts = parts_of([*units_of(module, self.patterns), ("", module)])
+            if separable(module, parts):
+                self.drawn = functools.partial(_draw, module, seed, plan.device, floating(plan))
+                return module
+            logger.info("the model is built whole before it is cut: units initialise, or share, what is not their own")
+        return prepared(attrs.evolve(plan, model=module), seed)
 
     def build(self, plan: Plan, module: nn.Module) -> Built:
-        """Cut a module, which stands whole on its device."""
+        """Cut a module."""
         if bound(module):
             unbind(module)
         enter_training(module)
@@ -132,22 +151,28 @@ class Sharding:
 
     def _cut(self, plan: Plan, module: nn.Module) -> Layout:
         """Cut the parameters. No name here may hold whole ones on when it returns."""
-        anatomy = parameter_anatomy(module)
-        check_apart(buffer_slots(module), anatomy)
+        anatomy = outline(module)
+        if self.drawn is None:
+            check_apart(buffer_slots(module), anatomy)
         hypers = trained_hypers(plan, module, anatomy)
         trained = {name: p for name, p in anatomy.params.items() if name in hypers and not hypers[name].frozen}
         still = {name: p for name, p in anatomy.params.items() if name not in trained}
-        trained_shards = shards_of(trained, self.world, {name: hypers[name] for name in trained})
+        dtype = floating(plan)
+        trained_shards = shards_of(_typed(trained, dtype), self.world, {name: hypers[name] for name in trained})
+        still_shards = shards_of(_typed(still, dtype), self.world)
         self._agree(trained_shards.whole, anatomy.params, module)
         self.sites = tuple((site.name, name) for site, name in anatomy.sites)
         self.blank = _blank(module)
         for parameter in still.values():
             parameter.requires_grad_(False)
-        self.fsdp = cut(module, self.patterns, trained_shards, shards_of(still, self.world), self.world)
+        del anatomy, trained, still
+        ready = self.drawn or (lambda names: None)
+        self.fsdp = cut(module, self.patterns, trained_shards, still_shards, self.world, plan.device, ready)
         return trained_shards.layout
 
     def _agree(self, layout: Layout, params: Mapping[str, Tensor], module: nn.Module) -> None:
-        self.agree(layout, [*[p.detach() for p in params.values()], *[b.detach() for b in module.buffers()]])
+        tensors = [tensor.detach() for tensor in (*params.values(), *module.buffers()) if not tensor.is_meta]
+        self.agree(layout, tensors)  # what is on the meta device will be drawn under the same keys everywhere
 
     def first(self, built: Built, module: nn.Module) -> tuple[Flat, Mapping[str, Tensor], Flat]:
         """Copy this process's shards of a module's values: of the one that is cut, or of another that is whole."""
@@ -158,11 +183,31 @@ class Sharding:
                 filled(own.layout, {name: values[name] for name in own.layout.index}, built.device)
                 for own in (fsdp.trained, fsdp.still)
             )
+        elif self.drawn is not None:
+            params, frozen = self._cut_as_drawn(built, module, self.drawn)
         else:
             whole = {name: p.detach() for name, p in parameter_anatomy(module).params.items()}
             self._agree(fsdp.trained.whole, whole, module)
             params, frozen = (own.cut(whole, built.device) for own in (fsdp.trained, fsdp.still))
         return params, frozen, stored_buffers(module, built.device)
+
+    def _cut_as_drawn(self, built: Built, module: nn.Module, ready: Ready) -> tuple[Flat, Flat]:
+        """Draw the values of one part after the other, keep this process's rows, and let go of the rest."""
+        fsdp = self.cut_model
+        params, frozen = (zeros(own.layout, built.device) for own in (fsdp.trained, fsdp.still))
+        for part in parts_of([*units_of(module, self.patterns), ("", module)]):
+            ready(part)
+            for place, name in self.sites:
+                prefix, _, attribute = place.rpartition(".")
+                if prefix in part:
+                    held = module.get_submodule(prefix)._parameters
+                    drawn, own, flat = held[attribute], fsdp.trained, params
+                    if name not in params:
+                        own, flat = fsdp.still, frozen
+                    assert drawn is not None
+                    flat[name].copy_(own.mine(name, drawn.detach()))
+                    held[attribute] = None
+        return params, frozen
 
     def whole(self, state: TrainState, /) -> TrainState | None:
         """Bring a state together in the memory of the first process's host; see :class:`~forgather_fn.plan.Whole`."""
@@ -208,6 +253,27 @@ def _as_flat(own: Shards, frozen: Mapping[str, Tensor]) -> Flat:
         return frozen
     device = next((tensor.device for tensor in frozen.values()), torch.device("cpu"))
     return filled(own.layout, frozen, device)
+
+
+def _typed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Give tensors without values, of the data types that those that are to be drawn will have."""
+    return {
+        name: torch.empty_like(t, device="meta", dtype=dtype if dtype and t.is_floating_point() else t.dtype)
+        for name, t in tensors.items()
+    }
+
+
+def _draw(
+    module: nn.Module, seed: int, device: torch.device, dtype: torch.dtype | None, names: frozenset[str], /
+) -> None:
+    """Give some modules of a model on the meta device their values, in the data type of the plan."""
+    initialise_part(module, names, seed, device)
+    for name, child in module.named_modules():
+        if name in names and dtype is not None:
+            for held in (child._parameters, child._buffers):
+                for tensor in held.values():
+                    if tensor is not None and tensor.is_floating_point():
+                        tensor.data = tensor.data.to(dtype)
 
 
 def _blank(module: nn.Module) -> nn.Module | Exception:
