@@ -302,7 +302,10 @@ class TestInABrowser:
         page.until("document.getElementById('answer').innerText.startsWith('stop: done at step')")
         assert started.end() == 0
         assert all(one.startswith(("http://127.0.0.1:", "about:")) for one in page.requested())
-        assert page.complaints() == []
+        page.until("document.getElementById('error').innerText === 'The job has ended.'")
+        assert page.value("document.querySelectorAll('[data-command]:disabled').length") == 5
+        gone = "409 (Conflict)"  # of a look at the job while it ended
+        assert [one for one in page.complaints() if gone not in one] == []
 
     def test_what_a_run_says_is_text(self, page, tmp_path):
         hostile = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
