@@ -67,6 +67,8 @@ def evaluate(
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
+    if world.watch is not None:
+        world.watch.begin()
 
     def own() -> dict[int, dict[str, tuple[float, float]]]:
         with _evaluating(built, state, params):
