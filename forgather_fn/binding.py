@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -27,6 +27,14 @@ def _binding_of(module: nn.Module) -> "Binding | None":
     return None if reference is None else reference()
 
 
+class Place(Protocol):
+    """Put parameters that are not plain tensors of the module, but its shards, on the tensors of a state."""
+
+    def __call__(self, params: Flat, frozen: Mapping[str, Tensor], /) -> None:
+        """Make the module stand on these."""
+        ...
+
+
 @attrs.define(eq=False)
 class Binding:
     """The one mutable thing of a program: which state its module stands on.
@@ -40,6 +48,7 @@ class Binding:
         params: The flat storage that the module's parameters are views of now; None while it is not bound.
         frozen: What its other parameters are.
         buffers: The flat storage that its buffers are views of.
+        place: Puts parameters that are in none of the places above.
     """
 
     module: nn.Module
@@ -50,6 +59,7 @@ class Binding:
     params: Flat | None = None
     frozen: Mapping[str, Tensor] = attrs.field(factory=dict)
     buffers: Flat | None = None
+    place: Place | None = None
     _tied_buffers: Mapping[str, str] = attrs.field(factory=dict)
     _asked: Mapping[nn.Parameter, bool] = attrs.field(factory=dict)
     _pointers: tuple[tuple[dict[str, Any], str, nn.Parameter, int], ...] = ()
@@ -83,6 +93,8 @@ class Binding:
                 if taking_over:
                     site.tensor.requires_grad_(tensors is params)
                 site.module._parameters[site.attribute] = site.tensor
+        if self.place is not None:
+            self.place(params, frozen)
         self.bind_buffers(buffers)
         self.params, self.frozen = params, frozen
         self._pointers = tuple(

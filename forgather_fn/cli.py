@@ -33,6 +33,10 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "pipeline": ("show what a pipeline would be: stages, schedule, waiting", "forgather_fn.pipeline.cli:command"),
     "completion": ("print what a shell needs to complete commands", "forgather_fn.completion:command"),
     "control": ("see and command runs that are going on", "forgather_fn.control.cli:command"),
+    "dashboard": (
+        "show runs that are going on in the browser, and command them",
+        "forgather_fn.control.dashboard.cli:command",
+    ),
     "checkpoint": ("list, verify or show the checkpoints of a run", "forgather_fn.checkpoint.cli:command"),
     "replay": (
         "execute one step of a run again, to the bit, and show what it did",

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -22,7 +22,41 @@ from forgather_fn.world import ALONE, World
 Which = Literal["params", "ema"]
 
 
-def evaluate(built: Built, state: TrainState, data: Any, params: Which, world: World = ALONE) -> dict[str, float]:
+Numbered = Iterator[tuple[int | None, Any]]
+"""Batches with their numbers; one whose number is None is run, but not counted."""
+
+
+class Pace(Protocol):
+    """Bring the batches of this process in step with those of the others."""
+
+    def __call__(self, batches: Numbered, world: World, /) -> Numbered:
+        """Give the batches, and perhaps others between or behind them."""
+        ...
+
+
+def unpaced(batches: Numbered, world: World) -> Numbered:
+    """Let each process go at its own pace."""
+    del world
+    return batches
+
+
+def paced(batches: Numbered, world: World) -> Numbered:
+    """Give equally many batches on every process, where a model in shards cannot be run by some of them alone.
+
+    Those that have no more run the first process's for nothing.
+    """
+    while True:
+        own = next(batches, None)
+        left = world.gather(own is not None)
+        if not any(left):
+            return
+        spare = None if all(left) else world.broadcast(own[1] if own is not None and world.main else None)
+        yield own if own is not None else (None, spare)
+
+
+def evaluate(
+    built: Built, state: TrainState, data: Any, params: Which, world: World = ALONE, pace: Pace = unpaced
+) -> dict[str, float]:
     """Run the loss over every sample once and give each named mean; see :class:`~forgather_fn.plan.Evaluate`.
 
     Each process of a world takes one batch in turn. The sums of all batches are then added in their order, so that the
@@ -33,10 +67,13 @@ def evaluate(built: Built, state: TrainState, data: Any, params: Which, world: W
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
+    if world.watch is not None:
+        world.watch.begin()
 
     def own() -> Sums:
         with evaluating(built, state, params):
-            found = {i: _measured(built, state, i, item) for i, item in own_batches(data, world)}
+            numbered = [(i, _measured(built, state, i, item)) for i, item in pace(own_batches(data, world), world)]
+        found = {i: means for i, means in numbered if i is not None}
         return {i: {name: (float(m.total), float(m.weight)) for name, m in means.items()} for i, means in found.items()}
 
     return averaged(world.each(own))
@@ -67,7 +104,7 @@ def averaged(told: Iterable[Sums]) -> dict[str, float]:
     return {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
 
 
-def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
+def own_batches(data: Any, world: World) -> Numbered:
     """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
     if isinstance(data, Stream):
         own: Iterator[tuple[int, Any]] = zip(
@@ -81,8 +118,8 @@ def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
         yield numbered
 
 
-def _measured(built: Built, state: TrainState, number: int, item: Any) -> dict[str, Mean]:
-    with seeded(key(state.seed, state.step, number, "evaluate"), built.device):
+def _measured(built: Built, state: TrainState, number: int | None, item: Any) -> dict[str, Mean]:
+    with seeded(key(state.seed, state.step, number or 0, "evaluate"), built.device):
         means = built.forward(built.place(as_batch(item).data))
     return {name: mean.detach() for name, mean in means.items()}
 

@@ -1,7 +1,7 @@
 """Gradients as a value, and the transforms that they pass through on their way to the optimizer."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -13,6 +13,14 @@ from torch.nn.utils import get_total_norm
 from forgather_fn.describe import describe, described
 from forgather_fn.flat import Chunk, Flat, Layout, listed
 from forgather_fn.random import key, seeded
+
+
+class Summed(Protocol):
+    """Add numbers up over the processes that have the other shards of a gradient."""
+
+    def __call__(self, numbers: Tensor, /) -> Tensor:
+        """Give the sums of the float64 numbers of all processes, on each of them; every process calls it."""
+        ...
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -33,6 +41,7 @@ class Gradients(Mapping[str, Tensor]):
         known_norm: The 2-norm of the views, where it has been computed.
         reports: Named scalars that transforms report.
         measure: Computes the 2-norm where these are a part of a gradient that is spread over processes; collective.
+        summed: Adds squares up over processes, where each has shards of the gradient only; None where it is whole.
     """
 
     layout: Layout
@@ -45,6 +54,7 @@ class Gradients(Mapping[str, Tensor]):
     known_norm: Tensor | None = None
     reports: Mapping[str, Tensor] = MappingProxyType({})
     measure: "Callable[[Gradients], Tensor] | None" = None
+    summed: Summed | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         view = self.views[name]
@@ -76,7 +86,10 @@ class Gradients(Mapping[str, Tensor]):
         if self.measure is not None:
             return self._with(self.divisor, self.measure(self), self.reports)
         whole = self.whole()
-        if len(whole) == 1:
+        if self.summed is not None:
+            widest = max((t.dtype for t in whole), key=lambda dtype: dtype.itemsize, default=torch.float32)
+            norm = self.summed(squares(whole).sum()).sqrt().to(widest if widest.itemsize > 4 else torch.float32)
+        elif len(whole) == 1:
             norm = torch.linalg.vector_norm(whole[0], dtype=torch.float32 if whole[0].dtype.itemsize < 4 else None)
         else:
             norm = get_total_norm([t.float() if t.dtype.itemsize < 4 else t for t in whole])
@@ -132,6 +145,7 @@ class Gradients(Mapping[str, Tensor]):
             norm,
             reports,
             self.measure,
+            self.summed,
         )
 
     def copy(self) -> "Gradients":
@@ -208,6 +222,8 @@ class Transform:
             others have put off may stay so.
         compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; ``step`` is a scalar
             tensor there.
+        elementwise: Whether ``update`` works element by element and by :meth:`Gradients.norm` alone, so that a process
+            may have shards of the gradient only.
     """
 
     init: TransformInit
@@ -215,6 +231,7 @@ class Transform:
     description: str = ""
     defers: bool = False
     compiles: bool = True
+    elementwise: bool = False
 
     def __repr__(self) -> str:
         return self.description or f"Transform({describe(self.update)})"
@@ -263,7 +280,13 @@ def chain(*transforms: Transform) -> Transform:
             states.append(held)
         return gradients, tuple(states)
 
-    return Transform(init, update, defers=True, compiles=all(transform.compiles for transform in transforms))
+    return Transform(
+        init,
+        update,
+        defers=True,
+        compiles=all(transform.compiles for transform in transforms),
+        elementwise=all(transform.elementwise for transform in transforms),
+    )
 
 
 def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
@@ -319,7 +342,7 @@ def clipped(max_norm: float | None) -> Transform:
             return gradients.divided(torch.scalar_tensor(ratio, dtype=norm.dtype), grad_norm=norm), state
         return gradients.divided(((norm + 1e-6) / max_norm).clamp(min=1.0), grad_norm=norm), state
 
-    return Transform(_nothing, update, defers=True)
+    return Transform(_nothing, update, defers=True, elementwise=True)
 
 
 @described
@@ -350,4 +373,12 @@ def noise(std: float) -> Transform:
 
 def norms(gradients: Gradients) -> dict[str, Tensor]:
     """Compute the 2-norm of each parameter's gradient."""
-    return {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
+    if gradients.summed is None:
+        return {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
+    found = gradients.summed(squares(list(gradients.values()))).sqrt()
+    return {name: norm.to(view.dtype) for (name, view), norm in zip(gradients.views.items(), found, strict=True)}
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Give the sum of squares of each tensor, float64."""
+    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors])

@@ -5,13 +5,15 @@ would have drawn in their constructors they draw here, in their ``reset_paramete
 copied.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from forgather_fn import tree
 from forgather_fn.flat import listed
 from forgather_fn.model import initialise_by_name
 
@@ -40,9 +42,7 @@ def on_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for _, _, _, tensor in _tensors(module))
 
 
-def initialise_from_meta(
-    module: nn.Module, seed: int, device: torch.device, chosen: Callable[[nn.Module], bool] = lambda child: True
-) -> None:
+def initialise_from_meta(module: nn.Module, seed: int, device: torch.device) -> None:
     """Give a model that was built on the meta device memory on another, and the values of ``init="by_name"``.
 
     On a CPU these are the values that the model would have got, had it been built there and initialised by name.
@@ -53,7 +53,6 @@ def initialise_from_meta(
         module: Changed in place: its parameters are other objects afterwards.
         seed: Of the run.
         device: Where it is to be.
-        chosen: Which of the modules in it are initialised.
 
     Raises:
         ValueError: A parameter or buffer got no value, because no ``reset_parameters`` (or ``_init_weights``, in models
@@ -66,8 +65,23 @@ def initialise_from_meta(
         >>> model[0].weight.device, model[1].running_var
         (device(type='cpu'), tensor([1., 1., 1.]))
     """
-    places = _materialise(module, device)
-    initialise_by_name(module, seed, chosen)
+    initialise_part(module, {name for name, _ in module.named_modules()}, seed, device)
+
+
+def initialise_part(module: nn.Module, names: Collection[str], seed: int, device: torch.device) -> None:
+    """Do what :func:`initialise_from_meta` does for some of the modules in a model: for what they have themselves.
+
+    Args:
+        module: The whole model; changed in place.
+        names: Of these modules, as ``named_modules`` has them; ``""`` is the model itself.
+        seed: Of the run.
+        device: Where they are to be.
+
+    Raises:
+        ValueError: As :func:`initialise_from_meta`.
+    """
+    places = _materialise(module, names, device)
+    initialise_by_name(module, seed, names)
     unset = [place.name for place in places if not _is_set(place)]
     if unset:
         raise ValueError(
@@ -78,6 +92,7 @@ def initialise_from_meta(
     left = [
         f"{prefix}.{name}" if prefix else name
         for prefix, child in module.named_modules()
+        if prefix in names
         for name, value in vars(child).items()
         if isinstance(value, Tensor) and value.is_meta
     ]
@@ -88,19 +103,71 @@ def initialise_from_meta(
         )
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, str, Tensor]]:
+class _Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
+    """Notes which memory operations read or write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.memory: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.memory |= {tensor.untyped_storage()._cdata for tensor in tree.tensors([args, kwargs or {}])}
+        return func(*args, **kwargs or {})
+
+
+def separable(module: nn.Module, parts: Sequence[Collection[str]]) -> bool:
+    """Tell whether each part of a model on the meta device can be initialised by itself.
+
+    The model's initialisation is tried where it is, which costs nothing: where a module's ``reset_parameters`` touches
+    only tensors of its own part, the others need not be there.
+
+    Args:
+        module: On the meta device, with nothing elsewhere.
+        parts: The names of the modules in each part; every module is in one.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 5))
+        >>> separable(model, [["0"], ["1", ""]])
+        True
+    """
+    if not all(tensor.is_meta for _, _, _, tensor in _tensors(module)):
+        return False
+    owner: dict[int, int] = {}
+    for number, part in enumerate(parts):
+        for _, _, _, tensor in _tensors(module, part):
+            if owner.setdefault(tensor.untyped_storage()._cdata, number) != number:
+                return False
+    for number, part in enumerate(parts):
+        try:
+            with _Touched() as touched:
+                initialise_by_name(module, 0, part)
+        except (RuntimeError, NotImplementedError):  # it looks at values
+            return False
+        if any(owner.get(memory, number) != number for memory in touched.memory):
+            return False
+    return True
+
+
+def _tensors(
+    module: nn.Module, names: Collection[str] | None = None
+) -> Iterator[tuple[dict[str, Any], str, str, Tensor]]:
     for prefix, child in module.named_modules():
+        if names is not None and prefix not in names:
+            continue
         for held in (child._parameters, child._buffers):
             for attribute, tensor in held.items():
                 if tensor is not None:
                     yield held, attribute, f"{prefix}.{attribute}" if prefix else attribute, tensor
 
 
-def _materialise(module: nn.Module, device: torch.device) -> list[_Place]:
+def _materialise(module: nn.Module, names: Collection[str], device: torch.device) -> list[_Place]:
     """Give every tensor memory of its own, but one memory to those that share one; say where those from meta are."""
     objects: dict[int, Tensor] = {}
     memory: dict[int, Tensor] = {}
-    kept = list(_tensors(module))  # so that no address is used again meanwhile
+    kept = list(_tensors(module, names))  # so that no address is used again meanwhile
     places = []
     for held, attribute, name, old in kept:
         new = objects.get(id(old))

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -51,6 +51,18 @@ def parameter_anatomy(module: nn.Module) -> Anatomy:
     Raises:
         ValueError: A parameter is lazy, has no data, or shares only a part of its memory with another.
     """
+    found = outline(module)
+    for site, _ in found.sites:
+        if site.tensor.is_meta:
+            raise ValueError(
+                f"{site.name} is on the meta device and has no values; build the model on a real device, or have it "
+                'initialised: Plan(init="by_name")'
+            )
+    return found
+
+
+def outline(module: nn.Module) -> Anatomy:
+    """Find the parameters of a module as :func:`parameter_anatomy` does, also where they have no values yet."""
     for site in _sites(module):
         _check_parameter(site)
     sites = parameter_sites(module)
@@ -60,7 +72,7 @@ def parameter_anatomy(module: nn.Module) -> Anatomy:
 
 
 def parameter_sites(module: nn.Module) -> tuple[tuple[Site, str], ...]:
-    """Give each place of a parameter with the name of what it holds, the first; on any device, ``meta`` too."""
+    """Give each place of a parameter with the name of what it holds, the first."""
     names: dict[tuple[Any, ...], str] = {}
     return tuple((site, names.setdefault(_place(site.tensor), site.name)) for site in _sites(module))
 
@@ -130,11 +142,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _check_parameter(site: Site) -> None:
     _check_shape(site.name, site.tensor)
-    if site.tensor.is_meta:
-        raise ValueError(
-            f"{site.name} is on the meta device and has no values; build the model on a real device, or have it "
-            'initialised: Plan(init="by_name")'
-        )
     if isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and site.module.max_norm is not None:
         raise ValueError(
             f"{site.name} is changed by every forward pass (max_norm={site.module.max_norm}), so that even an "
@@ -156,7 +163,8 @@ def _check_shape(name: str, tensor: Tensor | None) -> None:
 
 
 def _check_overlap(params: Mapping[str, nn.Parameter]) -> None:
-    spans = sorted((p.data_ptr(), p.data_ptr() + _span(p), name) for name, p in params.items() if p.numel())
+    placed = {name: p for name, p in params.items() if p.numel() and not p.is_meta}
+    spans = sorted((p.data_ptr(), p.data_ptr() + _span(p), name) for name, p in placed.items())
     for (_, stop, one), (start, _, other) in itertools.pairwise(spans):
         if start < stop:
             raise ValueError(
@@ -187,7 +195,7 @@ def build(model: nn.Module | ModelFactory, seed: int) -> nn.Module:
     raise ValueError(f"model must be a torch.nn.Module or a function that builds one, got {type(model).__name__}")
 
 
-def initialise_by_name(module: nn.Module, seed: int, chosen: Callable[[nn.Module], bool] = lambda child: True) -> None:
+def initialise_by_name(module: nn.Module, seed: int, among: Collection[str] | None = None) -> None:
     """Initialise module by module, each under a key of its own name, children before their parents.
 
     The values then depend on names alone, not on the order of construction, so that any part of a model, built alone,
@@ -197,17 +205,16 @@ def initialise_by_name(module: nn.Module, seed: int, chosen: Callable[[nn.Module
     Args:
         module: Changed in place.
         seed: Of the run.
-        chosen: Which of the modules in it are initialised; others keep what they have.
+        among: The names of the modules in it that are initialised; None for all.
 
     Raises:
         ValueError: A module has parameters of its own and none of these.
     """
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    chosen = [(name, child) for name, child in module.named_modules() if among is None or name in among]
+    device = next((p.device for _, child in chosen for p in child.parameters(recurse=False)), torch.device("cpu"))
     hugging_face = _is_hugging_face(module)
     with torch.no_grad():
-        for name, child in reversed(list(module.named_modules())):
-            if not chosen(child):
-                continue
+        for name, child in reversed(chosen):
             reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
             initialise = module._init_weights if hugging_face else None
             own = [p for p in child.parameters(recurse=False) if p is not None]
@@ -221,6 +228,12 @@ def initialise_by_name(module: nn.Module, seed: int, chosen: Callable[[nn.Module
                     initialise(child)
                 elif reset is not None:
                     reset()
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Give the class of a module, as it was before torch's ``fully_shard`` put one of its own in front."""
+    kind = type(module)
+    return kind if not getattr(kind, "_orig_cls_mro_index", 0) else kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[attr-defined]
 
 
 def _is_hugging_face(module: nn.Module) -> bool:

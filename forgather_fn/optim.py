@@ -63,6 +63,7 @@ class Optimizer:
         compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; its learning rate is
             a scalar tensor there.
         separable: Whether updating parameter by parameter, in any order, is the same as updating all at once.
+        elementwise: Whether every element is updated by itself, so that a process may have shards of parameters only.
     """
 
     init: OptimizerInit
@@ -71,6 +72,7 @@ class Optimizer:
     description: str = ""
     compiles: bool = True
     separable: bool = False
+    elementwise: bool = False
 
     def __repr__(self) -> str:
         return self.description or f"Optimizer({describe(self.update)})"
@@ -140,7 +142,7 @@ def _adam_family(
             )
         return state
 
-    return Optimizer(init, update, groups, separable=True)
+    return Optimizer(init, update, groups, separable=True, elementwise=True)
 
 
 def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
@@ -280,7 +282,7 @@ def sgd(
             )
         return state
 
-    return Optimizer(init, update, assigner(groups, weight_decay, decays), separable=True)
+    return Optimizer(init, update, assigner(groups, weight_decay, decays), separable=True, elementwise=True)
 
 
 def _fused_sgd_is_right(tensor: Tensor) -> bool:

@@ -55,7 +55,17 @@ def behind(buffer: Tensor, parcel: Tensor) -> Tensor:
 def opened(parcel: Tensor, flags: int, world: World) -> Parcel:
     """Read what was added up over all processes."""
     rows = parcel[flags:].to(torch.uint8).view(torch.float64).view(world.size, -1)
+    return Parcel(parcel[:flags], paired(rows))
+
+
+def paired(rows: Tensor) -> Tensor:
+    """Add up rows in aligned pairs: the same sum, to the bit, on every process that has them.
+
+    Example:
+        >>> paired(torch.tensor([[1.0], [2.0], [4.0]]))
+        tensor([7.])
+    """
     while len(rows) > 1:
         pairs = len(rows) // 2
         rows = torch.cat([rows[0 : 2 * pairs : 2] + rows[1 : 2 * pairs : 2], rows[2 * pairs :]])
-    return Parcel(parcel[:flags], rows[0])
+    return rows[0]

@@ -13,7 +13,7 @@ from forgather_fn.data import Stream
 from forgather_fn.describe import describe
 from forgather_fn.gradient import Gradients, Transform
 from forgather_fn.losses import Loss
-from forgather_fn.model import ModelFactory
+from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
 from forgather_fn.part import Part
 from forgather_fn.schedules import Schedule
@@ -179,7 +179,7 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """Say, part by part, what the run is made of; the part of a plan that goes into checkpoints."""
         model = self.model
-        named = type(model) if isinstance(model, nn.Module) else model
+        named = class_of(model) if isinstance(model, nn.Module) else model
         parts = {field.name: describe(getattr(self, field.name)) for field in attrs.fields(Plan)}
         return parts | {"model": describe(named)}
 
@@ -289,6 +289,22 @@ class Export(Protocol):
         ...
 
 
+class Whole(Protocol):
+    """Bring a state together that lies in shards, to be written; collective."""
+
+    def __call__(self, state: TrainState, /) -> TrainState | None:
+        """Give the state itself where every process has all of it.
+
+        Otherwise give a copy of it, whole, in the memory of the first process's host, and None on the others.
+        """
+        ...
+
+
+def itself(state: TrainState, /) -> TrainState | None:
+    """Give a state that every process has whole."""
+    return state
+
+
 class OpenBatches(Protocol):
     """Start reading."""
 
@@ -311,7 +327,8 @@ class Program:
 
     ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
-    ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it.
+    ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it; ``whole``
+    brings a state together that they have in shards.
     """
 
     plan: Plan
@@ -329,6 +346,7 @@ class Program:
     world: World = ALONE
     share: Share | None = None
     part: Callable[[], Part | None] = lambda: None
+    whole: Whole = itself
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

@@ -157,17 +157,17 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     found, gradients, buffers = replica.run(replica, state, parts, batch.samples)
     assert gradients.flat is not None
     try:
-        replica.learn(found, not replica.names and _changed(arrays.buffers, buffers))
-        sums = replica.add(gradients.flat, gradients.active, _sums(replica, found))
+        replica.learn(found, not replica.names and changed(arrays.buffers, buffers))
+        added = replica.add(gradients.flat, gradients.active, sums(replica, found))
         if replica.moving:
-            _taken_from_first(replica.world, buffers)
+            taken_from_first(replica.world, buffers)
     except BaseException:
         built.workspace.clear()
         raise
-    pairs = sums.numbers.view(-1, 2)
+    pairs = added.numbers.view(-1, 2)
     means = {name: Mean(total, weight) for name, (total, weight) in zip(replica.names, pairs, strict=True)}
     weight = pairs[replica.names.index("loss"), 1]
-    return _read(replica, state, gradients, sums.counts, weight), buffers, means
+    return _read(replica, state, gradients, added.counts, weight), buffers, means
 
 
 def eager_parts(
@@ -210,7 +210,7 @@ def _accumulate(
     return found, counter
 
 
-def _sums(replica: Replica, found: Sequence[Mapping[str, Mean]]) -> Tensor:
+def sums(replica: Replica, found: Sequence[Mapping[str, Mean]]) -> Tensor:
     """Add up totals and weights over the microbatches of this process, float64, in aligned pairs."""
     device = replica.built.device
     counter = Counter()
@@ -232,12 +232,13 @@ def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Ten
     return divided(replica.built, state.read(), gradients, weight=weight)
 
 
-def _changed(before: Flat, after: Flat) -> bool:
+def changed(before: Flat, after: Flat) -> bool:
+    """Tell whether buffers are other ones, or have other values."""
     same = before.layout is after.layout and all(map(torch.equal, before.buffers, after.buffers))
     return not same
 
 
-def _taken_from_first(world: World, buffers: Flat) -> None:
+def taken_from_first(world: World, buffers: Flat) -> None:
     """Take the buffers of the first process everywhere, as DistributedDataParallel does."""
     from torch import distributed
 

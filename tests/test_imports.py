@@ -41,6 +41,7 @@ STEP = {
     "dispatch",
     "evaluation",
     "execution",
+    "fsdp",
     "graphs",
     "in_backward",
     "meta",
@@ -51,6 +52,8 @@ STEP = {
     "reduction",
     "replicated",
     "replicated_graphs",
+    "sharded",
+    "shards",
     "step",
     "workspace",
 }

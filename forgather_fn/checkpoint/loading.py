@@ -1,6 +1,7 @@
 """Reading checkpoints: whole ones only, into a state that fits them."""
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.shards import Rows
 from forgather_fn.state import Arrays, Ownership, TrainState, counter
 from forgather_fn.world import World
 
@@ -48,23 +50,24 @@ class Loaded:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def load(path: str | Path) -> Loaded:
+def load(path: str | Path, rows: Rows | None = None) -> Loaded:
     """Read a checkpoint, or the latest whole one of a run.
 
     Args:
         path: A ``checkpoint-<step>`` directory, which must be whole; or a run directory, of which the latest whole one
             is taken, and newer ones that are damaged are reported by a warning of the logger.
+        rows: Which rows are read of parameters, averages, and slots of their shapes; None for all.
 
     Raises:
         CheckpointError: There is none, it is damaged, or of a newer version.
     """
     path = Path(path)
     if (path / manifests.NAME).exists() or (catalog.matched(path) and not (path / catalog.DIRECTORY).exists()):
-        return _load(path)
+        return _load(path, rows)
     problems = []
     for entry in reversed(catalog.list_checkpoints(path)):
         try:
-            return _load(entry.path)
+            return _load(entry.path, rows)
         except CheckpointError as error:
             logger.warning("%s is passed over: %s", entry.path, error)
             problems.append(f"{entry.path.name}: {error}")
@@ -76,16 +79,19 @@ UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, O
 """What reading something raises that is not what it should be."""
 
 
-def _load(path: Path) -> Loaded:
+def _load(path: Path, rows: Rows | None) -> Loaded:
     try:
-        return _read(path)
+        return _read(path, rows)
     except CheckpointError:
         raise
     except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(path: Path) -> Loaded:
+_CHANGED: Final = "{path} is damaged: the content of {files} was changed (sha256 differs)"
+
+
+def _read(path: Path, rows: Rows | None) -> Loaded:
     manifest = manifests.read(path)
     if manifest is None:
         raise CheckpointError(
@@ -96,28 +102,56 @@ def _read(path: Path) -> Loaded:
         raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
     if STATE not in manifest.files:
         raise CheckpointError(f"{path}: its manifest names no {STATE}")
+    if manifests.sha256(path / STATE) != manifest.files[STATE].sha256:
+        raise CheckpointError(_CHANGED.format(path=path, files=STATE))
+    record = json.loads((path / STATE).read_bytes())
+    if record["version"] > VERSION:
+        raise CheckpointError(f"{path}: {STATE} is of version {record['version']}; this library reads up to {VERSION}")
     tensors: dict[str, dict[str, Tensor]] = {}
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint") as pool:
         hashes = {name: pool.submit(manifests.sha256, path / name) for name in manifest.files}
         for name in manifest.files:
             if name.endswith(".safetensors"):
-                group = tensors.setdefault(name.split(".")[0].split("-")[0], {})
-                group.update(_read_tensors(path / name))
+                kind = name.split(".")[0].split("-")[0]
+                held = tensors.setdefault(kind, {})
+                held.update(_read_tensors(path / name, functools.partial(_rows_of, rows, record, kind)))
         changed = [name for name, found in hashes.items() if found.result() != manifest.files[name].sha256]
     if changed:
-        raise CheckpointError(f"{path} is damaged: the content of {', '.join(changed)} was changed (sha256 differs)")
-    record = json.loads((path / STATE).read_bytes())
-    if record["version"] > VERSION:
-        raise CheckpointError(f"{path}: {STATE} is of version {record['version']}; this library reads up to {VERSION}")
+        raise CheckpointError(_CHANGED.format(path=path, files=", ".join(changed)))
     return Loaded(path, record, tensors)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _rows_of(rows: Rows | None, record: Mapping[str, Any], kind: str, name: str) -> Rows | None:
+    """Say how a tensor of a group of files is cut: as parameters are, if it has the shape of one, else not at all."""
+    slots = [f"{prefix}/" for prefix in _flat_paths(record["structure"])]
+    like_parameter = kind == "ema" or (kind == "model" and name not in record["buffers"])
+    return rows if like_parameter or name.startswith(tuple(slots)) else None
+
+
+def _flat_paths(structure: Any) -> list[str]:
+    """Name the slots that have the shapes of the parameters."""
+    if isinstance(structure, Mapping):
+        own = [structure["flat"]] if isinstance(structure.get("flat"), str) else []
+        return own + [path for child in structure.values() for path in _flat_paths(child)]
+    return [path for child in structure for path in _flat_paths(child)] if isinstance(structure, list) else []
+
+
+def _read_tensors(path: Path, rows_of: Callable[[str], Rows | None]) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: _read_rows(file, name, rows_of(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (safetensors.SafetensorError, *UNREADABLE) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _read_rows(file: Any, name: str, rows: Rows | None) -> Tensor:
+    if rows is None:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+    held = file.get_slice(name)
+    own = rows(held.get_shape()[0])
+    found: Tensor = held[own] if own.stop > own.start else held[:1][:0]  # it reads no empty slice
+    return found
 
 
 def restored(
@@ -128,11 +162,12 @@ def restored(
     path: str | Path,
     allow: Collection[str],
     without: Collection[str],
+    rows: Rows | None = None,
 ) -> TrainState:
     """Make the state that a checkpoint holds; see :class:`~forgather_fn.plan.Restore`."""
     _check_names("allow", allow, ALLOWED)
     _check_names("without", without, PARTS)
-    loaded = _loaded_together(world, path)
+    loaded = _loaded_together(world, path, rows)
     record = loaded.record
     _tell_of_other_world(world, record, loaded.path)
     with _explained(loaded.path):
@@ -157,16 +192,16 @@ def restored(
         )
 
 
-def _loaded_together(world: World, path: str | Path) -> Loaded:
+def _loaded_together(world: World, path: str | Path, rows: Rows | None) -> Loaded:
     """Read, on every process, what the first one has found to be whole."""
     found: list[Loaded] = []
 
     def first() -> Path:
-        found.append(load(path))
+        found.append(load(path, rows))
         return found[0].path
 
     chosen = world.first(first)
-    world.each(lambda: None if found else found.append(load(chosen)))
+    world.each(lambda: None if found else found.append(load(chosen, rows)))
     return found[0]
 
 

@@ -56,10 +56,11 @@ def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool =
     part = program.part()
     if part is not None:
         return _save_parts(Path(run), state, program, part, pinned)
-    check_alike(program.world, state)
+    whole = _whole(program, state)
 
     def commit_here() -> Path:
-        taken, copy = snapshot(state, program, None, {}, Memory())
+        assert whole is not None
+        taken, copy = snapshot(whole, program, None, {}, Memory() if whole is state else None)
         copy()
         with locked(Path(run)):
             return commit(open_session(Path(run)), taken, pinned=pinned)
@@ -196,10 +197,12 @@ class _Writer:
         if part is not None:
             self._save_part(tick, part, done)
             return
-        check_alike(self.world, state)
+        whole = _whole(tick.run.program, state)
         if not self.world.main:
             return
-        taken, copy = snapshot(state, tick.run.program, tick.run.data, tick.results, self.memory)
+        assert whole is not None
+        memory = self.memory if whole is state else None
+        taken, copy = snapshot(whole, tick.run.program, tick.run.data, tick.results, memory)
         copied = threading.Event()
         state.lend(copied.wait)
 
@@ -273,6 +276,14 @@ class _Writer:
         )
         error.__cause__ = self.errors[-1] if self.errors else None
         return known_to_all(error)
+
+
+def _whole(program: Program, state: TrainState) -> TrainState | None:
+    """Give what the first process writes for all: the state that every one has, or what they have brought together."""
+    whole = program.whole(state)
+    if whole is state:
+        check_alike(program.world, state)
+    return whole
 
 
 def check_alike(world: World, state: TrainState) -> None:

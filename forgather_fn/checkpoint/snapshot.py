@@ -63,12 +63,13 @@ class Memory:
 
 
 def snapshot(
-    state: TrainState, program: Program, data: Any, metrics: Mapping[str, float], memory: Memory
+    state: TrainState, program: Program, data: Any, metrics: Mapping[str, float], memory: Memory | None
 ) -> tuple[Snapshot, Callable[[], None]]:
     """Describe a state, and say what is still to be copied.
 
     Module buffers and counters, which a forward pass may change, are copied at once; parameters, slots and averages,
-    which only an update changes, by the function returned. Frozen parameters are not copied.
+    which only an update changes, by the function returned. Frozen parameters are not copied. Without memory to copy to,
+    nothing is copied later: the state is on the host, and no step will ever change it.
 
     Returns:
         The snapshot, whose tensors have their values when the function has been called; and the function.
@@ -85,6 +86,8 @@ def snapshot(
         if path in paths:
             raise ValueError(f"{path}: two tensors of the state have this name; rename one")
         paths.add(path)
+        if memory is None:
+            return tensor.detach()
         host = memory.like(path, tensor)
         copies.append((host, tensor.detach()))
         return host

@@ -44,8 +44,8 @@ def controlled(inbox: Inbox) -> Stage:
     :class:`Aborted`, on one process also between microbatches. What cannot be done is answered so, and the run goes on.
 
     Args:
-        inbox: What :func:`~forgather_fn.control.serving.serve` gave. Where nobody asks for anything, a step costs about
-            two microseconds more. Of several processes each has one, and the first one's counts.
+        inbox: What :func:`~forgather_fn.control.serving.serve` gave. Where nobody asks for anything, a step costs one
+            or two microseconds more. Of several processes each has one, and the first one's counts.
 
     Raises:
         Aborted: By the stream: it was asked for.

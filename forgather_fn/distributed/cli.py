@@ -119,9 +119,21 @@ def launch(
         run.run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         sys.stderr.write(f"{error}\n")
-        code = error.get_first_failure()[1].exitcode
+        code = _root([(one.timestamp, one.exitcode) for one in error.failures.values()])
         return code if code > 0 else 128 - code
     except SignalException as error:
         number = signal.Signals(error.sigval)
         return EXIT_CODE if number in PREEMPTIONS else 128 + number
     return 0
+
+
+def _root(failures: Sequence[tuple[int, int]]) -> int:
+    """Choose the exit code of the process that failed first.
+
+    The launcher counts whole seconds, and ends the others by SIGTERM as soon as one has failed; so they are the last
+    choice, and of the same second those that were killed come before those that ended because of it.
+
+    Args:
+        failures: Of each process that failed, when, and its exit code; that of a signal is negative.
+    """
+    return min(failures, key=lambda one: (one[1] == -signal.SIGTERM, one[0], one[1] >= 0))[1]

@@ -282,7 +282,8 @@ def _tell_launcher(error: BaseException) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    trace = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+    # It counts whole seconds, and of those that ended in the same one takes the lowest rank for the root.
+    trace = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()) - 1)}
     summary = "".join(traceback.format_exception_only(error)).strip()
     with contextlib.suppress(OSError):
         Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": trace}}), encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from forgather_fn.losses import Arguments
-from forgather_fn.meta import initialise_from_meta, on_meta
+from forgather_fn.meta import initialise_part, on_meta
 from forgather_fn.model import buffer_slots, initialise_by_name, parameter_anatomy
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError, registered
 from forgather_fn.pipeline.freeing import free, freed, is_freed
@@ -92,12 +92,13 @@ def stage_prepared(plan: Plan, seed: int, module: nn.Module, line: Line, assignm
 
     if is_freed(module):
         if plan.init == "by_name":
-            initialise_by_name(module, seed, _has_own)
+            initialise_by_name(module, seed, _initialised(module))
         return
     if plan.init == "by_name" and on_meta(module):
         mixed = _mixed(module, assignment, own)
         free(module, lambda name: foreign(name) and name not in mixed, plan.device)
-        initialise_from_meta(module, seed, plan.device, _has_own)
+        initialise_part(module, _initialised(module), seed, plan.device)
+        _fill_buffers(module, plan.device)
     elif plan.init == "by_name":
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
@@ -109,9 +110,20 @@ def stage_prepared(plan: Plan, seed: int, module: nn.Module, line: Line, assignm
     free(module, foreign, torch.device(plan.device))
 
 
-def _has_own(module: nn.Module) -> bool:
-    """Tell whether a module is initialised: it has a parameter that was not freed, or had none."""
-    return any(p is not None for p in module._parameters.values()) or not freed(module)
+def _initialised(module: nn.Module) -> set[str]:
+    """Name the modules that are initialised here: those that have a parameter that was not freed, or never had one."""
+    return {
+        name
+        for name, child in module.named_modules()
+        if any(p is not None for p in child._parameters.values()) or not freed(child)
+    }
+
+
+def _fill_buffers(module: nn.Module, device: torch.device) -> None:
+    """Give the buffers of modules of other stages memory, so that what runs in every stage can run."""
+    for slot in buffer_slots(module):
+        if slot.tensor is not None and slot.tensor.is_meta:
+            slot.held[slot.attribute] = torch.zeros_like(slot.tensor, device=device)
 
 
 def _mixed(module: nn.Module, assignment: Assignment, own: frozenset[int]) -> frozenset[str]:

@@ -16,6 +16,7 @@ from forgather_fn.replicated import replicated
 from forgather_fn.share import Share
 from forgather_fn.strategy.processes import world_of
 from forgather_fn.strategy.program import Strategy, assembled
+from forgather_fn.strategy.sharding import Sharding, check_shards
 from forgather_fn.world import World
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def accelerated(
     dispatch: Literal["each", "rank0"] = "each",
     sync_batch_norm: bool = False,
     overlap_bytes: int = OVERLAPPED_BYTES,
+    sharded: bool | Sequence[str] = False,
 ) -> Program:
     """Make the program of a plan on all processes of a launcher, as Accelerate finds and places them.
 
@@ -53,6 +55,10 @@ def accelerated(
         sync_batch_norm: Make batch norms use the statistics of all processes (on accelerators).
         overlap_bytes: From which size of the gradient on it is sent in pieces during the last backward pass, and not
             after it.
+        sharded: Where the model does not fit: cut parameters, gradients, slots and averages, so that each process has
+            a part of every tensor, by torch's ``fully_shard``. True gathers the members of each ``nn.ModuleList`` one
+            at a time; patterns of names (``["encoder.*"]``) choose other modules. ``state.params`` are shards then,
+            and ``apply`` and ``export`` are collective too. One process alone has nothing to cut.
 
     Returns:
         The record of functions, as of :func:`~forgather_fn.strategy.single.single`. ``step``, ``gradients``,
@@ -80,6 +86,15 @@ def accelerated(
         raise ValueError(
             f'accelerated: reduction="tree" adds aligned pairs, and each process has {len(share.block)} microbatches, '
             'which is no power of two; use such a number, or reduction="sum"'
+        )
+    if sharded is not False:
+        check_shards(plan, reduction, overlap_bytes if overlap_bytes != OVERLAPPED_BYTES else None)
+    if sharded is not False and world.size > 1:
+        patterns = None if sharded is True else tuple(sharded)
+        sharding = Sharding(world, functools.partial(_agree, plan, world), patterns)
+        execution = functools.partial(sharding.execution, share=share)
+        return assembled(
+            plan, Strategy(execution, world, share, dispatch=dispatch == "rank0", storage=sharding.storage())
         )
     reduce = doubled(world) if pairs else all_reduced(world)
     return assembled(

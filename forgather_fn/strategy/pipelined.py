@@ -33,7 +33,7 @@ from forgather_fn.state import TrainState
 from forgather_fn.step import eager
 from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import joined
-from forgather_fn.strategy.program import Looking, Strategy, assembled, floating_of, prepared
+from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
 from forgather_fn.world import World
 
 
@@ -93,9 +93,8 @@ def pipelined(
             execution=stand.execution,
             world=world,
             share=share if pipelines > 1 else None,
-            agree=stand.agree,
-            prepare=stand.prepare,
-            looking=Looking(stand.evaluate, stand.apply, stand.export) if ranks > 1 else None,
+            storage=stand.storage(),
+            looking=Looking(stand.evaluate, stand.apply) if ranks > 1 else None,
             part=stand.part,
         ),
     )
@@ -174,8 +173,14 @@ class _Standing:
             )
         if self.line.ranks == 1:
             return prepared(attrs.evolve(plan, model=module), seed)
-        stage_prepared(plan, seed, module, self.line, self.assignment, floating_of(plan))
+        stage_prepared(plan, seed, module, self.line, self.assignment, floating(plan))
         return module
+
+    def storage(self) -> Storage:
+        """Hold the parameters of this process's stages."""
+        whole = held_whole(self.agree)
+        export = self.export if self.line.ranks > 1 else whole.export
+        return attrs.evolve(whole, prepare=self.prepare, export=export)
 
     def _spec(self, module: nn.Module) -> SplitSpec:
         """Read the cuts, or find them: the first process measures for all."""

@@ -17,11 +17,12 @@ from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
 from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Flat, Layout, layout_of
+from forgather_fn.flat import Flat, Hyper, Layout, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, Steps, open_steps
 from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import (
+    Anatomy,
     buffer_names,
     buffer_slots,
     build,
@@ -31,7 +32,8 @@ from forgather_fn.model import (
     parameter_anatomy,
 )
 from forgather_fn.part import Part
-from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
+from forgather_fn.shards import Rows
 from forgather_fn.share import Share
 from forgather_fn.state import Arrays, TrainState, counter
 from forgather_fn.workspace import workspace
@@ -50,27 +52,48 @@ class Agree(Protocol):
         ...
 
 
-class Prepare(Protocol):
-    """Make the module that a process trains."""
+class First(Protocol):
+    """Copy the values of a module into storage of a state's own."""
 
-    def __call__(self, plan: Plan, seed: int, /) -> nn.Module:
-        """Build it, and give it its first values, data types, and device."""
+    def __call__(self, built: Built, module: nn.Module, /) -> tuple[Flat, Mapping[str, Tensor], Flat]:
+        """Give the trained parameters, the others, and the buffers: the same on all processes."""
         ...
 
 
 @attrs.frozen(eq=False)
+class Storage:
+    """How the states of a program hold parameters: whole, or this process's shards of them.
+
+    Attributes:
+        prepare: ``(plan, seed) -> module``: builds the module, or takes it, and gives it its first values.
+        build: Makes it ready to run.
+        first: Makes the tensors of a first state.
+        export: Takes the model out.
+        whole: Brings a state together, to be written.
+        rows: Which rows of a parameter are read from a checkpoint; None for all.
+        pace: Keeps processes in step in an evaluation.
+    """
+
+    prepare: Callable[[Plan, int], nn.Module]
+    build: Callable[[Plan, nn.Module], Built]
+    first: First
+    export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
+    whole: Whole = itself
+    rows: Rows | None = None
+    pace: evaluation.Pace = evaluation.unpaced
+
+
+@attrs.frozen(eq=False)
 class Looking:
-    """What a program does with a model besides training it; see :class:`~forgather_fn.plan.Program`.
+    """How a program runs a model besides training it; see :class:`~forgather_fn.plan.Program`.
 
     Attributes:
         evaluate: ``(built, state, data, params) -> means``.
         apply: ``(built, state, inputs, named, params) -> outputs``.
-        export: ``(built, state, params) -> module``.
     """
 
     evaluate: Callable[[Built, TrainState, Any, evaluation.Which], dict[str, float]]
     apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], evaluation.Which], Any]
-    export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
 
 
 @attrs.frozen(eq=False)
@@ -83,8 +106,8 @@ class Strategy:
         share: Which microbatches of a step this one has, None for all.
         agree: Makes tensors of a first state the same on all processes, in place.
         dispatch: Whether the first process alone reads data, and sends the others theirs.
-        prepare: Makes the module.
-        looking: What is done with the model besides; None for what one device does, each batch on one process.
+        storage: How states hold parameters; None for whole ones.
+        looking: How the model is run besides; None for each batch on one process.
         part: Which part of a state this process has, when its model is built; None for all of it.
     """
 
@@ -93,7 +116,7 @@ class Strategy:
     share: Share | None = None
     agree: Agree = lambda layout, tensors: None
     dispatch: bool = False
-    prepare: Prepare = lambda plan, seed: prepared(plan, seed)
+    storage: Storage | None = None
     looking: Looking | None = None
     part: Callable[[], Part | None] = lambda: None
 
@@ -108,8 +131,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         strategy: How its steps are run, and by which processes.
     """
     held: list[tuple[Built, Execution]] = []
+    storage = strategy.storage or held_whole(strategy.agree)
     looking = strategy.looking or Looking(
-        functools.partial(evaluation.evaluate, world=strategy.world), evaluation.apply, _export
+        functools.partial(evaluation.evaluate, world=strategy.world, pace=storage.pace), evaluation.apply
     )
 
     def built() -> Built:
@@ -122,9 +146,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 
     def init(seed: int = 0) -> TrainState:
         seed = operator.index(seed)
-        module = strategy.prepare(plan, seed)
-        machine = held[0][0] if held else _build(plan, module)
-        state = _first_state(machine, module, seed, strategy.agree)
+        module = storage.prepare(plan, seed)
+        machine = held[0][0] if held else storage.build(plan, module)
+        state = _first_state(machine, module, seed, storage)
         if not held:
             machine = attrs.evolve(machine, slots=frozenset(state.opt))
             held.append((machine, strategy.execution(machine)))
@@ -133,7 +157,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, strategy.part, path, allow, without)
+        return restored(plan, init, strategy.world, strategy.part, path, allow, without, storage.rows)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
@@ -152,7 +176,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return execution.advance(state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset())
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
-        return looking.export(built(), state, params)
+        return storage.export(built(), state, params)
 
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:
@@ -179,6 +203,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         world=strategy.world,
         share=strategy.share,
         part=strategy.part,
+        whole=storage.whole,
     )
     return program
 
@@ -192,13 +217,13 @@ def prepared(plan: Plan, seed: int) -> nn.Module:
         unbind(module)  # so that its new values are not drawn into the storage of a state
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
-    module.to(device=plan.device, dtype=floating_of(plan))
+    module.to(device=plan.device, dtype=floating(plan))
     anatomy.retie()
     return module
 
 
-def floating_of(plan: Plan) -> torch.dtype | None:
-    """Give the type that a plan brings floating tensors to, if any."""
+def floating(plan: Plan) -> torch.dtype | None:
+    """Give the data type that floating tensors are brought to, if any."""
     return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
 
 
@@ -206,15 +231,8 @@ def _build(plan: Plan, module: nn.Module) -> Built:
     if bound(module):
         unbind(module)  # so that frozen parameters do not lie in the storage of another program's state
     enter_training(module)
-    asked = {name: p for name, p in parameter_anatomy(module).params.items() if p.requires_grad}
-    if not asked:
-        raise ValueError(
-            f"{type(module).__name__} has no parameter that asks for a gradient: there is nothing to train"
-        )
-    binding = attach(module, plan.optimizer.groups(asked))
-    if not binding.layout.leaves:
-        raise ValueError("every parameter is in a frozen group: there is nothing to train")
-    _check_can_be_scaled(plan, binding.layout)
+    binding = attach(module, trained_hypers(plan, module, parameter_anatomy(module)))
+    check_can_be_scaled(plan, binding.layout)
     by_leaf = [[site.tensor for site, name in binding.trainable if name == leaf.name] for leaf in binding.layout.leaves]
     return Built(
         plan=plan,
@@ -228,12 +246,29 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         ),
         call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
-        floating=floating_of(plan),
+        floating=floating(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
 
 
-def _check_can_be_scaled(plan: Plan, layout: Layout) -> None:
+def trained_hypers(plan: Plan, module: nn.Module, anatomy: Anatomy) -> Mapping[str, Hyper]:
+    """Give the hyperparameters of the parameters that ask for a gradient.
+
+    Raises:
+        ValueError: None does, or all are in a frozen group.
+    """
+    asked = {name: p for name, p in anatomy.params.items() if p.requires_grad}
+    if not asked:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter that asks for a gradient: there is nothing to train"
+        )
+    hypers = plan.optimizer.groups(asked)
+    if all(hyper.frozen for hyper in hypers.values()):
+        raise ValueError("every parameter is in a frozen group: there is nothing to train")
+    return hypers
+
+
+def check_can_be_scaled(plan: Plan, layout: Layout) -> None:
     """Make sure that gradients that are scaled for float16 can be scaled back."""
     half = [leaf.name for leaf in layout.leaves if leaf.dtype == torch.float16]
     if plan.precision == "float16" and half:
@@ -248,17 +283,33 @@ def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
     return torch.compile(module, backend=plan.backend) if plan.compile else module
 
 
-def _first_state(built: Built, module: nn.Module, seed: int, agree: Agree) -> TrainState:
-    """Copy the module's values into storage of the state's own, and bind the program's module to it."""
-    plan, binding, device = built.plan, built.binding, built.device
-    values: dict[str, Tensor] = {name: p.detach() for name, p in parameter_anatomy(module).params.items()}
-    params = flat.filled(binding.layout, {name: values[name] for name in binding.layout.index}, device)
-    frozen = {name: values[name] for _, name in binding.still}
+def held_whole(agree: Agree) -> Storage:
+    """Hold every parameter whole, on every process."""
+
+    def first(built: Built, module: nn.Module) -> tuple[Flat, Mapping[str, Tensor], Flat]:
+        binding = built.binding
+        values: dict[str, Tensor] = {name: p.detach() for name, p in parameter_anatomy(module).params.items()}
+        params = flat.filled(binding.layout, {name: values[name] for name in binding.layout.index}, built.device)
+        frozen = {name: values[name] for _, name in binding.still}
+        stored = stored_buffers(module, built.device)
+        agree(binding.layout, [*params.buffers, *frozen.values(), *stored.buffers])
+        return params, frozen, stored
+
+    return Storage(prepare=prepared, build=_build, first=first, export=_export)
+
+
+def stored_buffers(module: nn.Module, device: torch.device) -> Flat:
+    """Copy the buffers of a module, tied ones once."""
     slots = buffer_slots(module)
     names = buffer_names(slots)
     buffers = {s.name: s.tensor.detach() for s in slots if s.tensor is not None and names[s.name] == s.name}
-    stored = flat.filled(layout_of(buffers), buffers, device)
-    agree(binding.layout, [*params.buffers, *frozen.values(), *stored.buffers])
+    return flat.filled(layout_of(buffers), buffers, device)
+
+
+def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -> TrainState:
+    """Copy the module's values into storage of the state's own, and bind the program's module to it."""
+    plan, binding, device = built.plan, built.binding, built.device
+    params, frozen, stored = storage.first(built, module)
     transforms = tuple(transform.init(params) for transform in plan.transforms)
     arrays = Arrays(
         updates=counter(0, device),

@@ -19,8 +19,8 @@ def main(how: str) -> None:
     accelerator = Accelerator(cpu=True)
     world = World(distributed.get_rank(), distributed.get_world_size(), control=distributed.group.WORLD)
     watching(world).begin()
-    total = accelerator.reduce(torch.ones(1))
     with interrupt.listening() as signalled:
+        total = accelerator.reduce(torch.ones(1))  # after it, all of them listen
         say(f"rank {world.rank} of {accelerator.num_processes}: {total.item():g}, {sys.argv[1:]}")
         if how != "wait" and world.rank == 1:
             time.sleep(0.5)
@@ -28,7 +28,8 @@ def main(how: str) -> None:
             if how == "raise":
                 raise ValueError("what")
             os.kill(os.getpid(), signal.SIGKILL)
-        while not (how == "wait" and signalled()):
+        end = time.monotonic() + 60  # so that nothing is left of a test that fails
+        while not (how == "wait" and signalled()) and time.monotonic() < end:
             time.sleep(0.1)
         say(signal.Signals(signalled()).name)
         raise interrupt.Preempted(signalled())

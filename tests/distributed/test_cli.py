@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from forgather_fn.cli import main
-from forgather_fn.distributed.cli import launch
+from forgather_fn.distributed.cli import _root, launch
 
 SCRIPT = Path(__file__).parent / "script.py"
 FORGATHER = [sys.executable, "-m", "forgather_fn", "launch", "-n", "2", "--cpu"]
@@ -89,6 +89,13 @@ def failed(code):
 def test_the_exit_code_tells_how_it_ended(started, failure, code):
     started[1].append(failure)
     assert launch(["train.py"], 2) == code
+
+
+def test_the_root_is_not_who_was_ended_because_of_it():
+    assert _root([(9, -15), (9, 3)]) == 3
+    assert _root([(9, 1), (9, -9)]) == -9
+    assert _root([(9, 1), (8, 3)]) == 3
+    assert _root([(9, -15)]) == -15
 
 
 @pytest.mark.parametrize(

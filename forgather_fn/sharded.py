@@ -1,0 +1,194 @@
+"""The step on shards: each process runs some of the microbatches, and has a block of rows of everything else.
+
+Parameters, gradients, slots and averages are cut among the processes; a unit of the model is whole only while it
+computes. What is added up over processes arrives as each process's own rows.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn import flat as flat_storage
+from forgather_fn import parcel
+from forgather_fn.batch import owned
+from forgather_fn.built import Built
+from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
+from forgather_fn.flat import Flat, Layout
+from forgather_fn.fsdp import Fsdp
+from forgather_fn.gradient import Gradients, Summed, squares
+from forgather_fn.mean import Mean
+from forgather_fn.plan import Metrics
+from forgather_fn.random import key, reseed
+from forgather_fn.reduction import all_reduced
+from forgather_fn.replicated import Replica, changed, eager_parts, sums, taken_from_first
+from forgather_fn.share import Parts, Share
+from forgather_fn.state import TrainState
+from forgather_fn.step import advance, backward, divided, passed
+from forgather_fn.workspace import Workspace
+from forgather_fn.world import World
+
+
+def on_shards(built: Built, fsdp: Fsdp, world: World, share: Share) -> Execution:
+    """Run the steps of a program on shards.
+
+    Each unit is gathered before its passes, and its gradient added up after its backward pass, once a microbatch: so
+    no process ever holds a whole gradient. Gradients are sums until all are there, and divided once, by the weight of
+    the whole step. Then one small transfer tells every process what it cannot know from its rows: the means of the
+    loss, the norm of the whole gradient, and which parameters have one.
+
+    A process that fails in a pass leaves the others waiting for it, until they are told (see ``World.watch``).
+
+    Args:
+        built: The model; its gradients are collected by :func:`shard_workspace`.
+        fsdp: Its shards.
+        world: The processes.
+        share: Which microbatches are this one's.
+    """
+    replica = Replica(built, world, share, all_reduced(world), in_pairs=False, run=eager_parts)
+    take = functools.partial(take_gradients, replica, fsdp)
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        gradients, buffers, means = take(state, batch)
+        try:
+            return advance(built, state, gradients, buffers, means, wants)
+        except BaseException:
+            built.workspace.clear()
+            raise
+
+    return Execution(step, take, functools.partial(advance, built))
+
+
+def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Summed) -> Workspace:
+    """Have backward passes add this process's rows of the gradient to flat storage.
+
+    Args:
+        layout: Of the shards.
+        fsdp: The module that they are of.
+        device: Where it is.
+        summed: Adds numbers up over the processes.
+    """
+    flat: Flat
+
+    def renew() -> None:
+        nonlocal flat
+        flat = flat_storage.zeros(layout, device)
+        fsdp.collect_in(flat)
+
+    def clear() -> None:
+        for buffer in flat.buffers:
+            buffer.zero_()
+        fsdp.used.clear()
+
+    def collect(samples: int, weight: Tensor | float, /) -> Gradients:
+        active = tuple(leaf.name in fsdp.used for leaf in layout.leaves)
+        views = {leaf.name: flat.alias(leaf.name) for leaf in layout.leaves}
+        return Gradients(layout, active, views, flat, samples, weight, summed=summed)
+
+    renew()
+    return Workspace(clear, collect, renew, release=lambda: None, reserve=lambda elements: None)
+
+
+def take_gradients(
+    replica: Replica, fsdp: Fsdp, state: TrainState, batch: Batch
+) -> tuple[Gradients, Flat, dict[str, Mean]]:
+    """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
+    built, arrays, world = replica.built, state.read(), replica.world
+    if world.watch is not None:
+        world.watch.begin()
+    built.bound(arrays)
+    parts = [(number, built.place(part)) for number, part in in_step(batch, replica.share, world)]
+    try:
+        with world.explained():
+            found, buffers = passed(built, state, lambda: _accumulate(replica, fsdp, state, parts))
+        gradients = built.workspace.collect(batch.samples, 0.0)
+        replica.learn(found, not replica.names and changed(arrays.buffers, buffers))
+        counts, square, pairs = _told(replica, gradients, found)
+        if replica.moving:
+            taken_from_first(world, buffers)
+    except BaseException:
+        fsdp.recover()
+        built.workspace.clear()
+        raise
+    means = {name: Mean(total, weight) for name, (total, weight) in zip(replica.names, pairs, strict=True)}
+    gradients = _read(gradients, counts, square, pairs[replica.names.index("loss"), 1])
+    return divided(built, arrays, gradients, weight=gradients.weight), buffers, means
+
+
+def in_step(batch: Batch, share: Share, world: World) -> list[tuple[int | None, Any]]:
+    """Give a process's microbatches with their numbers, and as many as the fullest process has.
+
+    Every process takes part in every transfer, so that one with fewer (where an epoch ends) runs the first microbatch
+    of the step in their place, numbered None, for nothing.
+    """
+    data = batch.data
+    own: list[tuple[int | None, Any]] = [*owned(batch, share)]
+    cut_already = isinstance(data, Parts)
+    filled = min(share.microbatches, batch.samples)
+    if cut_already and not data.first and len(data.parts) < filled and len(data.parts) != len(share.block):
+        filled = len(data.parts)  # whole on every process, and with fewer parts than there may be
+    rounds = min(filled, len(share.block))
+    if cut_already and batch.samples < share.microbatches:
+        spare = world.broadcast(own[0][1] if world.main else None)
+    elif len(own) < rounds:
+        spare = owned(batch, attrs.evolve(share, rank=0))[0][1]
+    else:
+        return own
+    return own + [(None, spare)] * (rounds - len(own))
+
+
+def _accumulate(
+    replica: Replica, fsdp: Fsdp, state: TrainState, parts: Sequence[tuple[int | None, Any]]
+) -> list[dict[str, Mean]]:
+    """Run microbatches, each under the key of its number; what has none takes part in transfers and adds nothing."""
+    built, scale = replica.built, state.read().loss_scale.get("scale")
+    found = []
+    for number, part in parts:
+        used = set(fsdp.used)
+        reseed(key(state.seed, state.step, number or 0, "forward"), built.device)
+        means = built.forward(part)
+        backward(built, means["loss"].total, 0.0 if number is None else None, scale)
+        if number is None:
+            fsdp.used.intersection_update(used)
+        else:
+            found.append({name: mean.detach() for name, mean in means.items()})
+    return found
+
+
+def _told(replica: Replica, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
+    device = replica.built.device
+    flags = torch.tensor(gradients.active, dtype=torch.float64, device=device)
+    square = squares(gradients.whole()).sum().reshape(1)
+    numbers = added(replica.world)(torch.cat([flags, square, sums(replica, found)]))
+    return numbers[: len(flags)], numbers[len(flags)], numbers[len(flags) + 1 :].view(-1, 2)
+
+
+def added(world: World) -> Summed:
+    """Make the sum of a few numbers over processes: the same bits on each of them."""
+
+    def add(numbers: Tensor, /) -> Tensor:
+        from torch import distributed
+
+        flat = numbers.reshape(-1)
+        rows = flat.new_empty(world.size, len(flat))
+        with world.explained():
+            distributed.all_gather_single(rows.view(-1), flat, group=world.group)
+        return parcel.paired(rows).view(numbers.shape)
+
+    return add
+
+
+def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor) -> Gradients:
+    """Make the gradient of all processes; a parameter has one if it has on any of them."""
+    active = tuple(count > 0 for count in counts.tolist())
+    views = {
+        leaf.name: gradients.views[leaf.name] for leaf, has in zip(gradients.layout.leaves, active, strict=True) if has
+    }
+    widest = max(gradients.layout.dtypes, key=lambda dtype: dtype.itemsize)
+    norm = square.sqrt().to(widest if widest.itemsize > 4 else torch.float32)
+    return attrs.evolve(gradients, active=active, views=views, weight=weight, known_norm=norm)

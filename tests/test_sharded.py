@@ -1,0 +1,435 @@
+"""Sharded runs: the numbers of one process, with every tensor cut among several."""
+
+from typing import Any
+
+import pytest
+import toolz
+import torch
+import torch._dynamo
+import torch.distributed.fsdp  # both in the parent of all processes, since each would take seconds for it
+from torch import nn
+
+import forgather_fn as ff
+from forgather_fn import fsdp
+from forgather_fn.checkpoint.saving import save
+from forgather_fn.testing.processes import processes
+
+
+class Block(nn.Module):
+    """A residual block whose sizes divide by no number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Dropout(0.3))
+        self.down = nn.Linear(13, 7)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.down(self.up(x))
+
+
+class Tokens(nn.Module):
+    """A small language model: blocks, a tied head, and a part that only some batches use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 7)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.rare = nn.Linear(7, 11)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def reset_parameters(self) -> None:
+        self.seen.zero_()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen.fill_(1.0)
+        hidden = self.embedding(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = self.norm(hidden)
+        return self.head(hidden) + (self.rare(hidden) if (ids[:, 0] == 0).all() else 0.0)
+
+
+def rows(count: int = 22) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 11, (count, 6), generator=generator)
+    labels = ids.clone()
+    for row in range(count):
+        labels[row, 1 + row % 5 :] = -100  # so that tokens are unequal in number
+    return {"ids": ids, "labels": labels}
+
+
+def plan(**changes: Any) -> ff.Plan:
+    given: dict[str, Any] = {
+        "model": Tokens,
+        "loss": ff.losses.causal_lm,
+        "optimizer": ff.adamw(weight_decay=0.1),
+        "schedule": ff.schedules.cosine(peak=1e-2, warmup=2, total=12),
+        "transforms": (ff.clipped(0.3),),
+        "average": ff.ema(0.9),
+        "microbatches": 8,
+        "precision": "float64",
+    }
+    return ff.Plan(**given | changes)
+
+
+def last_is_frozen(**changes: Any) -> ff.Optimizer:
+    return ff.adamw(groups=[ff.group("layers.1.*", frozen=True), ff.group("norm.*", learning_rate=3.0)], **changes)
+
+
+def without_values() -> Tokens:
+    with torch.device("meta"):
+        return Tokens()
+
+
+class Entangled(Tokens):
+    """Draws values of its blocks anew when all of them have theirs, as some models of Hugging Face do."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for layer in self.layers:
+            nn.init.normal_(layer.down.weight.data, std=0.1)
+
+
+def entangled() -> Entangled:
+    with torch.device("meta"):
+        return Entangled()
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
+    "blocks in float64": (True, {}, 1e-12),
+    "parts of blocks, some frozen": (["layers.*", "layers.*.up"], {"optimizer": last_is_frozen()}, 1e-12),
+    "momentum, initialised by name": (
+        True,
+        {"optimizer": ff.sgd(momentum=0.9), "init": "by_name"},
+        1e-12,
+    ),
+    "without values": (True, {"model": without_values, "init": "by_name", "optimizer": last_is_frozen()}, 1e-12),
+    "without values, entangled": (True, {"model": entangled, "init": "by_name"}, 1e-12),
+    "bfloat16": (True, {"precision": "bfloat16"}, 1e-5),
+    "float16": (True, {"precision": "float16"}, 1e-5),
+}
+
+
+EXACT = [case for case, (_, _, tolerance) in CASES.items() if tolerance == 1e-12]
+
+
+def recorded(state: ff.TrainState | None, metrics: list[dict[str, float]]) -> dict[str, Any] | None:
+    """Take what a run has come to; of a state in shards, that is known on the first process."""
+    if state is None:
+        return None
+    arrays = state.read()
+    flats = {"params": arrays.params, "ema": arrays.ema, "buffers": arrays.buffers, "frozen": arrays.frozen}
+    flats |= {f"opt/{name}": slot for name, slot in arrays.opt.items() if not isinstance(slot, torch.Tensor)}
+    tensors = {f"{kind}/{n}": t.clone() for kind, flat in flats.items() if flat is not None for n, t in flat.items()}
+    tensors |= {f"opt/{name}": slot for name, slot in arrays.opt.items() if isinstance(slot, torch.Tensor)}
+    tensors |= {f"metrics/{i}/{n}": torch.tensor(v).double() for i, row in enumerate(metrics) for n, v in row.items()}
+    return {"tensors": tensors, "place": (state.step, state.samples, int(state.tokens), int(state.updates))}
+
+
+def run(program: ff.Program, steps: int = 6) -> dict[str, Any] | None:
+    """Train over batches of 10 out of 22 samples, the last of an epoch ragged: 10, 10, 2 samples for 8 microbatches."""
+    data = ff.batches(rows(), batch_size=10, last="ragged")
+    found = []
+    program.init(seed=2)
+    state = program.init(seed=1)  # a second one is another state, on the same module
+    for tick in ff.until(steps=steps)(program.steps(state, data)):
+        state = tick.state
+        found.append({name: float(value) for name, value in tick.metrics.items()})
+    found.append(program.evaluate(state, ff.batches(rows(7), batch_size=2)))
+    return recorded(program.whole(state), found)
+
+
+def trained(case: str) -> dict[str, Any] | None:
+    sharded, changes, _ = CASES[case]
+    return run(ff.accelerated(plan(**changes), sharded=sharded))
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with processes(2) as two, processes(4) as four:
+        yield {2: two.run, 4: four.run}
+
+
+def unlike(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> list[str]:
+    mine, others = one["tensors"], other["tensors"]
+    assert mine.keys() == others.keys()
+    assert one["place"] == other["place"]
+    return [
+        n for n, t in mine.items() if not torch.allclose(t, others[n], rtol=tolerance, atol=tolerance, equal_nan=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "case"), [(2, "blocks in float64"), *((4 if case in EXACT else 2, case) for case in CASES)]
+)
+def test_shards_train_as_one_process(pools, case, size):
+    _, changes, tolerance = CASES[case]
+    first, *others = pools[size](trained, case)
+    assert others == [None] * (size - 1)
+    strategy = ff.single if tolerance == 1e-12 else ff.accelerated  # which in half precision rounds at other places
+    assert unlike(run(strategy(plan(**changes))), first, tolerance) == []
+
+
+def frozen_plan() -> ff.Plan:
+    return plan(optimizer=last_is_frozen())
+
+
+def continued(strategy: str, path: str, begun: bool) -> dict[str, Any] | None:
+    """Train for three steps and save, or go on from there for three more."""
+    program = STRATEGIES[strategy](frozen_plan())
+    data = ff.batches(rows(), batch_size=10, last="ragged")
+    state = program.init(seed=1) if begun else program.restore(path)
+    stages = (ff.every(2, ff.saved(path)), ff.until(steps=3 if begun else 6))
+    return recorded(program.whole(toolz.pipe(program.steps(state, data), *stages, ff.last)), [])
+
+
+def sharded(plan: ff.Plan) -> ff.Program:
+    return ff.accelerated(plan, sharded=True)
+
+
+STRATEGIES = {"single": ff.single, "replicated": ff.accelerated, "sharded": sharded}
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    program = ff.single(frozen_plan())
+    state = program.init(seed=1)
+    steps = program.steps(state, ff.batches(rows(), batch_size=10, last="ragged"))
+    return recorded(ff.last(ff.until(steps=6)(steps)), [])
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "resumed_by"),
+    [
+        ((2, "sharded"), (1, "single")),
+        ((2, "sharded"), (4, "sharded")),
+        ((4, "sharded"), (2, "replicated")),
+        ((4, "sharded"), (2, "sharded")),
+        ((1, "single"), (4, "sharded")),
+        ((1, "sharded"), (2, "sharded")),
+    ],
+)
+def test_a_run_goes_on_in_other_shards_or_whole(pools, tmp_path, whole, saved_by, resumed_by):
+    pools = {1: lambda function, *args: [function(*args)], **pools}
+    for (size, strategy), begun in ((saved_by, True), (resumed_by, False)):
+        found = pools[size](continued, strategy, str(tmp_path), begun)
+    assert unlike(whole, found[0], 1e-12) == []
+
+
+def parts_of_a_step(strategy: str) -> dict[str, Any]:
+    """Do by hand what a step does, call the model, and take it out."""
+    program = STRATEGIES[strategy](frozen_plan())
+    state = program.init(seed=1)
+    batch = {name: tensor[:10] for name, tensor in rows().items()}
+    gradients, buffers, means = program.gradients(state, batch)
+    state, metrics = program.update(state, gradients, buffers)
+    norm, loss = float(metrics["grad_norm"]), float(means["loss"])
+    state, metrics = program.step(state, batch, wants=frozenset({"gradient_norms"}))
+    outputs = {which: program.apply(state, batch["ids"], params=which) for which in ("params", "ema")}
+    exported = {which: program.export(state, params=which) for which in ("params", "ema")}
+    state, after = program.step(state, batch)
+    return {
+        "numbers": [norm, loss, float(after["loss"])],
+        "norms": {name: float(value) for name, value in metrics.items() if name.startswith("grad_norm/")},
+        "outputs": outputs,
+        "weights": {which: module.state_dict() for which, module in exported.items()},
+        "again": {which: module.eval()(batch["ids"]).detach() for which, module in exported.items()},
+        "tied": [module.head.weight is module.embedding.weight for module in exported.values()],
+        "kinds": [type(module) is Tokens for module in exported.values()],
+        "asked": [p.requires_grad for p in exported["params"].parameters()],
+    }
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_program_in_shards_gives_what_others_give(pools, size):
+    expected = parts_of_a_step("single")
+    for one in pools[size](parts_of_a_step, "sharded"):
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one["again"], one["outputs"], rtol=1e-12, atol=1e-12)
+
+
+def memory() -> tuple[int, list[int], dict[str, tuple[int, ...]]]:
+    """Count the elements that a process has, after a step, and those of its model's parameters."""
+    program = sharded(plan())
+    state = program.init(seed=1)
+    state, _ = program.step(state, rows(16))
+    arrays = state.read()
+    held = [arrays.params, arrays.ema, arrays.opt["exp_avg"], arrays.opt["exp_avg_sq"]]
+    stored = [sum(buffer.numel() for buffer in flat.buffers) for flat in held]
+    local = sum(p.to_local().numel() for p in program.module().parameters())
+    return local, stored, {name: tuple(tensor.shape) for name, tensor in state.params.items()}
+
+
+def test_each_process_has_its_part(pools):
+    whole = {name: tuple(p.shape) for name, p in Tokens().named_parameters()}
+    elements = sum(p.numel() for p in Tokens().parameters())
+    for size in (2, 4):
+        found = pools[size](memory)
+        assert sum(local for local, _, _ in found) == elements
+        assert all(len(set(stored)) == 1 for _, stored, _ in found)
+        for name, shape in whole.items():
+            assert sum(shapes[name][0] for _, _, shapes in found) == shape[0]
+            assert {shapes[name][1:] for _, _, shapes in found} == {shape[1:]}
+
+
+class Bad(nn.Module):
+    """Gives nan for a batch that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] != 3:
+            raise ValueError("three columns")
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x * 1.0
+
+
+def bad_plan(**changes: Any) -> ff.Plan:
+    given: dict[str, Any] = {
+        "model": Bad,
+        "loss": lambda outputs, batch: ff.mean.of(outputs.square()),
+        "optimizer": ff.adam(),
+        "schedule": 0.1,
+        "microbatches": 4,
+        "init": "by_name",
+    }
+    return ff.Plan(**given | changes)
+
+
+def skipping() -> tuple[list[int], float]:
+    """Leave out a step that is not finite on the last process alone."""
+    program = sharded(bad_plan(on_nonfinite="skip"))
+    state = program.init()
+    x = torch.ones(4, 3)
+    x[3] = torch.nan
+    state, _ = program.step(state, (x, x))
+    state, metrics = program.step(state, (torch.ones(4, 3), torch.ones(4, 3)))
+    return [int(state.skipped), int(state.updates)], float(metrics["loss"])
+
+
+def raising() -> list[str]:
+    """Try again after a step that was not finite on one process, and after one that failed on all."""
+    program = sharded(bad_plan())
+    state = program.init()
+    good = (torch.ones(4, 3), torch.ones(4, 3))
+    x = torch.ones(4, 3)
+    x[3] = torch.nan
+    said = []
+    for batch in ((x, x), (torch.ones(4, 2), torch.ones(4, 2))):
+        try:
+            program.step(state, batch)
+        except ValueError as error:
+            said.append(type(error).__name__)
+    _, metrics = program.step(state, good)
+    return [*said, f"{float(metrics['loss']):.9f}"]
+
+
+def test_processes_agree_on_steps_that_are_not_finite(pools):
+    program = ff.single(bad_plan())
+    _, metrics = program.step(program.init(), (torch.ones(4, 3), torch.ones(4, 3)))
+    loss = float(metrics["loss"])
+    assert pools[2](skipping) == [([1, 1], pytest.approx(loss))] * 2
+    assert pools[2](raising) == [["NonFiniteError", "ValueError", f"{loss:.9f}"]] * 2
+
+
+def given_a_module(path: str) -> list[Any]:
+    """Train a module that is given, and begin again from what it has come to."""
+    torch.manual_seed(torch.distributed.get_rank())  # so that processes build other values
+    model = Bad()
+    program = sharded(bad_plan(model=model, init="as_built"))
+    batch = (torch.ones(4, 3), torch.ones(4, 3))
+    state, _ = program.step(program.init(), batch)
+    save(path, state, program)
+    again = program.init()
+    assert all(torch.equal(again.params[name], state.params[name]) for name in state.params)
+    other = sharded(bad_plan(model=model, init="as_built"))
+    return [program.plan.describe()["model"], refusal(other.init), float(program.step(again, batch)[1]["loss"])]
+
+
+def refusal(function: Any, *args: Any) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_a_module_that_is_given_is_cut_in_place(pools, tmp_path):
+    found = pools[2](given_a_module, str(tmp_path))
+    assert found[0] == found[1]
+    described, refused, loss = found[0]
+    assert described.endswith(".Bad")
+    assert "cut by fully_shard already" in refused
+    program = ff.single(bad_plan(model=Bad(), init="as_built"))
+    state = program.restore(str(tmp_path))
+    _, metrics = program.step(state, (torch.ones(4, 3), torch.ones(4, 3)))
+    assert float(metrics["loss"]) == pytest.approx(loss)
+
+
+class Odd(nn.Module):
+    """Has what cannot be cut, as asked for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        if kind == "scalar":
+            self.scale = nn.Parameter(torch.ones(()))
+        if kind == "shared":
+            self.layers[1].weight = self.layers[0].weight
+        if kind == "types":
+            self.half = nn.Linear(2, 2, dtype=torch.float16)
+            self.float = nn.Linear(2, 2)
+        if kind == "last":
+            self.conv = nn.Conv2d(2, 2, 2).to(memory_format=torch.channels_last)
+
+
+def refused() -> dict[str, str]:
+    said = {kind: refusal(sharded(bad_plan(model=lambda k=kind: Odd(k), init="as_built")).init) for kind in KINDS}
+    said["unit"] = refusal(ff.accelerated(bad_plan(), sharded=["blocks.*"]).init)
+    return said
+
+
+KINDS = {
+    "scalar": "'scale' have no dimension to cut along",
+    "shared": "layers.0.weight is shared by the units",
+    "types": "has parameters of several data types (half.weight torch.float16",
+    "last": "'conv.weight' are not contiguous",
+}
+
+
+def test_models_that_cannot_be_cut_are_refused(pools):
+    for said in pools[2](refused):
+        for kind, expected in (KINDS | {"unit": "'blocks.*' matches no module; there are 'layers'"}).items():
+            assert expected in said[kind], kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({"optimizer": ff.from_torch(torch.optim.RMSprop)}, {}, "from_torch"),
+        ({"transforms": (ff.chain(ff.clipped(1.0), ff.noise(0.1)),)}, {}, "noise"),
+        ({"compile": "model"}, {}, "compile"),
+        ({"compile": True}, {}, "compile"),
+        ({"update": "in_backward", "transforms": (), "microbatches": 1}, {}, "in_backward"),
+        ({}, {"reduction": "tree"}, "tree"),
+        ({}, {"overlap_bytes": 1}, "overlap_bytes"),
+    ],
+)
+def test_what_needs_whole_tensors_is_refused_on_any_number_of_processes(changes, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        ff.accelerated(plan(**changes), sharded=True, **options)
+
+
+def test_another_version_of_torch_is_refused():
+    fsdp.check_version(torch.__version__)
+    with pytest.raises(RuntimeError, match=r"torch is 2\.14\.0, and its fully_shard is known here as of 2\.13 only"):
+        fsdp.check_version("2.14.0")
