@@ -245,7 +245,7 @@ def _added(
         active=tuple(active),
         views=views,
         weight=means["loss"].weight,
-        measure=functools.partial(_norm, pipeline),
+        measure=functools.partial(norm_over, line, ties.foreign),
     ), means
 
 
@@ -266,16 +266,16 @@ def _learn(pipeline: Pipeline, found: Sequence[Mapping[str, Mean]]) -> None:
         raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
 
 
-def _norm(pipeline: Pipeline, gradients: Gradients) -> Tensor:
-    """Compute the norm over all stages: the squares are added in float64, each tied parameter's once."""
-    line, foreign = pipeline.line, pipeline.ties.foreign
+def norm_over(line: Line, foreign: frozenset[str], gradients: Gradients) -> Tensor:
+    """Compute the norm over all stages: squares are added in float64, those of ``foreign`` on another process."""
     leaves = gradients.layout.leaves
     counted = tuple(on and leaf.name not in foreign for leaf, on in zip(leaves, gradients.active, strict=True))
     assert gradients.flat is not None
     pieces = gradients.flat.pieces(gradients.layout.runs(counted))
     squares = [torch.linalg.vector_norm(piece, dtype=_WIDE).square() for piece in pieces]
-    zero = torch.zeros((), dtype=_WIDE, device=pipeline.machine.built.device)
-    return line.summed(sum(squares, zero), line.group).sqrt().to(pipeline.machine.built.dtype)
+    device, dtypes = gradients.flat.buffers[0].device, gradients.layout.dtypes
+    total = line.summed(sum(squares, torch.zeros((), dtype=_WIDE, device=device)), line.group)
+    return total.sqrt().to(_WIDE if _WIDE in dtypes else torch.float32)
 
 
 def _everywhere(pipeline: Pipeline, metrics: Metrics) -> Metrics:
