@@ -44,6 +44,7 @@ from forgather_fn.state import ConsumedStateError as ConsumedStateError
 from forgather_fn.state import NonFiniteError as NonFiniteError
 from forgather_fn.state import TrainState as TrainState
 from forgather_fn.state import difference as difference
+from forgather_fn.strategy.pipelined import pipelined as pipelined
 from forgather_fn.strategy.single import single as single
 
 if TYPE_CHECKING:

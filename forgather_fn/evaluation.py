@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol
 
 import torch
@@ -70,15 +70,28 @@ def evaluate(
     if world.watch is not None:
         world.watch.begin()
 
-    def own() -> dict[int, dict[str, tuple[float, float]]]:
-        with _evaluating(built, state, params):
-            numbered = [(i, _measured(built, state, i, item)) for i, item in pace(_own_batches(data, world), world)]
+    def own() -> Sums:
+        with evaluating(built, state, params):
+            numbered = [(i, _measured(built, state, i, item)) for i, item in pace(own_batches(data, world), world)]
         found = {i: means for i, means in numbered if i is not None}
         return {i: {name: (float(m.total), float(m.weight)) for name, m in means.items()} for i, means in found.items()}
 
-    batches: dict[int, dict[str, tuple[float, float]]] = {}
-    for told in world.each(own):
-        batches |= told
+    return averaged(world.each(own))
+
+
+Sums = dict[int, dict[str, tuple[float, float]]]
+"""For each batch by its number, the total and the weight of each mean."""
+
+
+def averaged(told: Iterable[Sums]) -> dict[str, float]:
+    """Add up what processes have found of the batches, in the order of the batches, and divide once.
+
+    Raises:
+        ValueError: There was no batch.
+    """
+    batches: Sums = {}
+    for found in told:
+        batches |= found
     if not batches:
         raise ValueError(
             "the evaluation data gave no batch; an iterator can be used once only: pass a stream or a list"
@@ -91,7 +104,7 @@ def evaluate(
     return {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
 
 
-def _own_batches(data: Any, world: World) -> Numbered:
+def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
     """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
     if isinstance(data, Stream):
         own: Iterator[tuple[int, Any]] = zip(
@@ -114,7 +127,7 @@ def _measured(built: Built, state: TrainState, number: int | None, item: Any) ->
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which) -> Any:
     """Call the model on inputs in evaluation mode; see :class:`~forgather_fn.plan.Apply`."""
     with (
-        _evaluating(built, state, params),
+        evaluating(built, state, params),
         seeded(key(state.seed, state.step, "apply"), built.device),
         built.autocast(),
     ):
@@ -122,7 +135,7 @@ def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[
 
 
 @contextlib.contextmanager
-def _evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]:
+def evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]:
     """Bind the module to the parameters asked for, in evaluation mode; put modes and buffers back afterwards."""
     arrays = state.read()
     built.bound(arrays)

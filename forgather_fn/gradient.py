@@ -40,7 +40,8 @@ class Gradients(Mapping[str, Tensor]):
         divisor: A scalar that every element is still to be divided by; fused optimizers do it on the way.
         known_norm: The 2-norm of the views, where it has been computed.
         reports: Named scalars that transforms report.
-        summed: Adds squares up over processes, where each has shards of the gradient only; None where it is whole.
+        summed: Adds squares up over processes, where each has shards of every parameter's gradient.
+        measure: Computes the 2-norm, where each process has the gradients of other parameters.
     """
 
     layout: Layout
@@ -53,6 +54,7 @@ class Gradients(Mapping[str, Tensor]):
     known_norm: Tensor | None = None
     reports: Mapping[str, Tensor] = MappingProxyType({})
     summed: Summed | None = None
+    measure: "Callable[[Gradients], Tensor] | None" = None
 
     def __getitem__(self, name: str) -> Tensor:
         view = self.views[name]
@@ -81,6 +83,8 @@ class Gradients(Mapping[str, Tensor]):
         """Compute the 2-norm of the views, a scalar in at least float32, and keep it as ``known_norm``."""
         if self.known_norm is not None:
             return self
+        if self.measure is not None:
+            return self._with(self.divisor, self.measure(self), self.reports)
         whole = self.whole()
         if self.summed is not None:
             widest = max((t.dtype for t in whole), key=lambda dtype: dtype.itemsize, default=torch.float32)
@@ -141,6 +145,7 @@ class Gradients(Mapping[str, Tensor]):
             norm,
             reports,
             self.summed,
+            self.measure,
         )
 
     def copy(self) -> "Gradients":

@@ -63,18 +63,18 @@ def parameter_anatomy(module: nn.Module) -> Anatomy:
 
 def outline(module: nn.Module) -> Anatomy:
     """Find the parameters of a module as :func:`parameter_anatomy` does, also where they have no values yet."""
-    params: dict[str, nn.Parameter] = {}
-    names: dict[tuple[Any, ...], str] = {}
-    sites: list[tuple[Site, str]] = []
     for site in _sites(module):
         _check_parameter(site)
-        place = _place(site.tensor)
-        name = names.setdefault(place, site.name)
-        if name == site.name:
-            params[name] = site.tensor
-        sites.append((site, name))
+    sites = parameter_sites(module)
+    params = {name: site.tensor for site, name in sites if name == site.name}
     _check_overlap(params)
-    return Anatomy(params, tuple(sites))
+    return Anatomy(params, sites)
+
+
+def parameter_sites(module: nn.Module) -> tuple[tuple[Site, str], ...]:
+    """Give each place of a parameter with the name of what it holds, the first; on any device, ``meta`` too."""
+    names: dict[tuple[Any, ...], str] = {}
+    return tuple((site, names.setdefault(_place(site.tensor), site.name)) for site in _sites(module))
 
 
 @attrs.frozen(eq=False)

@@ -15,6 +15,7 @@ from forgather_fn.gradient import Gradients, Transform
 from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
+from forgather_fn.part import Part
 from forgather_fn.schedules import Schedule
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
@@ -326,7 +327,8 @@ class Program:
 
     ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
-    ``batches`` how they come to it; ``whole`` brings a state together that they have in shards.
+    ``batches`` how they come to it; ``whole`` brings a state together that they have in shards; ``part`` tells which
+    part of a state this process has that is trained in parts, None for all of it.
     """
 
     plan: Plan
@@ -344,6 +346,7 @@ class Program:
     world: World = ALONE
     share: Share | None = None
     whole: Whole = itself
+    part: Callable[[], Part | None] = lambda: None
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

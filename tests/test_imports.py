@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
-BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "random", "state", "tree", "world"}
+BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "part", "random", "state", "tree", "world"}
 RECIPE = {
     "activation_checkpointing",
     "average",
@@ -68,14 +68,15 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "step": {"base", "recipe", "data"},
     "loop": {"base", "data", "report", "step"},
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
-    "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint"},
-    "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
+    "pipeline": {"base", "recipe", "data", "step", "loop", "checkpoint"},
+    "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint", "pipeline"},
+    "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "pipeline", "strategy"},
     "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
     "config": {"base", "report", "distributed", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "config", "control", "demo", "distributed"},
+    "command": {"checkpoint", "config", "control", "demo", "distributed", "pipeline"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 

@@ -143,7 +143,13 @@ def commit(session: Session, snapshot: Snapshot, *, pinned: bool = False) -> Pat
 
 
 def seal(
-    session: Session, temporary: Path, *, step: int, samples: int, metrics: Mapping[str, float] | None = None
+    session: Session,
+    temporary: Path,
+    *,
+    step: int,
+    samples: int,
+    metrics: Mapping[str, float] | None = None,
+    pinned: bool = False,
 ) -> Path:
     """Commit a directory that others have written: sync its files, write the manifest last, and move it in.
 
@@ -153,6 +159,7 @@ def seal(
         step: Of the checkpoint.
         samples: Consumed by the job.
         metrics: Results known at this step.
+        pinned: Whether rotation must leave it.
 
     Returns:
         The directory ``checkpoint-<step>``.
@@ -169,7 +176,7 @@ def seal(
                 _synced(Path(directory) / name)
             system.sync_directory(Path(directory))
     taken = Snapshot(step, samples, {}, {}, metrics or {})
-    manifest = _manifest(session, taken, files, pinned=False)
+    manifest = _manifest(session, taken, files, pinned)
     write_file(temporary / manifests.NAME, iter([memoryview(manifests.dump(manifest))]))
     system.sync_directory(temporary)
     home = session.directory / f"checkpoint-{step}"

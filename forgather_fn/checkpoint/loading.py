@@ -20,6 +20,7 @@ from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
 from forgather_fn.flat import Flat, filled, layout_of, listed
+from forgather_fn.part import Part
 from forgather_fn.plan import Plan
 from forgather_fn.shards import Rows
 from forgather_fn.state import Arrays, Ownership, TrainState, counter
@@ -157,6 +158,7 @@ def restored(
     plan: Plan,
     fresh: Callable[[int], TrainState],
     world: World,
+    part: Callable[[], Part | None],
     path: str | Path,
     allow: Collection[str],
     without: Collection[str],
@@ -172,6 +174,11 @@ def restored(
         _check_plan(plan, record["plan"], loaded.path, allow)
         seed = int(record["seed"])
     state = fresh(seed)
+    own = part()
+    if own is not None:
+        from forgather_fn.checkpoint.shards import part_of  # when used: it writes as well
+
+        loaded = part_of(loaded, own)
     with _explained(loaded.path):
         state = attrs.evolve(state, arrays=_arrays(plan, state.read(), loaded, without))
         if "progress" in without:

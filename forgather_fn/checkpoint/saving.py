@@ -15,8 +15,10 @@ from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
 from forgather_fn.checkpoint.lock import locked
 from forgather_fn.checkpoint.rotation import Best, Policy
+from forgather_fn.checkpoint.shards import commit_parts
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.loop import Steps, Tick
+from forgather_fn.part import Part
 from forgather_fn.plan import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState, raise_if_nonfinite
@@ -51,6 +53,9 @@ def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool =
         PeerError: One of these happened on the first process.
     """
     raise_if_nonfinite(state)
+    part = program.part()
+    if part is not None:
+        return _save_parts(Path(run), state, program, part, pinned)
     whole = _whole(program, state)
 
     def commit_here() -> Path:
@@ -61,6 +66,18 @@ def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool =
             return commit(open_session(Path(run)), taken, pinned=pinned)
 
     return program.world.first(commit_here)
+
+
+def _save_parts(run: Path, state: TrainState, program: Program, part: Part, pinned: bool) -> Path:
+    with contextlib.ExitStack() as stack:
+        sessions: list[Session] = []
+
+        def begin() -> None:
+            stack.enter_context(locked(run))
+            sessions.append(open_session(run))
+
+        program.world.first(begin)
+        return commit_parts(sessions[0] if sessions else None, state, program, part, pinned=pinned)
 
 
 def saved(
@@ -167,7 +184,7 @@ class _Writer:
             self._save(tick, done)
         elif self.session is not None:
             done.set_result({"path": str(self.session.directory / f"checkpoint-{self.last}")})
-        if not self.world.main:
+        if not self.world.main and not done.done():
             done.set_result({})  # the first process saves for all
         return done
 
@@ -176,6 +193,10 @@ class _Writer:
         state = tick.state
         self.last = state.step
         raise_if_nonfinite(state)
+        part = tick.run.program.part()
+        if part is not None:
+            self._save_part(tick, part, done)
+            return
         whole = _whole(tick.run.program, state)
         if not self.world.main:
             return
@@ -198,6 +219,22 @@ class _Writer:
 
         self.thread = threading.Thread(target=work, name="checkpoint writer")
         self.thread.start()
+
+    def _save_part(self, tick: Tick, part: Part, done: "Future[Mapping[str, Any]]") -> None:
+        """Save at once what all processes have together; a failure that all know of is one of this save."""
+        program, data = tick.run.program, tick.run.data
+        try:
+            path = commit_parts(self.session, tick.state, program, part, data=data, metrics=tick.results)
+        except Exception as error:
+            if not getattr(error, "known_to_all", False):
+                raise
+            self.errors.append(error)
+            done.set_exception(error)
+            return
+        self.errors.clear()
+        done.set_result({"path": str(path)})
+        if self.session is not None:
+            rotate(self.session.directory, self.policy)
 
     def _commit(self, taken: Snapshot) -> Path:
         assert self.session is not None

@@ -1,6 +1,7 @@
 """A program: what every strategy makes of a plan, from how its steps are run and which processes run them."""
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from forgather_fn.model import (
     initialise_by_name,
     parameter_anatomy,
 )
+from forgather_fn.part import Part
 from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
 from forgather_fn.shards import Rows
 from forgather_fn.share import Share
@@ -50,6 +52,14 @@ class Agree(Protocol):
         ...
 
 
+class Prepare(Protocol):
+    """Make the module that a process trains."""
+
+    def __call__(self, plan: Plan, seed: int, /) -> nn.Module:
+        """Build it, and give it its first values, data types, and device."""
+        ...
+
+
 class First(Protocol):
     """Copy the values of a module into storage of a state's own."""
 
@@ -63,22 +73,37 @@ class Storage:
     """How the states of a program hold parameters: whole, or this process's shards of them.
 
     Attributes:
-        prepare: ``(plan, seed) -> module``: builds the module, or takes it, and gives it its first values.
+        prepare: Makes the module.
         build: Makes it ready to run.
         first: Makes the tensors of a first state.
         export: Takes the model out.
         whole: Brings a state together, to be written.
         rows: Which rows of a parameter are read from a checkpoint; None for all.
         pace: Keeps processes in step in an evaluation.
+        part: Which part of a state this process has, when its model is built; None for all of it.
     """
 
-    prepare: Callable[[Plan, int], nn.Module]
+    prepare: Prepare
     build: Callable[[Plan, nn.Module], Built]
     first: First
     export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
     whole: Whole = itself
     rows: Rows | None = None
     pace: evaluation.Pace = evaluation.unpaced
+    part: Callable[[], Part | None] = lambda: None
+
+
+@attrs.frozen(eq=False)
+class Looking:
+    """What a program does with a model besides training it; see :class:`~forgather_fn.plan.Program`.
+
+    Attributes:
+        evaluate: ``(built, state, data, params) -> means``.
+        apply: ``(built, state, inputs, named, params) -> outputs``.
+    """
+
+    evaluate: Callable[[Built, TrainState, Any, evaluation.Which], dict[str, float]]
+    apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], evaluation.Which], Any]
 
 
 @attrs.frozen(eq=False)
@@ -92,6 +117,7 @@ class Strategy:
         agree: Makes tensors of a first state the same on all processes, in place.
         dispatch: Whether the first process alone reads data, and sends the others theirs.
         storage: How states hold parameters; None for whole ones.
+        looking: What is done with the model besides; None for what one device does, each batch on one process.
     """
 
     execution: Callable[[Built], Execution]
@@ -100,6 +126,7 @@ class Strategy:
     agree: Agree = lambda layout, tensors: None
     dispatch: bool = False
     storage: Storage | None = None
+    looking: Looking | None = None
 
 
 def assembled(plan: Plan, strategy: Strategy) -> Program:
@@ -112,7 +139,10 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         strategy: How its steps are run, and by which processes.
     """
     held: list[tuple[Built, Execution]] = []
-    storage = strategy.storage or _whole(strategy.agree)
+    storage = strategy.storage or whole_storage(strategy.agree)
+    looking = strategy.looking or Looking(
+        functools.partial(evaluation.evaluate, world=strategy.world, pace=storage.pace), evaluation.apply
+    )
 
     def built() -> Built:
         return running()[0]
@@ -135,7 +165,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, path, allow, without, storage.rows)
+        return restored(plan, init, strategy.world, storage.part, path, allow, without, storage.rows)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
@@ -174,17 +204,14 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         step=step,
         gradients=gradients,
         update=update,
-        evaluate=lambda state, data, /, *, params="params": evaluation.evaluate(
-            built(), state, data, params, strategy.world, storage.pace
-        ),
-        apply=lambda state, /, *inputs, params="params", **named: evaluation.apply(
-            built(), state, inputs, named, params
-        ),
+        evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
+        apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
         batches=batches,
         world=strategy.world,
         share=strategy.share,
         whole=storage.whole,
+        part=storage.part,
     )
     return program
 
@@ -198,13 +225,13 @@ def prepared(plan: Plan, seed: int) -> nn.Module:
         unbind(module)  # so that its new values are not drawn into the storage of a state
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
-    module.to(device=plan.device, dtype=floating(plan))
+    module.to(device=plan.device, dtype=floating_of(plan))
     anatomy.retie()
     return module
 
 
-def floating(plan: Plan) -> torch.dtype | None:
-    """Give the data type that floating tensors are brought to, if any."""
+def floating_of(plan: Plan) -> torch.dtype | None:
+    """Give the type that a plan brings floating tensors to, if any."""
     return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
 
 
@@ -227,7 +254,7 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         ),
         call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
-        floating=floating(plan),
+        floating=floating_of(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
 
@@ -264,7 +291,7 @@ def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
     return torch.compile(module, backend=plan.backend) if plan.compile else module
 
 
-def _whole(agree: Agree) -> Storage:
+def whole_storage(agree: Agree) -> Storage:
     """Hold every parameter whole, on every process."""
 
     def first(built: Built, module: nn.Module) -> tuple[Flat, Mapping[str, Tensor], Flat]:
@@ -276,7 +303,7 @@ def _whole(agree: Agree) -> Storage:
         agree(binding.layout, [*params.buffers, *frozen.values(), *stored.buffers])
         return params, frozen, stored
 
-    return Storage(prepare=prepared, build=_build, first=first, export=_export)
+    return Storage(prepare=prepared, build=_build, first=first, export=whole_export)
 
 
 def stored_buffers(module: nn.Module, device: torch.device) -> Flat:
@@ -310,7 +337,8 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
     return TrainState(step=0, samples=0, seed=seed, arrays=arrays)
 
 
-def _export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+def whole_export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+    """Copy the module with the values of a state, bound to none."""
     arrays = state.read()
     built.bound(arrays)
     if params == "ema":

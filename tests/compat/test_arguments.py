@@ -534,7 +534,7 @@ def test_the_arguments_of_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"split_spec": {"a": "end"}}, "makes 2 stages of 1 cuts, but stages_per_rank=1 on 1 processes are 1"),
+        ({"split_spec": {"a": "end"}, "stages_per_rank": 1}, "makes 2 stages of 1 cuts, but stages_per_rank=1 on 1"),
         ({"split_spec": {"a": "middle"}, "stages_per_rank": 2}, "at its 'beginning' or 'end'"),
         ({"split_spec": "a"}, "expected a dict"),
         ({"n_microbatches": 3}, "per_device_train_batch_size=8 cannot be cut into n_microbatches=3"),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from forgather.ml.trainer.enums import SaveStrategy as SaveStrategy
     from forgather.ml.trainer.enums import SchedulerType as SchedulerType
     from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments as AccelTrainingArguments
+    from forgather.ml.trainer.parallel_arguments import PipelineTrainingArguments as PipelineTrainingArguments
+    from forgather.ml.trainer.pipeline_trainer import PipelineTrainer as PipelineTrainer
     from forgather.ml.trainer.scheduling import get_scheduler as get_scheduler
     from forgather.ml.trainer.seeding import enable_full_determinism as enable_full_determinism
     from forgather.ml.trainer.seeding import set_seed as set_seed
@@ -91,7 +93,8 @@ _WHERE: Final = {
         "SaveStrategy",
         "SchedulerType",
     ),
-    "parallel_arguments": ("AccelTrainingArguments",),
+    "parallel_arguments": ("AccelTrainingArguments", "PipelineTrainingArguments"),
+    "pipeline_trainer": ("PipelineTrainer",),
     "scheduling": ("get_scheduler",),
     "seeding": (
         "enable_full_determinism",

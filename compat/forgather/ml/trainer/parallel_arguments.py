@@ -9,7 +9,16 @@ from forgather.ml.trainer.arguments import TrainingArguments
 from forgather.ml.trainer.fields.describing import does
 from forgather.ml.trainer.refusals import REFUSED, Refusal
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved1f1b", "zbv", "interleavedzerobubble")
+SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved1f1b",
+    "loopedbfs",
+    "interleavedzerobubble",
+    "zbv",
+    "zbvzerobubble",
+    "dualpipev",
+)
 """The names of pipeline schedules, without regard to case."""
 
 
@@ -112,7 +121,9 @@ class PipelineTrainingArguments(TrainingArguments):
     n_microbatches: int = field(
         default=4, metadata=does("Parts of a batch that go through the stages one after the other.")
     )
-    stages_per_rank: int = field(default=1, metadata=does("Stages of one process."))
+    stages_per_rank: int | None = field(
+        default=None, metadata=does("Stages of one process; by default, as many as there are for each.")
+    )
     pipeline_schedule: str = field(
         default="gpipe", metadata=does(f"The order of the parts: one of {', '.join(SCHEDULES)}.")
     )
@@ -128,8 +139,9 @@ class PipelineTrainingArguments(TrainingArguments):
         """
         super().__post_init__()
         for name in ("n_microbatches", "stages_per_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least 1")
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name}={number!r}: expected at least 1")
         if self.per_device_train_batch_size % self.n_microbatches:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} cannot be cut into "
@@ -146,9 +158,14 @@ class PipelineTrainingArguments(TrainingArguments):
             raise ValueError(f"split_spec={self.split_spec!r}: expected a dict such as {{'layer.4': 'end'}}, or JSON")
         if wrong := {name: where for name, where in self.split_spec.items() if where not in ("beginning", "end")}:
             raise ValueError(f"split_spec has {wrong}: each module is cut at its 'beginning' or 'end'")
-        stages = self.stages_per_rank * self.world_size
-        if len(self.split_spec) + 1 != stages:
+        stages = len(self.split_spec) + 1
+        if self.stages_per_rank is None and stages % self.world_size:
             raise ValueError(
-                f"split_spec makes {len(self.split_spec) + 1} stages of {len(self.split_spec)} cuts, but "
-                f"stages_per_rank={self.stages_per_rank} on {self.world_size} processes are {stages}"
+                f"split_spec makes {stages} stages of {len(self.split_spec)} cuts, which cannot be spread evenly over "
+                f"{self.world_size} processes"
+            )
+        if self.stages_per_rank is not None and stages != self.stages_per_rank * self.world_size:
+            raise ValueError(
+                f"split_spec makes {stages} stages of {len(self.split_spec)} cuts, but stages_per_rank="
+                f"{self.stages_per_rank} on {self.world_size} processes are {self.stages_per_rank * self.world_size}"
             )

@@ -1,0 +1,127 @@
+"""The processes of a pipeline, and of its copies beside it, as one of them sees them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn.pipeline.schedules import Kind
+from forgather_fn.world import World
+
+
+@attrs.frozen(eq=False)
+class Line:
+    """One pipeline of processes, which is one of several equal ones where data is spread as well.
+
+    The processes of a pipeline are neighbours: of 2 pipelines of 3 processes, ranks 0 to 2 are the first.
+
+    Attributes:
+        world: All processes.
+        kind: The schedule.
+        stages: How many there are.
+        ranks: Over how many processes they are spread.
+        group: Of this pipeline's processes; ``world.group`` if it is the only one.
+        copies: Of the processes that have the same stages as this one, one in each pipeline; None if it is the only
+            one.
+    """
+
+    world: World
+    kind: Kind
+    stages: int
+    ranks: int
+    group: Any = None
+    copies: Any = None
+
+    @property
+    def rank(self) -> int:
+        """Which process of its pipeline this is."""
+        return self.world.rank % self.ranks
+
+    @property
+    def number(self) -> int:
+        """Which pipeline this is."""
+        return self.world.rank // self.ranks
+
+    @property
+    def pipelines(self) -> int:
+        """How many pipelines there are."""
+        return self.world.size // self.ranks
+
+    def rank_of(self, stage: int) -> int:
+        """Tell which process of the pipeline has a stage."""
+        return self.kind.rank_of(stage, self.ranks, self.stages)
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The stages of this process, in order."""
+        return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == self.rank)
+
+    @property
+    def last(self) -> bool:
+        """Whether this process has the last stage, and so the loss."""
+        return self.rank_of(self.stages - 1) == self.rank
+
+    def summed(self, tensor: Tensor, group: Any) -> Tensor:
+        """Add a tensor up over the processes of a group, in place."""
+        from torch import distributed
+
+        if group is not None:
+            with self.world.explained():
+                distributed.all_reduce(tensor, group=group)
+        return tensor
+
+    def same(self, number: int, tell: Callable[[], str]) -> None:
+        """Make sure that all processes of this pipeline have the same number, before anything else is sent.
+
+        Args:
+            number: An int64.
+            tell: Describes what the number stands for, for the error.
+
+        Raises:
+            ValueError: They have not; what each has is shown.
+        """
+        from torch import distributed
+
+        mine = torch.tensor([number])
+        found = [torch.empty_like(mine) for _ in range(self.world.size)]
+        with self.world.explained():
+            distributed.all_gather(found, mine, group=self.world.control)
+        first, told = self.number * self.ranks, [int(one) for one in found]
+        if any(len(set(told[at : at + self.ranks])) > 1 for at in range(0, self.world.size, self.ranks)):
+            texts = self.world.gather(tell())[first : first + self.ranks]
+            lines = "".join(f"\n  rank {first + i}: {text}" for i, text in enumerate(texts))
+            raise ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
+
+
+def lined_up(world: World, kind: Kind, stages: int, ranks: int) -> Line:
+    """Make the groups of a pipeline and its copies; collective.
+
+    Args:
+        world: All processes.
+        kind: The schedule.
+        stages: Of the pipeline.
+        ranks: Processes of one pipeline; divides the size of the world.
+    """
+    line = Line(world, kind, stages, ranks)
+    if world.size == 1:
+        return line
+    if line.pipelines == 1:
+        return attrs.evolve(line, group=world.group)
+    pipelines = [range(at, at + ranks) for at in range(0, world.size, ranks)]
+    copies = [range(rank, world.size, ranks) for rank in range(ranks)]
+    return attrs.evolve(line, group=grouped(world, pipelines), copies=grouped(world, copies))
+
+
+def grouped(world: World, members: Sequence[Sequence[int]]) -> Any:
+    """Make groups of processes, all of them on every process, and give the one that this process is in."""
+    from torch import distributed
+
+    mine = None
+    with world.explained():
+        for ranks in members:
+            group = distributed.new_group(list(ranks))
+            if world.rank in ranks:
+                mine = group
+    return mine

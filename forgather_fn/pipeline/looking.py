@@ -1,0 +1,127 @@
+"""What a pipeline does with a model besides training it: measure it, call it, take it out."""
+
+import copy
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forgather_fn.batch import as_batch
+from forgather_fn.binding import unbind
+from forgather_fn.built import Built
+from forgather_fn.evaluation import Sums, Which, average_of, averaged, evaluating, own_batches
+from forgather_fn.losses import named_means
+from forgather_fn.pipeline.freeing import Freed, filled
+from forgather_fn.pipeline.machine import Machine
+from forgather_fn.pipeline.wire import forward_only
+from forgather_fn.random import key, reseed, seeded
+from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.world import World
+
+
+def evaluate(machine: Machine, built: Built, state: TrainState, data: Any, params: Which) -> dict[str, float]:
+    """Run the loss over every sample once and give each named mean, on every process; of any schedule, any batches.
+
+    As many batches as there are stages are under way at a time.
+
+    Raises:
+        ValueError: The data gave no batch, or the plan keeps no average.
+        NonFiniteError: A step before was not finite.
+    """
+    raise_if_nonfinite(state)
+    line = machine.line
+    batches = own_batches(data, World(rank=line.number, size=line.pipelines))
+    found: Sums = {}
+    with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
+        while window := [(i, built.place(as_batch(item).data)) for i, item in itertools.islice(batches, line.stages)]:
+            parts = dict(window)
+            _prove(machine, next(iter(parts.values())))
+
+            def run(stage: int, number: int, hidden: Tensor | None, parts: Mapping[int, Any] = parts) -> Any:
+                path = (number, "evaluate", stage) if stage else (number, "evaluate")
+                reseed(key(state.seed, state.step, *path), built.device)
+                result = machine.run(stage, parts[number], hidden)
+                if stage < line.stages - 1:
+                    return result
+                with built.autocast():
+                    means = named_means(built.plan.loss(result, parts[number]))
+                return {name: (float(mean.detach().total), float(mean.weight)) for name, mean in means.items()}
+
+            found |= forward_only(line, list(parts), run, built.device)
+    return averaged(line.world.gather(found))
+
+
+def apply(
+    machine: Machine, built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which
+) -> Any:
+    """Call the model on inputs in evaluation mode, and give its outputs on every process."""
+    line = machine.line
+    args, kwargs = built.place(inputs), built.place(named)
+    with evaluating(built, state, params), seeded(key(state.seed, state.step, "apply"), built.device):
+        call = functools.partial(built.module, *args, **kwargs)
+        line.world.each(lambda: machine.prove_by(call))
+
+        def run(stage: int, number: int, hidden: Tensor | None) -> Any:
+            with built.autocast():
+                return machine.segments[stage].run(hidden, call)
+
+        results = forward_only(line, [0], run, built.device)
+    told = line.world.gather(results.get(0))
+    return told[line.number * line.ranks + line.rank_of(line.stages - 1)]
+
+
+def _prove(machine: Machine, part: Any) -> None:
+    if machine.flow is None:
+        machine.line.world.each(lambda: machine.prove(part))
+
+
+def export(machine: Machine, built: Built, state: TrainState, params: Which) -> nn.Module:
+    """Give the whole module, with the parameters of all stages, on every process."""
+    arrays = state.read()
+    built.bound(arrays)
+    trained = average_of(arrays) if params == "ema" else arrays.params
+    whole = gathered(machine, {**trained, **arrays.frozen})
+    if params == "ema":
+        built.binding.bind(average_of(arrays), arrays.frozen, arrays.buffers)
+    try:
+        exported = copy.deepcopy(built.module)
+    finally:
+        built.bound(arrays)
+    built.binding.restore_ties(exported)
+    unbind(exported)
+    made: dict[str, nn.Parameter] = {}
+
+    def value(place: str, instead: Freed) -> nn.Parameter:
+        name = machine.assignment.places[place]
+        if name not in made:
+            made[name] = nn.Parameter(whole[name].to(built.device), instead.requires_grad)
+        return made[name]
+
+    filled(exported, value)
+    return exported
+
+
+def gathered(machine: Machine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give every process the parameters of all stages, in the CPU's memory."""
+    line = machine.line
+    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    told: dict[str, Tensor] = {}
+    for found in line.world.gather(own if line.number == 0 else {}):
+        told |= {name: tensor for name, tensor in found.items() if name not in told}
+    return told
+
+
+def agreed(tensors: Mapping[str, Tensor], world: World) -> None:
+    """Take the values of the first process, on which a model may have been built with other random numbers."""
+    from torch import distributed
+
+    if world.size > 1:
+        with world.explained(), torch.no_grad():
+            for tensor in tensors.values():
+                dense = tensor.detach().contiguous()
+                distributed.broadcast(dense, group=world.group, group_src=0)
+                if dense.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(dense)

@@ -1,0 +1,384 @@
+"""What crosses a cut: found by running the model once and following where each tensor comes from.
+
+Every operation is seen. A tensor is *of* the stage in which a parameter, or what a stage before has sent, went into it;
+masks, positions and whatever else is made of the batch alone is of none, since each stage makes it again. A cut is good
+if, of all that the stages before have made, the next one reads the hidden state and nothing else.
+"""
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from forgather_fn.model import buffer_slots, evaluation_mode
+from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError
+from forgather_fn.pipeline.freeing import freed
+from forgather_fn.random import seeded
+
+_SHAPES_ONLY: Final = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
+    | {"new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"}
+)
+"""Operations whose result does not depend on the values that they are given."""
+
+
+@attrs.frozen(eq=False)
+class Form:
+    """The form of what a module gives or takes: which leaf of it is the hidden state, and what is beside it.
+
+    Attributes:
+        spec: How it is nested.
+        leaves: All but the hidden state; tensors are None, since none may cross a cut.
+        place: Of the hidden state.
+    """
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    place: int
+
+    def holding(self, hidden: Tensor, within: Any = None) -> Any:
+        """Put a hidden state into the form; what is beside it is that of ``within``, if that is given."""
+        leaves = [*self.leaves] if within is None else tree_flatten(within)[0]
+        leaves[self.place] = hidden
+        return tree_unflatten(leaves, self.spec)
+
+
+def form_of(value: Any) -> tuple[Form, Tensor] | None:
+    """Find the hidden state, the first floating tensor; None if there is none."""
+    leaves, spec = tree_flatten(value)
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            kept = tuple(None if isinstance(other, Tensor) else other for other in leaves)
+            return Form(spec, kept, place), leaf
+    return None
+
+
+@attrs.frozen(eq=False)
+class Crossing:
+    """Where a hidden state is taken.
+
+    Attributes:
+        cut: At which module.
+        form: Of the module's output at its end, of its ``(args, kwargs)`` at its beginning.
+    """
+
+    cut: Cut
+    form: Form
+
+
+@attrs.frozen(eq=False)
+class Flow:
+    """How a model runs through its stages.
+
+    Attributes:
+        assignment: Which stages use each tensor.
+        crossings: For each cut, where the hidden state is taken. The beginning of a module that is given the output of
+            another as it is, is the end of that.
+        skipped: For each stage, modules that need not be run before it begins, since they only lead from one hidden
+            state to the next; by name, with the form of their outputs.
+    """
+
+    assignment: Assignment
+    crossings: tuple[Crossing, ...]
+    skipped: tuple[Mapping[str, Form], ...]
+
+
+@attrs.frozen
+class _Origin:
+    """Where a tensor was made: by which module (the model itself has no name); None if it has just crossed a cut."""
+
+    stage: int
+    module: str | None
+
+
+@attrs.define(eq=False)
+class _Call:
+    """One call of a module."""
+
+    name: str
+    ended: int = -1
+    given: tuple[Form, Tensor] | None = None
+    kept: bool = False
+
+
+@attrs.frozen(eq=False)
+class _Owner:
+    """A parameter or buffer, by the memory that it takes; many may lie in one storage."""
+
+    name: str
+    buffer: bool
+    start: int
+    stop: int
+    stages: set[int] = attrs.field(factory=set)
+
+
+def _owners(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[int, list[_Owner]]:
+    """Find the tensors of a model by their storage, each once, in the order of their memory."""
+    found: dict[int, dict[int, _Owner]] = {}
+    for kind in (params, buffers):
+        for name, tensor in kind.items():
+            start, reach = (
+                tensor.data_ptr(),
+                sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)),
+            )
+            stop = start + (reach + 1) * tensor.element_size()
+            held = found.setdefault(tensor.untyped_storage()._cdata, {})
+            held.setdefault(start, _Owner(name, kind is buffers, start, stop))
+    return {storage: [held[start] for start in sorted(held)] for storage, held in found.items()}
+
+
+@attrs.define(eq=False)
+class _Trace:
+    """What is known while the model runs."""
+
+    owners: Mapping[int, Sequence[_Owner]]
+    stage: int = 0
+    modules: list[str] = attrs.field(factory=list)
+    origins: dict[int, _Origin] = attrs.field(factory=dict)
+    held: list[Any] = attrs.field(factory=list)
+
+    def mark(self, tensor: Tensor) -> None:
+        """Note that a tensor was made in this stage; its memory is held, so that no other is taken for it."""
+        storage = tensor.untyped_storage()
+        self.held.append(storage)
+        self.origins[storage._cdata] = _Origin(self.stage, self.modules[-1] if self.modules else "")
+
+    def read(self, tensor: Tensor) -> bool:
+        """Note that a tensor is read, and tell whether it is of any stage.
+
+        Raises:
+            SplitError: It is of a stage before.
+        """
+        place = tensor.untyped_storage()._cdata
+        if place in self.owners:
+            own = self.owners[place]
+            owner = own[max(0, bisect.bisect_right(own, tensor.data_ptr(), key=lambda owner: owner.start) - 1)]
+            owner.stages.add(self.stage)
+            return not owner.buffer
+        origin = self.origins.get(place)
+        if origin is None:
+            return False
+        if origin.stage < self.stage:
+            raise SplitError(_SKIP.format(producer=_named(origin.module), consumer=_named(self.modules[-1])))
+        return True
+
+
+_SKIP: Final = (
+    "the model cannot be cut there: {consumer}, after the cut, reads what {producer} has made before it, and only one "
+    "hidden state crosses a cut. Cut where no such connection leads across, or write the stages by hand: stages=..."
+)
+
+
+def _named(module: str | None) -> str:
+    return repr(module) if module else "the model itself"
+
+
+class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    def __init__(self, trace: _Trace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        name = func._overloadpacket.__name__
+        if name in _SHAPES_ONLY:
+            return func(*args, **(kwargs or {}))
+        staged = [self.trace.read(tensor) for tensor in given]  # all of them are noted
+        result = func(*args, **(kwargs or {}))
+        if any(staged):
+            for leaf in tree_flatten(result)[0]:
+                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.trace.owners:
+                    self.trace.mark(leaf)
+        return result
+
+
+def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flow:
+    """Run a model once, in evaluation mode, and find how it runs through the stages of some cuts.
+
+    Args:
+        model: Left as it was. Its parameters need no values: those of other stages may be stand-ins.
+        cuts: In order.
+        call: Calls the model on an example; one sample does.
+
+    Raises:
+        SplitError: More than the hidden state crosses a cut; a module at a cut is not called once, in the order of the
+            cuts, or gives no hidden state; or a stage has no parameter.
+    """
+    named = {child: name for name, child in model.named_modules()}
+    slots = buffer_slots(model)
+    buffers = {slot.name: slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.numel()}
+    trace = _Trace(_owners(_stand_ins(model), buffers))
+    calls: list[_Call] = []
+    passed: list[tuple[Cut, Crossing]] = []
+    before = [(slot, None if slot.tensor is None else slot.tensor.clone()) for slot in slots]
+    modes = evaluation_mode(model)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(seeded(0, torch.device("cpu")))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_watching(model, named, trace, calls))
+            stack.enter_context(_cutting(model, cuts, trace, passed, calls))
+            stack.enter_context(_Following(trace))
+            call()
+    finally:
+        modes.restore()
+        with torch.no_grad():
+            for slot, value in before:
+                if slot.tensor is not None and value is not None and slot.tensor.shape == value.shape:
+                    slot.tensor.copy_(value)
+    _check_passed(cuts, passed)
+    assignment = _assigned(cuts, trace)
+    crossings = tuple(crossing for _, crossing in passed)
+    return Flow(assignment, crossings, tuple(_skipped(model, crossings, calls)))
+
+
+def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
+    """Give every parameter by name, and what stands in for those that were freed."""
+    found: dict[str, Tensor] = {}
+    for prefix, child in model.named_modules():
+        stands = {name: instead.stand for name, instead in freed(child).items()}
+        for name, tensor in (*child._parameters.items(), *stands.items()):
+            if tensor is not None:
+                found[f"{prefix}.{name}" if prefix else name] = tensor
+    return found
+
+
+@contextmanager
+def _watching(model: nn.Module, named: Mapping[nn.Module, str], trace: _Trace, calls: list[_Call]) -> Iterator[None]:
+    """Note which module runs, and the form of what those give that lead from one hidden state to the next."""
+    running: list[tuple[_Call, Tensor | None]] = []
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        taken = form_of((args, kwargs))
+        trace.modules.append(named[module])
+        call = _Call(named[module])
+        calls.append(call)
+        running.append((call, taken[1] if taken else None))
+
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call, taken = running.pop()
+        trace.modules.pop()
+        call.ended = trace.stage
+        call.given = form_of(output)
+        if call.given and taken is not None:
+            call.kept = (call.given[1].shape, call.given[1].dtype) == (taken.shape, taken.dtype)
+
+    handles: list[RemovableHandle] = []
+    for child in named:
+        handles.append(child.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+        handles.append(child.register_forward_hook(end, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _cutting(
+    model: nn.Module, cuts: Sequence[Cut], trace: _Trace, passed: list[tuple[Cut, Crossing]], calls: list[_Call]
+) -> Iterator[None]:
+    """At each cut, go on to the next stage with a hidden state of that stage."""
+
+    def crossing(cut: Cut, value: Any) -> Any:
+        found = form_of(value)
+        if found is None:
+            raise SplitError(f"split_spec: there is no hidden state at {cut}: no floating tensor is passed there")
+        form, hidden = found
+        origin = trace.origins.get(hidden.untyped_storage()._cdata)
+        if origin is None or origin.stage != trace.stage or origin.module is None:
+            raise SplitError(f"split_spec: at {cut} the stage before it has done nothing; its cuts lie side by side")
+        fresh = hidden.clone()
+        passed.append((cut, _crossing(cut, form, hidden, calls)))
+        trace.stage += 1
+        trace.held.append(fresh.untyped_storage())
+        trace.origins[fresh.untyped_storage()._cdata] = _Origin(trace.stage, None)
+        return form.holding(fresh, within=value)
+
+    handles = []
+    for cut in cuts:
+        module = model.get_submodule(cut.name)
+        if cut.side == "end":
+
+            def at_end(module: nn.Module, args: Any, output: Any, cut: Cut = cut) -> Any:
+                return crossing(cut, output)
+
+            handles.append(module.register_forward_hook(at_end))
+        else:
+
+            def at_beginning(module: nn.Module, args: Any, kwargs: Any, cut: Cut = cut) -> Any:
+                return crossing(cut, (args, kwargs))
+
+            handles.append(module.register_forward_pre_hook(at_beginning, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _crossing(cut: Cut, form: Form, hidden: Tensor, calls: Sequence[_Call]) -> Crossing:
+    """Take the beginning of a module that is given what another gave, for the end of that.
+
+    What lies before a module's beginning is run again where the module is recomputed for its gradient; a module's end
+    is not.
+    """
+    if cut.side == "beginning":
+        for call in reversed(calls):
+            if call.ended >= 0 and call.given is not None and call.given[1] is hidden:
+                return Crossing(Cut(call.name, "end"), call.given[0])
+    return Crossing(cut, form)
+
+
+def _check_passed(cuts: Sequence[Cut], passed: Sequence[tuple[Cut, Crossing]]) -> None:
+    order = [cut for cut, _ in passed]
+    for cut in cuts:
+        if order.count(cut) != 1:
+            times = f"{order.count(cut)} times" if cut in order else "not at all"
+            raise SplitError(f"split_spec: {cut} was passed {times} in one run of the model; a cut is passed once")
+    if order != list(cuts):
+        raise SplitError(
+            f"split_spec: the model runs its modules in another order than they were registered: {cuts[0]} comes "
+            f"{order.index(cuts[0]) + 1}. of {len(order)} cuts; write the stages by hand: stages=..."
+        )
+
+
+def _assigned(cuts: Sequence[Cut], trace: _Trace) -> Assignment:
+    owners = [owner for held in trace.owners.values() for owner in held]
+    params = {owner.name: frozenset(owner.stages) for owner in owners if not owner.buffer}
+    for stage in range(len(cuts) + 1):
+        if not any(stage in used for used in params.values()):
+            raise SplitError(
+                f"split_spec: stage {stage} of {len(cuts) + 1} has no parameter; its cuts are among "
+                f"{', '.join(map(str, cuts))}"
+            )
+    return Assignment(tuple(cuts), params, {o.name: frozenset(o.stages) for o in owners if o.buffer})
+
+
+def _skipped(model: nn.Module, crossings: Sequence[Crossing], calls: Sequence[_Call]) -> Iterator[Mapping[str, Form]]:
+    """For each stage, name the largest modules that end before it and lead from one hidden state to the next.
+
+    One with parameters gives nothing that a later stage reads, as the run has shown; one without any may, and is run.
+    """
+    yield {}
+    names = [call.name for call in calls]
+    sizes = {name: sum(1 for _ in child.modules()) for name, child in model.named_modules()}
+    params = list(_stand_ins(model))
+    for stage, crossing in enumerate(crossings, 1):
+        found: dict[str, Form] = {}
+        for call in sorted(calls, key=lambda call: -sizes[call.name]):
+            leads = call.kept and 0 <= call.ended < stage and names.count(call.name) == 1
+            inside = any(call.name.startswith(f"{name}.") for name in found)
+            around = f"{crossing.cut.name}.".startswith(f"{call.name}.") or not call.name
+            inside |= crossing.cut.side == "end" and call.name.startswith(f"{crossing.cut.name}.")
+            if leads and not inside and not around and any(name.startswith(f"{call.name}.") for name in params):
+                assert call.given is not None
+                found[call.name] = call.given[0]
+        yield found

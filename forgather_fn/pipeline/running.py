@@ -1,0 +1,288 @@
+"""The step on a pipeline: a schedule of torch runs the microbatches, sums cross the processes, each updates its own."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn.batch import owned
+from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
+from forgather_fn.flat import Flat
+from forgather_fn.gradient import Gradients
+from forgather_fn.losses import named_means
+from forgather_fn.mean import Mean
+from forgather_fn.pipeline.line import Line
+from forgather_fn.pipeline.machine import Machine, Wires, number_of, signature
+from forgather_fn.pipeline.ties import Ties
+from forgather_fn.pipeline.wire import Shape, packed, unpacked
+from forgather_fn.plan import Metrics
+from forgather_fn.random import key, reseed
+from forgather_fn.share import Share
+from forgather_fn.state import TrainState
+from forgather_fn.step import advance, divided, inverse, known_weight, passed
+
+
+@attrs.define(eq=False)
+class Pipeline:
+    """One process of a pipeline that trains.
+
+    Attributes:
+        machine: Its stages.
+        ties: What it shares with others.
+        share: Which microbatches its pipeline has.
+        names: Of the loss's means, known after the first step.
+        moving: Whether forward passes change the model's buffers, known after the first step.
+    """
+
+    machine: Machine
+    ties: Ties
+    share: Share
+    names: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> Line:
+        """The processes."""
+        return self.machine.line
+
+
+def pipelining(pipeline: Pipeline) -> Execution:
+    """Run the steps of a program on a pipeline.
+
+    Before anything is sent, the processes compare what they were given. The gradient is of the mean as it arises, or a
+    sum that is divided at the end, as on one device; its norm is that over all stages.
+    """
+    built = pipeline.machine.built
+
+    def apply(
+        state: TrainState,
+        gradients: Gradients,
+        buffers: Flat | None,
+        means: Mapping[str, Mean],
+        wants: frozenset[str],
+    ) -> tuple[TrainState, Metrics]:
+        advanced, metrics = advance(built, state, gradients, buffers, means, wants)
+        return advanced, _everywhere(pipeline, metrics) if wants else metrics
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        gradients, buffers, means = take_gradients(pipeline, state, batch)
+        try:
+            return apply(state, gradients, buffers, means, wants)
+        except BaseException:
+            built.workspace.clear()
+            raise
+
+    return Execution(step, functools.partial(take_gradients, pipeline), apply)
+
+
+def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
+    """Run a step's microbatches through the stages; see :class:`~forgather_fn.execution.TakeGradients`."""
+    machine, line, arrays = pipeline.machine, pipeline.line, state.read()
+    built = machine.built
+    if line.world.watch is not None:
+        line.world.watch.begin()
+    built.bound(arrays)
+    parts = _given(pipeline, batch)
+    weight = known_weight(built.plan, parts[1]) if line.pipelines == 1 else None
+    if not machine.knows(parts[1]):
+        passed(built, state, lambda: machine.shapes(parts[1]))  # which leaves the model's buffers as they are
+    shapes = machine.shapes(parts[1])
+    count = len(pipeline.share.block)
+    run = machine.schedule(_wires(line, shapes, built.dtype), count)
+    passes = _Passes(pipeline, state, parts[0], parts[1], shapes, _wires(line, shapes, built.dtype), weight)
+    _, buffers = passed(built, state, lambda: run(passes.work))
+    gradients = built.workspace.collect(batch.samples, 0.0)
+    try:
+        gradients, means = _added(pipeline, gradients, passes.means)
+    except BaseException:
+        built.workspace.clear()
+        raise
+    taken = line.pipelines == 1 and (weight is not None or len(parts[1]) == 1)
+    return divided(built, arrays, gradients, weight=None if taken else gradients.weight), buffers, means
+
+
+def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any]]:
+    """Give the microbatches of this pipeline, with their numbers, when all its processes have the same.
+
+    Raises:
+        ValueError: They have not, or one of them could not cut the batch.
+    """
+    machine, line = pipeline.machine, pipeline.line
+    error: Exception | None = None
+    numbers: list[int] = []
+    parts: list[Any] = []
+    try:
+        for number, part in owned(batch, pipeline.share):
+            numbers.append(number)
+            parts.append(machine.built.place(part))
+        if not parts:
+            raise ValueError(f"a batch of {batch.samples} samples has no microbatch for each of {line.pipelines} lines")
+    except Exception as raised:
+        error = raised
+    sign = [signature(part) for part in parts] if error is None else f"{type(error).__name__}: {error}"
+    first = machine.flow is None
+    try:
+        line.same(number_of((sign, pipeline.machine.built.plan.microbatches)), lambda: str(sign))
+    except ValueError as unlike:
+        raise error or unlike from None
+    if error is not None:
+        raise error
+    if first:
+        line.world.each(lambda: machine.prove(parts[0]))
+    return numbers, parts
+
+
+def _wires(
+    line: Line, shapes: Sequence[Mapping[int, tuple[Shape | None, Shape | None]]], dtype: torch.dtype
+) -> dict[int, Wires]:
+    """Find the length of each wire: that of the largest hidden state of the step."""
+    scalar = Shape((1,), dtype), Shape((), dtype)
+    found = {}
+    for stage in line.own:
+        taken = max((one[stage][0] or scalar[0] for one in shapes), key=lambda shape: shape.elements)
+        given = max((one[stage][1] or scalar[1] for one in shapes), key=lambda shape: shape.elements)
+        found[stage] = Wires(taken.elements, _name(taken.dtype), given.elements, _name(given.dtype))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@attrs.define(eq=False)
+class _Passes:
+    """What the stages of this process do in one step."""
+
+    pipeline: Pipeline
+    state: TrainState
+    numbers: Sequence[int]
+    parts: Sequence[Any]
+    shapes: Sequence[Mapping[int, tuple[Shape | None, Shape | None]]]
+    wires: Mapping[int, Wires]
+    weight: Tensor | float | None
+    means: list[dict[str, Mean]] = attrs.field(factory=list)
+
+    def work(self, stage: int, index: int, wire: Tensor | None) -> Tensor:
+        """Run one stage on one microbatch; see :data:`~forgather_fn.pipeline.machine.Work`.
+
+        At the end of an epoch there may be fewer microbatches than the schedule has places: the first is then run
+        again in the others, and counts for nothing.
+        """
+        machine = self.pipeline.machine
+        counts = index < len(self.parts)
+        at = index if counts else 0
+        number = self.numbers[at]
+        path = ("forward", stage) if stage else ("forward",)  # the first stage draws what a single device would
+        reseed(key(self.state.seed, self.state.step, number, *path), machine.built.device)
+        taken, given = self.shapes[at][stage]
+        hidden = None if wire is None or taken is None else unpacked(wire, taken)
+        result = machine.run(stage, self.parts[at], hidden)
+        if stage == machine.line.stages - 1:
+            return self._loss(result, self.parts[at], counts)
+        if given is None or (tuple(result.shape), result.dtype) != (given.sizes, given.dtype):
+            raise ValueError(
+                f"stage {stage} gave a hidden state of {tuple(result.shape)} {result.dtype}, and one of "
+                f"{given and given.sizes} {given and given.dtype} for another batch of this form: the form of a hidden "
+                "state must follow from that of the batch"
+            )
+        length = self.wires[stage].given
+        return packed(result if result.requires_grad else result.detach().requires_grad_(), length)
+
+    def _loss(self, outputs: Any, part: Any, counts: bool) -> Tensor:
+        built = self.pipeline.machine.built
+        with built.autocast():
+            means = named_means(built.plan.loss(outputs, part))
+        total, weight = means["loss"].total, self.weight
+        if not total.requires_grad:
+            raise ValueError("the objective's total does not depend on any trainable parameter of the last stage")
+        scale = self.state.read().loss_scale.get("scale")
+        if scale is not None:
+            total = total.float() if total.dtype.itemsize < 4 else total
+        if len(self.parts) == 1 and self.pipeline.line.pipelines == 1:
+            weight = means["loss"].weight
+        if counts:
+            self.means.append({name: mean.detach() for name, mean in means.items()})
+            share = torch.ones((), dtype=total.dtype) if weight is None else inverse(weight, total.dtype, built.device)
+        else:
+            share = torch.zeros((), dtype=total.dtype)
+        return total * share.to(total.device) * (1.0 if scale is None else scale.to(total.dtype))
+
+
+def _added(
+    pipeline: Pipeline, gradients: Gradients, found: Sequence[Mapping[str, Mean]]
+) -> tuple[Gradients, dict[str, Mean]]:
+    """Add up over processes: gradients of what several have, the means of the loss, and which parameters have one."""
+    line, ties, device = pipeline.line, pipeline.ties, pipeline.machine.built.device
+    flat = gradients.flat
+    assert flat is not None
+    _learn(pipeline, found)
+    ties.add(line, flat)
+    index = gradients.layout.index
+    tied = [float(name in index and gradients.active[index[name]]) for name in ties.names]
+    pairs = [torch.zeros(2 * len(pipeline.names), dtype=_WIDE, device=device)]
+    for means in found:
+        told = [number for name in pipeline.names for number in (means[name].total, means[name].weight)]
+        pairs.append(torch.stack([torch.as_tensor(number, dtype=_WIDE, device=device) for number in told]))
+    totals = functools.reduce(torch.add, pairs[1:] or pairs)
+    numbers = torch.cat([totals, torch.tensor(tied, dtype=_WIDE, device=device)])
+    line.summed(numbers, line.world.group)
+    active = list(gradients.active)
+    for name, count in zip(ties.names, numbers[2 * len(pipeline.names) :].tolist(), strict=True):
+        if name in index:
+            active[index[name]] = count > 0
+    if line.copies is not None:
+        for buffer in flat.buffers:
+            line.summed(buffer, line.copies)
+        here = line.summed(torch.tensor(active, dtype=_WIDE, device=device), line.copies)
+        active = [count > 0 for count in here.tolist()]
+    means = {name: Mean(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(pipeline.names)}
+    views = {leaf.name: flat.alias(leaf.name) for leaf, has in zip(flat.layout.leaves, active, strict=True) if has}
+    return attrs.evolve(
+        gradients,
+        active=tuple(active),
+        views=views,
+        weight=means["loss"].weight,
+        measure=functools.partial(_norm, pipeline),
+    ), means
+
+
+_WIDE = torch.float64
+
+
+def _learn(pipeline: Pipeline, found: Sequence[Mapping[str, Mean]]) -> None:
+    """Tell all processes, after the first step, which means the loss has.
+
+    Raises:
+        ValueError: It names other means for some microbatches than for others.
+    """
+    kinds = {tuple(sorted(means)) for means in found}
+    if not pipeline.names:
+        kinds = {kind for told in pipeline.line.world.gather(kinds) for kind in told}
+        pipeline.names = min(kinds)
+    if kinds - {pipeline.names}:
+        raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
+
+
+def _norm(pipeline: Pipeline, gradients: Gradients) -> Tensor:
+    """Compute the norm over all stages: the squares are added in float64, each tied parameter's once."""
+    line, foreign = pipeline.line, pipeline.ties.foreign
+    leaves = gradients.layout.leaves
+    counted = tuple(on and leaf.name not in foreign for leaf, on in zip(leaves, gradients.active, strict=True))
+    assert gradients.flat is not None
+    pieces = gradients.flat.pieces(gradients.layout.runs(counted))
+    squares = [torch.linalg.vector_norm(piece, dtype=_WIDE).square() for piece in pieces]
+    zero = torch.zeros((), dtype=_WIDE, device=pipeline.machine.built.device)
+    return line.summed(sum(squares, zero), line.group).sqrt().to(pipeline.machine.built.dtype)
+
+
+def _everywhere(pipeline: Pipeline, metrics: Metrics) -> Metrics:
+    """Give every process the norms of the parameters of all."""
+    line = pipeline.line
+    own = {name: float(value) for name, value in metrics.items() if name.startswith("grad_norm/")}
+    told: dict[str, float] = {}
+    for found in line.world.gather(own):
+        told |= found
+    return {**metrics, **{name: torch.tensor(told[name]) for name in sorted(told)}}

@@ -1,0 +1,258 @@
+"""Training a model that is cut into stages, one or several to a process."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+from torch import Tensor, nn
+
+from forgather_fn import evaluation
+from forgather_fn.batch import owned
+from forgather_fn.built import Built
+from forgather_fn.data import Batch
+from forgather_fn.execution import Execution
+from forgather_fn.flat import Flat, Layout
+from forgather_fn.gradient import Gradients
+from forgather_fn.mean import Mean
+from forgather_fn.part import Part
+from forgather_fn.pipeline import looking
+from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of
+from forgather_fn.pipeline.line import Line, lined_up
+from forgather_fn.pipeline.machine import Machine
+from forgather_fn.pipeline.preparing import assignment_of, stage_prepared
+from forgather_fn.pipeline.running import Pipeline, pipelining
+from forgather_fn.pipeline.schedules import ScheduleError, arrange, kind_of
+from forgather_fn.pipeline.ties import Ties, ties_of
+from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.share import Share
+from forgather_fn.state import TrainState
+from forgather_fn.step import eager
+from forgather_fn.strategy.accelerated import ALL_VIEWED
+from forgather_fn.strategy.processes import joined
+from forgather_fn.strategy.program import (
+    Looking,
+    Storage,
+    Strategy,
+    assembled,
+    floating_of,
+    prepared,
+    whole_storage,
+)
+from forgather_fn.world import World
+
+
+def pipelined(
+    plan: Plan,
+    split_spec: SplitSpec,
+    *,
+    schedule: str = "1F1B",
+    stages_per_rank: int | None = None,
+    pipelines: int = 1,
+) -> Program:
+    """Make the program of a plan whose model is cut into stages, spread over the processes of a launcher.
+
+    A step is that of one device: the same microbatches, the gradient of the same mean, clipped by its norm over all
+    stages, the same update. Each process has the parameters, and the optimizer's state, of its stages alone. The model
+    is not edited and not traced: each stage runs its own forward, of which the rest is passed over; the first batch
+    proves that nothing but one hidden state crosses a cut.
+
+    Args:
+        plan: The recipe. Its microbatches go through the stages one after the other. A module in it is freed of the
+            stages of other processes by ``init``; one on the meta device, with ``Plan(init="by_name")``, never has
+            them.
+        split_spec: For each module at which the model is cut, ``"end"`` or ``"beginning"``; one more stage than cuts.
+        schedule: In which order processes work: one of GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble,
+            ZBVZeroBubble, DualPipeV. It also says which stages a process has.
+        stages_per_rank: Stages of one process; by default, as many as there are for each.
+        pipelines: How many equal pipelines there are, each with a block of the plan's microbatches.
+
+    Returns:
+        The record of functions, as of :func:`~forgather_fn.strategy.single.single`. All but ``module`` are collective:
+        every process calls them. ``state.params`` has the parameters of this process's stages, under their names.
+
+    Raises:
+        SplitError: The model cannot be cut there.
+        ScheduleError: The schedule cannot run with these sizes; those that would do are named.
+        ValueError: The plan asks for what this strategy does not do.
+    """
+    _check(plan)
+    world = _joined(plan)
+    ranks, stages = _sizes(world, split_spec, stages_per_rank, pipelines)
+    share = Share(plan.microbatches, world.rank // ranks, pipelines)
+    if ranks > 1:
+        arrange(schedule, ranks=ranks, stages=stages, microbatches=len(share.block))
+    line = lined_up(world, kind_of(schedule), stages, ranks)
+    plan = attrs.evolve(plan, viewed_elements=ALL_VIEWED)
+    stand = _Standing(plan, split_spec, line, share)
+    if isinstance(plan.model, nn.Module):
+        cuts_of(plan.model, split_spec)  # now, and not only when the program is first used
+    return assembled(
+        plan,
+        Strategy(
+            execution=stand.execution,
+            world=world,
+            share=share if pipelines > 1 else None,
+            storage=stand.storage(),
+            looking=Looking(stand.evaluate, stand.apply) if ranks > 1 else None,
+        ),
+    )
+
+
+_WHY: Final = {
+    "compile": "a stage is left in the middle of the model's forward, which a graph cannot be",
+    'update="in_backward"': "gradients of several microbatches, and of tied parameters, are added before the update",
+}
+
+
+def _check(plan: Plan) -> None:
+    given = {"compile": bool(plan.compile), 'update="in_backward"': plan.update == "in_backward"}
+    for name, reason in _WHY.items():
+        if given[name]:
+            raise ValueError(f"pipelined: Plan({name if '=' in name else name + '=...'}) cannot be: {reason}")
+
+
+def _joined(plan: Plan) -> World:
+    """Find the processes that a launcher started; their group is opened if nobody has."""
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
+    return joined(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _sizes(world: World, spec: SplitSpec, stages_per_rank: int | None, pipelines: int) -> tuple[int, int]:
+    if pipelines < 1 or world.size % pipelines:
+        raise ScheduleError(f"{world.size} processes cannot be spread evenly over pipelines={pipelines}")
+    ranks = world.size // pipelines
+    if ranks == 1 and pipelines > 1:
+        raise ScheduleError(
+            f"pipelines={pipelines} on {world.size} processes are pipelines of one process; use ff.accelerated"
+        )
+    if not isinstance(spec, Mapping) or not spec:
+        raise SplitError(f"split_spec: expected a mapping of modules' names to 'beginning' or 'end', got {spec!r}")
+    stages = len(spec) + 1
+    if stages_per_rank is not None and stages != stages_per_rank * ranks:
+        raise ScheduleError(
+            f"split_spec has {len(spec)} cuts and so {stages} stages, but stages_per_rank={stages_per_rank} on {ranks} "
+            f"processes are {stages_per_rank * ranks}: use {stages_per_rank * ranks - 1} cuts"
+        )
+    return ranks, stages
+
+
+@attrs.define(eq=False)
+class _Standing:
+    """A pipelined program of one process: what is known of it before the model is built, and then its machine."""
+
+    plan: Plan
+    spec: SplitSpec
+    line: Line
+    share: Share
+    assignment: Assignment | None = None
+    machine: Machine | None = None
+    ties: Ties | None = None
+    trained: tuple[str, ...] = ()
+
+    def prepare(self, plan: Plan, seed: int) -> nn.Module:
+        """Build the module and give it the values of this process's stages."""
+        from forgather_fn.model import build
+
+        module = build(plan.model, seed)
+        if self.assignment is None:
+            self.assignment = assignment_of(module, cuts_of(module, self.spec))
+        if self.line.ranks == 1:
+            return prepared(attrs.evolve(plan, model=module), seed)
+        stage_prepared(plan, seed, module, self.line, self.assignment, floating_of(plan))
+        return module
+
+    def storage(self) -> Storage:
+        """Hold the parameters of this process's stages, whole."""
+        whole = whole_storage(self.agree)
+        export = whole.export if self.line.ranks == 1 else self.export
+        return attrs.evolve(whole, prepare=self.prepare, part=self.part, export=export)
+
+    def execution(self, built: Built) -> Execution:
+        """Run steps on the pipeline; on one process, as one device does, when its stages are proved."""
+        assert self.assignment is not None
+        machine = self.machine = Machine(built, self.line, self.assignment)
+        if self.line.ranks == 1:
+            return _proved(machine, self.share)
+        index = built.binding.layout.index
+        self.ties = ties_of(self.line, self.assignment, index)
+        everywhere = {name for own in self.line.world.gather(tuple(index)) for name in own}
+        self.trained = tuple(name for name in self.assignment.params if name in everywhere)
+        return pipelining(Pipeline(machine, self.ties, self.share))
+
+    def part(self) -> Part | None:
+        """Tell which part of a state this process has."""
+        if self.line.ranks == 1:
+            return None
+        assert self.assignment is not None
+        assert self.ties is not None
+        stages = frozenset(self.line.own)
+        own = frozenset(name for name, used in self.assignment.params.items() if used & stages)
+        first = {name: self.line.rank_of(min(used)) for name, used in self.assignment.buffers.items()}
+        return Part(
+            number=self.line.rank,
+            count=self.line.ranks,
+            writes=self.line.number == 0,
+            order=self.trained,
+            own=own,
+            named=own - self.ties.foreign,
+            buffers=frozenset(name for name, rank in first.items() if rank == self.line.rank),
+        )
+
+    def agree(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
+        """Make sure that all processes have the same plan and cuts; values are made the same before they are freed."""
+        del layout, tensors
+        mine = {**self.plan.describe(), "split_spec": str(dict(self.spec)), "schedule": self.line.kind.name}
+        mine.pop("device")
+        for rank, other in enumerate(self.line.world.gather(mine)):
+            for name, text in mine.items():
+                if other[name] != text:
+                    raise ValueError(
+                        f"pipelined: the processes have other plans; {name}:\n  rank {self.line.world.rank}: {text}\n"
+                        f"  rank {rank}: {other[name]}"
+                    )
+
+    def evaluate(self, built: Built, state: TrainState, data: Any, params: evaluation.Which) -> dict[str, float]:
+        """Measure a state; see :func:`~forgather_fn.pipeline.looking.evaluate`."""
+        return looking.evaluate(self._running(), built, state, data, params)
+
+    def apply(
+        self,
+        built: Built,
+        state: TrainState,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        params: evaluation.Which,
+    ) -> Any:
+        """Call the model; see :func:`~forgather_fn.pipeline.looking.apply`."""
+        return looking.apply(self._running(), built, state, inputs, named, params)
+
+    def export(self, built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+        """Take the model out; see :func:`~forgather_fn.pipeline.looking.export`."""
+        return looking.export(self._running(), built, state, params)
+
+    def _running(self) -> Machine:
+        assert self.machine is not None
+        return self.machine
+
+
+def _proved(machine: Machine, share: Share) -> Execution:
+    """Run steps as one device does, when the first batch has shown that the model can be cut as it was asked for."""
+    base = eager(machine.built)
+
+    def prove(batch: Batch) -> None:
+        if machine.flow is None:
+            machine.prove(machine.built.place(owned(batch, share)[0][1]))
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        prove(batch)
+        return base.step(state, batch, wants)
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
+        prove(batch)
+        return base.gradients(state, batch)
+
+    return Execution(step, gradients, base.advance)

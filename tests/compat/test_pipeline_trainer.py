@@ -1,0 +1,88 @@
+"""PipelineTrainer under real torchrun, on three processes and on one, with the numbers of Trainer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from forgather.ml import PipelineTrainer, PipelineTrainingArguments, Trainer, TrainingArguments
+from tests.pipeline.models import Plain, words
+
+ROOT = Path(__file__).parents[2]
+
+
+def launched(folder: Path, processes: int) -> list[dict[str, Any]]:
+    folder.mkdir()
+    script = str(ROOT / "tests/compat/pipeline_script.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "compat")])
+    ran = subprocess.run(
+        [sys.executable, *torchrun, script, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def loss_function(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def test_the_script_runs_under_torchrun_on_three_processes_and_on_one(tmp_path: Path) -> None:
+    three, (one,) = launched(tmp_path / "three", 3), launched(tmp_path / "one", 1)
+    torch.manual_seed(0)
+    model = Plain(blocks=12)
+    data = words(samples=32)
+    rows = [{name: column[i] for name, column in data.items()} for i in range(32)]
+    trainer = Trainer(
+        model=model,
+        loss_fn=loss_function,
+        args=TrainingArguments(output_dir=str(tmp_path / "here"), report_to=[], disable_tqdm=True),
+        train_dataset=rows,
+    )
+    loss = trainer.train().training_loss
+    evaluated = trainer.evaluate(rows[:10])["eval_loss"]
+    for told in (one, *three):
+        assert (told["steps"], told["again"]) == (12, 14)
+        assert told["loss"] == pytest.approx(loss, rel=1e-5)
+        assert told["eval_loss"] == pytest.approx(evaluated, rel=1e-5)
+    whole = sum(p.numel() for p in model.parameters())
+    assert one["parameters"] == whole
+    assert sum(told["parameters"] for told in three) == whole
+    for folder in ("three", "one"):
+        saved = load_file(tmp_path / folder / "model" / "model.safetensors")
+        assert saved.keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-6)
+    # The optimizer's state is in the file as torch writes it: one process goes on from what three have saved.
+    trainer.args.max_steps = 14
+    trainer.train(resume_from_checkpoint=str(tmp_path / "three/output/checkpoint-12"))
+    went_on = load_file(tmp_path / "three/output/checkpoint-14/model.safetensors")
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(went_on[name], tensor, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"split_spec": None}, "args.split_spec says where"),
+        ({"pipeline_chunks": 3}, "cannot be cut into n_microbatches=3"),
+        ({"stages_per_rank": 2}, "makes 3 stages of 2 cuts, but stages_per_rank=2 on 1 processes are 2"),
+        ({"pipeline_schedule": "bfs"}, "is not one of gpipe, 1f1b"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    arguments = {"output_dir": str(tmp_path), "split_spec": {"layer.1": "end", "layer.3": "end"}} | given
+    with pytest.raises(ValueError, match=said):
+        PipelineTrainer(Plain(), PipelineTrainingArguments(**arguments))
