@@ -14,7 +14,7 @@ from typing import Any, Final
 import attrs
 
 from forgather_fn.control.command import Command, ControlError
-from forgather_fn.control.jobs import Endpoint, UnsafeError
+from forgather_fn.control.endpoint import Endpoint, UnsafeError
 
 SECONDS: Final = 6.0
 """How long a job may take to answer what it answers at once."""

@@ -186,11 +186,10 @@ class TestTheEnd:
 
 def serving_with_a_worker(run, pipe):
     with ff.serve(run):
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
+            pipe.send(os.getpid())
             time.sleep(30)
             os._exit(0)
-        pipe.send(child)
         time.sleep(30)
 
 
