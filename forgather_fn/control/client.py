@@ -29,6 +29,10 @@ class UnreachableError(ControlError):
     """The job did not answer."""
 
 
+class SilentError(UnreachableError):
+    """The job is there, and did not answer in time."""
+
+
 @attrs.frozen
 class Target:
     """Where a job is asked.
@@ -94,7 +98,7 @@ def _ask(job: Target, method: str, path: str, body: str | None, timeout: float |
             answer = connection.getresponse()
             status, text = answer.status, answer.read(_LIMIT)
     except TimeoutError:
-        raise UnreachableError("the job has not answered in time; what it was asked for may still happen") from None
+        raise SilentError("the job has not answered in time; what it was asked for may still happen") from None
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(f"the job does not answer: {type(error).__name__}: {error}") from None
     found = _object(text)
