@@ -183,6 +183,16 @@ def test_what_is_no_http_does_not_disturb(served, data):
     assert raw.request()[0] == 200
 
 
+def is_open(connection):
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1))
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
 class TestSlowClients:
     def test_one_that_sends_little_by_little_is_ended(self, served, monkeypatch):
         monkeypatch.setattr(server, "SECONDS", 0.3)
@@ -207,13 +217,15 @@ class TestSlowClients:
         inbox, raw = served
         before = threading.active_count()
         with contextlib.ExitStack() as stack:
-            for _ in range(20):
-                stack.enter_context(raw.connect()).sendall(stuck)
+            connections = [stack.enter_context(raw.connect()) for _ in range(20)]
+            for connection in connections:
+                connection.sendall(stuck)
             begun = time.monotonic()
             assert raw.request()[0] == 200
             assert raw.request("POST", "/control", ORDER)[0] == 202
             assert time.monotonic() - begun < 1.0
             assert threading.active_count() == before
+            assert 0 < sum(map(is_open, connections)) <= server.CONNECTIONS
         assert inbox.waiting() == (Command.SAVE,)
 
     def test_at_most_eight_wait_for_answers(self, served):
