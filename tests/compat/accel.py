@@ -14,7 +14,7 @@ import transformers
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import forgather.ml as ml
-from tests.compat.tiny import SMALL, WORDS, double, regression, rows
+from tests.compat.tiny import SMALL, WORDS, Regression, double, regression, rows
 
 TIMES = ("runtime", "_per_second", "preparation_time", "total_flos")
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "log_level": "error", "log_level_replica": "error"}
@@ -240,6 +240,20 @@ def trained(case: str, processes: int, folder: str, changes: dict[str, Any] | No
 def resumed(case: str, processes: int, folder: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     trainer = made(case, processes, folder, save_strategy="steps", save_steps=3, **(changes or {}))
     return run(trainer, CASES[case].get("single", False), resume_from_checkpoint=True)
+
+
+class Normed(Regression):
+    """A model whose norm has running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+
+
+def normed(folder: str, cls: Any) -> dict[str, torch.Tensor]:
+    trainer = made("in float32", 2, folder, model=Normed, cls=cls)
+    trainer.train()
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
 
 
 class Asks(ml.TrainerCallback):

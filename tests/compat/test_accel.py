@@ -132,6 +132,13 @@ def test_another_batch_is_refused_unless_it_is_meant(pools, tmp_path):
     assert accel.resumed("in float32", 1, folder, meant)["place"][0] == 4
 
 
+@pytest.mark.parametrize("cls", [ml.AccelTrainer, accel.Doubled])
+def test_running_statistics_are_those_of_the_first_process(pools, tmp_path, cls):
+    one, other = pools[2].run(accel.normed, str(tmp_path), cls)
+    assert float(one["norm.running_mean"].abs().sum()) > 0
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_what_the_first_process_asks_for_is_done_on_all(pools, tmp_path):
     for found in pools[2].run(accel.asked, str(tmp_path)):
         assert found["place"][0] == 5
