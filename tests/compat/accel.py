@@ -251,7 +251,7 @@ class Normed(Regression):
 
 
 def normed(folder: str, cls: Any) -> dict[str, torch.Tensor]:
-    trainer = made("in float32", 2, folder, model=Normed, cls=cls)
+    trainer = made("in float32", 2, folder, model=Normed, cls=cls, reduction="sum")
     trainer.train()
     return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
 
