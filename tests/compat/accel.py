@@ -69,6 +69,15 @@ class Numbered(Dataset):
         return self.samples[index]
 
 
+class Measured(list[Any]):
+    """Samples of which it is said how long they are."""
+
+    column_names = ("length",)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [i * 7 % 11 for i in range(len(self))] if index == "length" else super().__getitem__(index)
+
+
 class Shaken(Dataset):
     """Samples that draw random numbers each time."""
 
@@ -141,6 +150,15 @@ class Looks(ml.TrainerCallback):
         state.log_history.append({"looked": norm})
 
 
+class Given:
+    """Tells what a compute_metrics is given."""
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        kinds = {"predictions": prediction.predictions, "labels": prediction.label_ids, "inputs": prediction.inputs}
+        sums = {name: int((np.arange(1, 1 + found.size) * found.ravel()).sum()) for name, found in kinds.items()}
+        return {**sums, "losses": float(np.cumsum(prediction.losses).sum()), "rows": len(prediction.losses)}
+
+
 class Trouble:
     """What a compute_metrics sees is kept in the log."""
 
@@ -182,10 +200,21 @@ CASES: dict[str, dict[str, Any]] = {
     "read by the first": {"data": Numbered, "accelerator_config": {"dispatch_batches": True}},
     "samples that draw": {"data": Shaken},
     "grouped by length": {
-        "model": llama, "kind": "llama", "train_sampling_strategy": "group_by_length", "length_column_name": "none"
+        "model": llama, "kind": "llama", "train_sampling_strategy": "group_by_length", "data": Measured,
     },
-    "metrics": {"compute_metrics": True, "eval_strategy": "epoch"},
-    "metrics batch by batch": {"compute_metrics": True, "eval_strategy": "epoch", "batch_eval_metrics": True},
+    "what metrics are given": {
+        "model": llama, "kind": "llama", "compute_metrics": Given, "eval_strategy": "epoch", "max_eval_steps": 5,
+        "include_for_metrics": ["inputs", "loss"], "eval_accumulation_steps": 1,
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+    },
+    "the best model": {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1,
+        "load_best_model_at_end": True, "learning_rate": 0.5, "callbacks": [ml.EarlyStoppingCallback],
+    },
+    "in float16": {"cls": Doubled, "fp16": True, "single": True, "optim": "sgd", "tolerance": 1e-5},
+    "in float16 and in pairs": {"fp16": True, "single": True, "reduction": "tree"},
+    "metrics": {"compute_metrics": Trouble, "eval_strategy": "epoch"},
+    "metrics batch by batch": {"compute_metrics": Trouble, "eval_strategy": "epoch", "batch_eval_metrics": True},
 }  # fmt: skip
 
 
@@ -196,9 +225,11 @@ def made(case: str, processes: int, folder: str, **changes: Any) -> Any:
     build, cls, single = given.pop("model", regression), given.pop("cls", ml.AccelTrainer), given.pop("single", False)
     convert = list if single else in_double
     train, held = convert(rows(kind, given.pop("count", 26))), convert(rows(kind, 13, seed=5))
-    own = {name: given.pop(name) for name in ("callbacks", "compute_loss_func") if name in given}
-    if given.pop("compute_metrics", None):
-        own["compute_metrics"] = Trouble()
+    given.pop("tolerance", None)
+    passed = ("callbacks", "compute_loss_func", "preprocess_logits_for_metrics")
+    own = {name: given.pop(name) for name in passed if name in given}
+    if "compute_metrics" in given:
+        own["compute_metrics"] = given.pop("compute_metrics")()
     options = {
         "per_device_train_batch_size": 3, "per_device_eval_batch_size": 2, "max_steps": 7, "logging_steps": 1,
         "save_strategy": "no", "learning_rate": 1e-2, "gradient_accumulation_steps": STEP // processes, **QUIET,
@@ -270,12 +301,30 @@ class Asks(ml.TrainerCallback):
 def asked(folder: str) -> dict[str, Any]:
     """Let the first process alone ask for an evaluation, a log and the end; and the second alone for an early end."""
     trainer = made("in float32", 2, folder, eval_strategy="no", logging_steps=100)
+    trainer.compute_metrics = lambda prediction: {"rank": trainer.args.process_index}
     if trainer.args.process_index == 0:
         for at, flag in ((2, "should_evaluate"), (3, "should_log"), (5, "should_training_stop")):
             trainer.add_callback(Asks(at, flag))
     else:
         trainer.add_callback(Asks(1, "should_training_stop"))
     return run(trainer, True)
+
+
+def looked_at_by_one(folder: str) -> dict[str, Any]:
+    """Let the second process alone look inside steps, from the third one on."""
+
+    class Comes(ml.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                trainer.add_callback(Looks())
+
+    trainer = made("a language model", 2, folder)
+    if trainer.args.process_index == 1:
+        trainer.add_callback(Comes())
+    found = run(trainer)
+    found["looked"] = sum("looked" in row for row in found["logs"])
+    found["logs"] = [row for row in found["logs"] if "looked" not in row]
+    return found
 
 
 def signalled(folder: str) -> int:

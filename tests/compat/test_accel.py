@@ -55,13 +55,12 @@ def unlike(one, other, tolerance):
 
 @pytest.mark.parametrize("case", accel.CASES)
 def test_worlds_agree(pools, tmp_path, case):
-    tolerance = 0.0 if accel.CASES[case].get("reduction") == "tree" else 1e-12
-    folder = str(tmp_path)
-    (one,) = pools[1].run(accel.trained, case, 1, folder)
+    tolerance = accel.CASES[case].get("tolerance", 0.0 if accel.CASES[case].get("reduction") == "tree" else 1e-12)
+    (one,) = pools[1].run(accel.trained, case, 1, str(tmp_path / "1"))
     assert one["flags"] == (True, 1, 0)
-    assert len(one["predictions"]) == 13
+    assert len(one["predictions"]) in (10, 13)
     for size in (2, 4):
-        runs = pools[size].run(accel.trained, case, size, folder)
+        runs = pools[size].run(accel.trained, case, size, str(tmp_path / str(size)))
         for rank, found in enumerate(runs):
             assert found["flags"] == (rank == 0, size, rank)
             assert unlike(one, found, tolerance) == []
@@ -144,7 +143,16 @@ def test_what_the_first_process_asks_for_is_done_on_all(pools, tmp_path):
         assert found["place"][0] == 5
         evaluated, logged = ([row["step"] for row in found["logs"] if name in row] for name in ("eval_loss", "loss"))
         assert evaluated == [2]
+        assert [row["eval_rank"] for row in found["logs"] if "eval_rank" in row] == [0]
         assert logged == [3]
+
+
+def test_a_look_by_one_process_is_a_look_on_all(pools, tmp_path):
+    whole = accel.trained("a language model", 1, str(tmp_path))
+    one, other = pools[2].run(accel.looked_at_by_one, str(tmp_path))
+    assert (one["looked"], other["looked"]) == (0, 5)
+    assert unlike(whole, one, 1e-12) == []
+    assert unlike(one, other, 0.0) == []
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step(pools, tmp_path):
