@@ -9,6 +9,7 @@ from typing import Any
 
 import accelerate
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -308,6 +309,37 @@ def asked(folder: str) -> dict[str, Any]:
     else:
         trainer.add_callback(Asks(1, "should_training_stop"))
     return run(trainer, True)
+
+
+def commanded(folder: str) -> dict[str, Any]:
+    """Let somebody outside ask for an evaluation, and then for a save and the end, at the first process."""
+    controlled = ml.TrainerControlCallback(enable_http=False)
+
+    class Outside(ml.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            word = {1: "evaluate", 4: "save_stop"}.get(state.global_step)
+            if word and args.process_index == 0:
+                controlled.inbox.post(word.replace("_", "-"))
+
+    trainer = made("in float32", 2, folder, eval_steps=100)
+    trainer.add_callback(controlled)
+    trainer.add_callback(Outside())
+    return run(trainer, True)
+
+
+def diverged(folder: str) -> int:
+    """Let a loss of one process become infinite, and go on with another training."""
+
+    class Breaks(ml.AccelTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            bad = self.state.global_step == 3 and self.args.process_index == 1
+            return loss / 0 if bad else loss
+
+    trainer = made("in float32", 2, folder, cls=Breaks, reduction="sum", eval_strategy="no")
+    with pytest.raises(ValueError, match="was not finite"):
+        trainer.train()
+    return int(trainer.state.global_step)
 
 
 def looked_at_by_one(folder: str) -> dict[str, Any]:

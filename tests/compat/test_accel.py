@@ -147,6 +147,21 @@ def test_what_the_first_process_asks_for_is_done_on_all(pools, tmp_path):
         assert logged == [3]
 
 
+def test_what_is_commanded_from_outside_is_done_on_all(pools, tmp_path):
+    found = pools[2].run(accel.commanded, str(tmp_path))
+    (steps,) = {run["place"][0] for run in found}
+    assert 5 <= steps < 7
+    assert [entry.step for entry in list_checkpoints(tmp_path)] == [steps]
+    evaluated = [[row["step"] for row in run["logs"] if "eval_loss" in row] for run in found]
+    assert evaluated[0] == evaluated[1]
+    assert evaluated[0][0] in (2, 3)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(pools, tmp_path):
+    assert pools[2].run(accel.diverged, str(tmp_path)) == [3, 3]
+    assert pools[2].run(accel.diverged, str(tmp_path)) == [3, 3]  # they have agreed on it, and go on
+
+
 def test_a_look_by_one_process_is_a_look_on_all(pools, tmp_path):
     whole = accel.trained("a language model", 1, str(tmp_path))
     one, other = pools[2].run(accel.looked_at_by_one, str(tmp_path))
