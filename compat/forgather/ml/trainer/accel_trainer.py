@@ -11,7 +11,7 @@ from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments
 from forgather.ml.trainer.resuming import batch_of
 from forgather.ml.trainer.sharing import Sharing
 from forgather_fn.plan import Program
-from forgather_fn.world import World
+from forgather_fn.world import World, known_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -122,15 +122,15 @@ class AccelTrainer(BaseTrainer):
             f"processes) of {now[1]}"
         )
         if samples != args.train_batch_size:
-            raise ValueError(
-                f"{said}. Go on with per_device_train_batch_size={samples // max(1, args.n_gpu)}, or, to train with "
-                "another batch on purpose, give allow_batch_change=True"
-            )
-        if microbatches % size:
-            raise ValueError(
-                f"{said}, and {microbatches} microbatches cannot be shared out evenly among {size} processes. Use a "
-                "number of processes that divides them; or, to train with another batch on purpose, give "
-                "allow_batch_change=True"
+            fix = f"Go on with per_device_train_batch_size={samples // max(1, args.n_gpu)}"
+        elif microbatches % size:
+            said += f", and {microbatches} microbatches cannot be shared out evenly among {size} processes"
+            fix = "Use a number of processes that divides them"
+        else:
+            fix = None
+        if fix is not None:
+            raise known_to_all(
+                ValueError(f"{said}. {fix}; or, to train with another batch on purpose, give allow_batch_change=True")
             )
         self._accumulate = microbatches // size
         logger.log(

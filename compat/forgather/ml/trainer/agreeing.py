@@ -39,19 +39,23 @@ class AgreeingPart(LogPart):
 
     def _compare(self) -> None:
         """Find out, before the first step, whether on any process somebody looks on or inside."""
+        if self._world.size == 1:
+            return
         found = self._world.gather((self._is_watched(), self._wants_halves()))
         self._watched, self._halved = (any(each) for each in zip(*found, strict=True))
 
     def _window(self, batches: list[Any], items: Any) -> Window:
         """Make the microbatches of the next step out of those of this process."""
         weights = self._weights(batches, items)
-        own = told(batches, weights, items)
         if self._world.size == 1:
+            own = told(batches, weights)
             return Window(batches, weights, 0, items, own, own)
+        counted = isinstance(items, torch.Tensor)
         own = told(
             batches,
             weights,
-            items,
+            items=float(items) if counted else 0.0,
+            counted=len(batches) if counted else 0,
             flos=sum(self.floating_point_ops(batch) for batch in batches),
             tokens=sum(self._input_tokens(batch) for batch in batches),
             watched=self._is_watched(),
@@ -101,6 +105,6 @@ def telling(world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if world.watch is not None:
+        if world.watch is not None and not getattr(error, "known_to_all", False):
             world.watch.fail(error)
         raise
