@@ -104,7 +104,7 @@ def take_gradients(
     parts = [(number, built.place(part)) for number, part in in_step(batch, replica.share, world)]
     try:
         with world.explained():
-            found, buffers = passed(built, state, lambda: _accumulate(replica, fsdp, state, parts))
+            found, buffers = passed(built, state, lambda: _accumulate(replica, state, parts))
         gradients = built.workspace.collect(batch.samples, 0.0)
         replica.learn(found, not replica.names and changed(arrays.buffers, buffers))
         counts, square, pairs = _told(replica, gradients, found)
@@ -141,20 +141,15 @@ def in_step(batch: Batch, share: Share, world: World) -> list[tuple[int | None, 
     return own + [(None, spare)] * (rounds - len(own))
 
 
-def _accumulate(
-    replica: Replica, fsdp: Fsdp, state: TrainState, parts: Sequence[tuple[int | None, Any]]
-) -> list[dict[str, Mean]]:
-    """Run microbatches, each under the key of its number; what has none takes part in transfers and adds nothing."""
+def _accumulate(replica: Replica, state: TrainState, parts: Sequence[tuple[int | None, Any]]) -> list[dict[str, Mean]]:
+    """Run microbatches, each under the key of its number; one that has none, a copy of the first, weighs nothing."""
     built, scale = replica.built, state.read().loss_scale.get("scale")
     found = []
     for number, part in parts:
-        used = set(fsdp.used)
         reseed(key(state.seed, state.step, number or 0, "forward"), built.device)
         means = built.forward(part)
         backward(built, means["loss"].total, 0.0 if number is None else None, scale)
-        if number is None:
-            fsdp.used.intersection_update(used)
-        else:
+        if number is not None:
             found.append({name: mean.detach() for name, mean in means.items()})
     return found
 
