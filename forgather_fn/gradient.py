@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 import torch
@@ -379,6 +379,16 @@ def norms(gradients: Gradients) -> dict[str, Tensor]:
     return {name: norm.to(view.dtype) for (name, view), norm in zip(gradients.views.items(), found, strict=True)}
 
 
+PIECE: Final = 1 << 18
+"""Elements that are widened at a time: on a CPU, torch copies what it computes in another data type."""
+
+
 def squares(tensors: Sequence[Tensor]) -> Tensor:
     """Give the sum of squares of each tensor, float64."""
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors])
+    return torch.stack([_square(tensor) for tensor in tensors])
+
+
+def _square(tensor: Tensor) -> Tensor:
+    pieces = tensor.reshape(-1).split(PIECE) if tensor.device.type == "cpu" else (tensor,)
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return torch.stack(norms).square().sum()

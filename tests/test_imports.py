@@ -32,6 +32,7 @@ RECIPE = {
 }
 DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
 STEP = {
+    "agreement",
     "batch",
     "binding",
     "built",
