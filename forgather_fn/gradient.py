@@ -389,6 +389,6 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _square(tensor: Tensor) -> Tensor:
-    pieces = tensor.reshape(-1).split(PIECE) if tensor.device.type == "cpu" else (tensor,)
+    pieces = torch.split(tensor.reshape(-1), PIECE) if tensor.device.type == "cpu" else (tensor,)
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
     return torch.stack(norms).square().sum()

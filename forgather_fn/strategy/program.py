@@ -89,7 +89,7 @@ class Storage:
     export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
     whole: Whole = itself
     rows: Rows | None = None
-    pace: evaluation.Pace = evaluation.unpaced
+    pace: evaluation.Pace = evaluation.UNPACED
     part: Callable[[], Part | None] = lambda: None
 
 
