@@ -110,7 +110,7 @@ def averaged(told: Iterable[Sums]) -> dict[str, float]:
     return {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
 
 
-def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
+def own_batches(data: Any, world: World) -> Numbered:
     """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
     if isinstance(data, Stream):
         own: Iterator[tuple[int, Any]] = zip(

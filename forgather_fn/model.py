@@ -72,7 +72,7 @@ def outline(module: nn.Module) -> Anatomy:
 
 
 def parameter_sites(module: nn.Module) -> tuple[tuple[Site, str], ...]:
-    """Give each place of a parameter with the name of what it holds, the first; on any device, ``meta`` too."""
+    """Give each place of a parameter with the name of what it holds, the first."""
     names: dict[tuple[Any, ...], str] = {}
     return tuple((site, names.setdefault(_place(site.tensor), site.name)) for site in _sites(module))
 

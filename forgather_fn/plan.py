@@ -327,8 +327,8 @@ class Program:
 
     ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
-    ``batches`` how they come to it; ``whole`` brings a state together that they have in shards; ``part`` tells which
-    part of a state this process has that is trained in parts, None for all of it.
+    ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it; ``whole``
+    brings a state together that they have in shards.
     """
 
     plan: Plan
@@ -345,8 +345,8 @@ class Program:
     batches: OpenBatches
     world: World = ALONE
     share: Share | None = None
-    whole: Whole = itself
     part: Callable[[], Part | None] = lambda: None
+    whole: Whole = itself
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

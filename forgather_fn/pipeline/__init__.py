@@ -6,3 +6,4 @@ from forgather_fn.pipeline.cuts import SplitError as SplitError
 from forgather_fn.pipeline.explain import Explanation as Explanation
 from forgather_fn.pipeline.explain import explain as explain
 from forgather_fn.pipeline.schedules import ScheduleError as ScheduleError
+from forgather_fn.pipeline.stages import Stages as Stages

@@ -37,7 +37,7 @@ def evaluate(machine: Machine, built: Built, state: TrainState, data: Any, param
     found: Sums = {}
     with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
         while window := [(i, built.place(as_batch(item).data)) for i, item in itertools.islice(batches, line.stages)]:
-            parts = dict(window)
+            parts = {i: part for i, part in window if i is not None}
             _prove(machine, next(iter(parts.values())))
 
             def run(stage: int, number: int, hidden: Tensor | None, parts: Mapping[int, Any] = parts) -> Any:

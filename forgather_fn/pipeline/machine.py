@@ -55,7 +55,7 @@ class Machine:
         Raises:
             SplitError: More than a hidden state crosses a cut, or a stage uses a parameter that it was not given.
         """
-        args, kwargs = self.built.arguments(_first_sample(part))
+        args, kwargs = self.built.arguments(first_sample(part))
         self.prove_by(lambda: self.built.module(*args, **kwargs))
 
     def prove_by(self, call: Callable[[], Any]) -> None:
@@ -220,7 +220,7 @@ def _looking(module: nn.Module) -> Any:
         modes.restore()
 
 
-def _first_sample(part: Any) -> Any:
+def first_sample(part: Any) -> Any:
     """Cut the first sample out of a microbatch, where it can be cut."""
     samples = leading_dimension(part)
     try:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import attrs
 from torch import Tensor, nn
@@ -15,14 +15,17 @@ from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
+from forgather_fn.meta import on_meta
+from forgather_fn.model import build, call_arguments
 from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
+from forgather_fn.pipeline.balance import balanced, measured
 from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of
 from forgather_fn.pipeline.line import Line, lined_up
 from forgather_fn.pipeline.machine import Machine
-from forgather_fn.pipeline.preparing import assignment_of, stage_prepared
+from forgather_fn.pipeline.preparing import assigned_by, assignment_of, stage_prepared
 from forgather_fn.pipeline.running import Pipeline, pipelining
-from forgather_fn.pipeline.schedules import ScheduleError, arrange, kind_of
+from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
 from forgather_fn.plan import Metrics, Plan, Program
 from forgather_fn.share import Share
@@ -30,25 +33,18 @@ from forgather_fn.state import TrainState
 from forgather_fn.step import eager
 from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import joined
-from forgather_fn.strategy.program import (
-    Looking,
-    Storage,
-    Strategy,
-    assembled,
-    floating_of,
-    prepared,
-    whole_storage,
-)
+from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
 from forgather_fn.world import World
 
 
 def pipelined(
     plan: Plan,
-    split_spec: SplitSpec,
+    split_spec: SplitSpec | Literal["auto"],
     *,
     schedule: str = "1F1B",
     stages_per_rank: int | None = None,
     pipelines: int = 1,
+    example: Any = None,
 ) -> Program:
     """Make the program of a plan whose model is cut into stages, spread over the processes of a launcher.
 
@@ -62,10 +58,14 @@ def pipelined(
             stages of other processes by ``init``; one on the meta device, with ``Plan(init="by_name")``, never has
             them.
         split_spec: For each module at which the model is cut, ``"end"`` or ``"beginning"``; one more stage than cuts.
+            ``"auto"`` cuts between its blocks, so that the largest stage has as few parameters as can be; given an
+            example, so that the slowest takes as little time.
         schedule: In which order processes work: one of GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble,
             ZBVZeroBubble, DualPipeV. It also says which stages a process has.
         stages_per_rank: Stages of one process; by default, as many as there are for each.
         pipelines: How many equal pipelines there are, each with a block of the plan's microbatches.
+        example: A batch, by which it is found which stage uses which parameter. Needed where modules are not
+            registered in the order in which they run; the first batch tells.
 
     Returns:
         The record of functions, as of :func:`~forgather_fn.strategy.single.single`. All but ``module`` are collective:
@@ -78,14 +78,14 @@ def pipelined(
     """
     _check(plan)
     world = _joined(plan)
-    ranks, stages = _sizes(world, split_spec, stages_per_rank, pipelines)
+    ranks, stages = _sizes(world, split_spec, kind_of(schedule), stages_per_rank, pipelines)
     share = Share(plan.microbatches, world.rank // ranks, pipelines)
     if ranks > 1:
         arrange(schedule, ranks=ranks, stages=stages, microbatches=len(share.block))
     line = lined_up(world, kind_of(schedule), stages, ranks)
     plan = attrs.evolve(plan, viewed_elements=ALL_VIEWED)
-    stand = _Standing(plan, split_spec, line, share)
-    if isinstance(plan.model, nn.Module):
+    stand = _Standing(plan, split_spec, line, share, example)
+    if isinstance(plan.model, nn.Module) and not isinstance(split_spec, str):
         cuts_of(plan.model, split_spec)  # now, and not only when the program is first used
     return assembled(
         plan,
@@ -95,6 +95,7 @@ def pipelined(
             share=share if pipelines > 1 else None,
             storage=stand.storage(),
             looking=Looking(stand.evaluate, stand.apply) if ranks > 1 else None,
+            part=stand.part,
         ),
     )
 
@@ -121,7 +122,9 @@ def _joined(plan: Plan) -> World:
     return joined(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _sizes(world: World, spec: SplitSpec, stages_per_rank: int | None, pipelines: int) -> tuple[int, int]:
+def _sizes(
+    world: World, spec: SplitSpec | str, kind: Kind, stages_per_rank: int | None, pipelines: int
+) -> tuple[int, int]:
     if pipelines < 1 or world.size % pipelines:
         raise ScheduleError(f"{world.size} processes cannot be spread evenly over pipelines={pipelines}")
     ranks = world.size // pipelines
@@ -129,8 +132,12 @@ def _sizes(world: World, spec: SplitSpec, stages_per_rank: int | None, pipelines
         raise ScheduleError(
             f"pipelines={pipelines} on {world.size} processes are pipelines of one process; use ff.accelerated"
         )
+    if spec == "auto":
+        return ranks, ranks * (stages_per_rank or kind.stages or 1) if ranks > 1 else max(2, stages_per_rank or 2)
     if not isinstance(spec, Mapping) or not spec:
-        raise SplitError(f"split_spec: expected a mapping of modules' names to 'beginning' or 'end', got {spec!r}")
+        raise SplitError(
+            f"split_spec: expected a mapping of modules' names to 'beginning' or 'end', or 'auto'; got {spec!r}"
+        )
     stages = len(spec) + 1
     if stages_per_rank is not None and stages != stages_per_rank * ranks:
         raise ScheduleError(
@@ -145,9 +152,10 @@ class _Standing:
     """A pipelined program of one process: what is known of it before the model is built, and then its machine."""
 
     plan: Plan
-    spec: SplitSpec
+    spec: SplitSpec | str
     line: Line
     share: Share
+    example: Any = None
     assignment: Assignment | None = None
     machine: Machine | None = None
     ties: Ties | None = None
@@ -155,21 +163,34 @@ class _Standing:
 
     def prepare(self, plan: Plan, seed: int) -> nn.Module:
         """Build the module and give it the values of this process's stages."""
-        from forgather_fn.model import build
-
         module = build(plan.model, seed)
         if self.assignment is None:
-            self.assignment = assignment_of(module, cuts_of(module, self.spec))
+            cuts = cuts_of(module, self._spec(module))
+            self.assignment = (
+                assignment_of(module, cuts)
+                if self.example is None
+                else assigned_by(module, cuts, call_arguments(module, plan.loss), self.example)
+            )
         if self.line.ranks == 1:
             return prepared(attrs.evolve(plan, model=module), seed)
-        stage_prepared(plan, seed, module, self.line, self.assignment, floating_of(plan))
+        stage_prepared(plan, seed, module, self.line, self.assignment, floating(plan))
         return module
 
     def storage(self) -> Storage:
-        """Hold the parameters of this process's stages, whole."""
-        whole = whole_storage(self.agree)
-        export = whole.export if self.line.ranks == 1 else self.export
-        return attrs.evolve(whole, prepare=self.prepare, part=self.part, export=export)
+        """Hold the parameters of this process's stages."""
+        whole = held_whole(self.agree)
+        export = self.export if self.line.ranks > 1 else whole.export
+        return attrs.evolve(whole, prepare=self.prepare, export=export)
+
+    def _spec(self, module: nn.Module) -> SplitSpec:
+        """Read the cuts, or find them: the first process measures for all."""
+        if not isinstance(self.spec, str):
+            return self.spec
+        if self.example is None or on_meta(module):
+            return balanced(module, self.line.stages)
+        args, kwargs = call_arguments(module, self.plan.loss)(self.example)
+        seconds = self.line.world.first(lambda: measured(module, lambda: module(*args, **kwargs)))
+        return balanced(module, self.line.stages, seconds)
 
     def execution(self, built: Built) -> Execution:
         """Run steps on the pipeline; on one process, as one device does, when its stages are proved."""
@@ -205,7 +226,11 @@ class _Standing:
     def agree(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
         """Make sure that all processes have the same plan and cuts; values are made the same before they are freed."""
         del layout, tensors
-        mine = {**self.plan.describe(), "split_spec": str(dict(self.spec)), "schedule": self.line.kind.name}
+        mine = {
+            **self.plan.describe(),
+            "split_spec": str(self.assignment and self.assignment.cuts),
+            "schedule": self.line.kind.name,
+        }
         mine.pop("device")
         for rank, other in enumerate(self.line.world.gather(mine)):
             for name, text in mine.items():

@@ -52,14 +52,6 @@ class Agree(Protocol):
         ...
 
 
-class Prepare(Protocol):
-    """Make the module that a process trains."""
-
-    def __call__(self, plan: Plan, seed: int, /) -> nn.Module:
-        """Build it, and give it its first values, data types, and device."""
-        ...
-
-
 class First(Protocol):
     """Copy the values of a module into storage of a state's own."""
 
@@ -73,29 +65,27 @@ class Storage:
     """How the states of a program hold parameters: whole, or this process's shards of them.
 
     Attributes:
-        prepare: Makes the module.
+        prepare: ``(plan, seed) -> module``: builds the module, or takes it, and gives it its first values.
         build: Makes it ready to run.
         first: Makes the tensors of a first state.
         export: Takes the model out.
         whole: Brings a state together, to be written.
         rows: Which rows of a parameter are read from a checkpoint; None for all.
         pace: Keeps processes in step in an evaluation.
-        part: Which part of a state this process has, when its model is built; None for all of it.
     """
 
-    prepare: Prepare
+    prepare: Callable[[Plan, int], nn.Module]
     build: Callable[[Plan, nn.Module], Built]
     first: First
     export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
     whole: Whole = itself
     rows: Rows | None = None
     pace: evaluation.Pace = evaluation.UNPACED
-    part: Callable[[], Part | None] = lambda: None
 
 
 @attrs.frozen(eq=False)
 class Looking:
-    """What a program does with a model besides training it; see :class:`~forgather_fn.plan.Program`.
+    """How a program runs a model besides training it; see :class:`~forgather_fn.plan.Program`.
 
     Attributes:
         evaluate: ``(built, state, data, params) -> means``.
@@ -117,7 +107,8 @@ class Strategy:
         agree: Makes tensors of a first state the same on all processes, in place.
         dispatch: Whether the first process alone reads data, and sends the others theirs.
         storage: How states hold parameters; None for whole ones.
-        looking: What is done with the model besides; None for what one device does, each batch on one process.
+        looking: How the model is run besides; None for each batch on one process.
+        part: Which part of a state this process has, when its model is built; None for all of it.
     """
 
     execution: Callable[[Built], Execution]
@@ -127,6 +118,7 @@ class Strategy:
     dispatch: bool = False
     storage: Storage | None = None
     looking: Looking | None = None
+    part: Callable[[], Part | None] = lambda: None
 
 
 def assembled(plan: Plan, strategy: Strategy) -> Program:
@@ -139,7 +131,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         strategy: How its steps are run, and by which processes.
     """
     held: list[tuple[Built, Execution]] = []
-    storage = strategy.storage or whole_storage(strategy.agree)
+    storage = strategy.storage or held_whole(strategy.agree)
     looking = strategy.looking or Looking(
         functools.partial(evaluation.evaluate, world=strategy.world, pace=storage.pace), evaluation.apply
     )
@@ -165,7 +157,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, storage.part, path, allow, without, storage.rows)
+        return restored(plan, init, strategy.world, strategy.part, path, allow, without, storage.rows)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
@@ -210,8 +202,8 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         batches=batches,
         world=strategy.world,
         share=strategy.share,
+        part=strategy.part,
         whole=storage.whole,
-        part=storage.part,
     )
     return program
 
@@ -225,13 +217,13 @@ def prepared(plan: Plan, seed: int) -> nn.Module:
         unbind(module)  # so that its new values are not drawn into the storage of a state
         initialise_by_name(module, seed)
     anatomy = parameter_anatomy(module)
-    module.to(device=plan.device, dtype=floating_of(plan))
+    module.to(device=plan.device, dtype=floating(plan))
     anatomy.retie()
     return module
 
 
-def floating_of(plan: Plan) -> torch.dtype | None:
-    """Give the type that a plan brings floating tensors to, if any."""
+def floating(plan: Plan) -> torch.dtype | None:
+    """Give the data type that floating tensors are brought to, if any."""
     return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
 
 
@@ -254,7 +246,7 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         ),
         call=_call(plan, module),
         arguments=call_arguments(module, plan.loss),
-        floating=floating_of(plan),
+        floating=floating(plan),
         dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
     )
 
@@ -291,7 +283,7 @@ def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
     return torch.compile(module, backend=plan.backend) if plan.compile else module
 
 
-def whole_storage(agree: Agree) -> Storage:
+def held_whole(agree: Agree) -> Storage:
     """Hold every parameter whole, on every process."""
 
     def first(built: Built, module: nn.Module) -> tuple[Flat, Mapping[str, Tensor], Flat]:
@@ -303,7 +295,7 @@ def whole_storage(agree: Agree) -> Storage:
         agree(binding.layout, [*params.buffers, *frozen.values(), *stored.buffers])
         return params, frozen, stored
 
-    return Storage(prepare=prepared, build=_build, first=first, export=whole_export)
+    return Storage(prepare=prepared, build=_build, first=first, export=_export)
 
 
 def stored_buffers(module: nn.Module, device: torch.device) -> Flat:
@@ -337,8 +329,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
     return TrainState(step=0, samples=0, seed=seed, arrays=arrays)
 
 
-def whole_export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
-    """Copy the module with the values of a state, bound to none."""
+def _export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
     arrays = state.read()
     built.bound(arrays)
     if params == "ema":

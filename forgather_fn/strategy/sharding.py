@@ -38,7 +38,7 @@ from forgather_fn.strategy.program import (
     Agree,
     Storage,
     check_can_be_scaled,
-    floating_of,
+    floating,
     prepared,
     stored_buffers,
     trained_hypers,
@@ -116,7 +116,7 @@ class Sharding:
         if plan.init == "by_name" and on_meta(module):
             parts = parts_of([*units_of(module, self.patterns), ("", module)])
             if separable(module, parts):
-                self.drawn = functools.partial(_draw, module, seed, plan.device, floating_of(plan))
+                self.drawn = functools.partial(_draw, module, seed, plan.device, floating(plan))
                 return module
             logger.info("the model is built whole before it is cut: units initialise, or share, what is not their own")
         return prepared(attrs.evolve(plan, model=module), seed)
@@ -145,7 +145,7 @@ class Sharding:
             workspace=shard_workspace(layout, self.cut_model, plan.device, added(self.world)),
             call=module,
             arguments=call_arguments(module, plan.loss),
-            floating=floating_of(plan),
+            floating=floating(plan),
             dtype=torch.float64 if torch.float64 in layout.dtypes else torch.float32,
         )
 
@@ -157,7 +157,7 @@ class Sharding:
         hypers = trained_hypers(plan, module, anatomy)
         trained = {name: p for name, p in anatomy.params.items() if name in hypers and not hypers[name].frozen}
         still = {name: p for name, p in anatomy.params.items() if name not in trained}
-        dtype = floating_of(plan)
+        dtype = floating(plan)
         trained_shards = shards_of(_typed(trained, dtype), self.world, {name: hypers[name] for name in trained})
         still_shards = shards_of(_typed(still, dtype), self.world)
         self._agree(trained_shards.whole, anatomy.params, module)

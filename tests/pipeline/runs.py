@@ -13,11 +13,11 @@ from tests.pipeline.models import MODELS, Model, words
 STEPS = 6
 
 
-def plan_of(model: Model, **changes: Any) -> ff.Plan:
+def plan_of(chosen: Model, /, **changes: Any) -> ff.Plan:
     """A plan with all that could go wrong: clipping that is active, warm-up, decay, unequal numbers of tokens."""
     given: dict[str, Any] = {
-        "model": model.module(),
-        "loss": model.loss,
+        "model": chosen.module(),
+        "loss": chosen.loss,
         # With a smaller eps, Adam makes steps of full size of gradients that cancel to rounding errors.
         "optimizer": ff.adamw(weight_decay=0.1, eps=1e-6),
         "schedule": ff.schedules.cosine(peak=1e-2, warmup=2, total=12),
