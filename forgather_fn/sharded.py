@@ -33,7 +33,7 @@ from forgather_fn.world import World
 
 
 @attrs.frozen(eq=False)
-class Part:
+class Holder:
     """One of the processes that have a model in shards.
 
     Attributes:
@@ -67,7 +67,7 @@ def on_shards(built: Built, fsdp: Fsdp, world: World, share: Share) -> Execution
         world: The processes.
         share: Which microbatches are this one's.
     """
-    take = functools.partial(take_gradients, Part(built, fsdp, world, share))
+    take = functools.partial(take_gradients, Holder(built, fsdp, world, share))
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         gradients, buffers, means = take(state, batch)
@@ -110,25 +110,25 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
     return Workspace(clear, collect, renew, release=lambda: None, reserve=lambda elements: None)
 
 
-def take_gradients(part: Part, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
+def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
-    built, arrays, world = part.built, state.read(), part.world
+    built, arrays, world = holder.built, state.read(), holder.world
     if world.watch is not None:
         world.watch.begin()
     built.bound(arrays)
-    microbatches = [(number, built.place(data)) for number, data in in_step(batch, part.share, world)]
+    microbatches = [(number, built.place(data)) for number, data in in_step(batch, holder.share, world)]
     try:
         with world.explained():
             found, buffers = passed(built, state, lambda: _accumulate(built, state, microbatches))
         gradients = built.workspace.collect(batch.samples, 0.0)
-        part.agreed.reach(world, found, arrays.buffers, buffers)
-        counts, square, numbers = _told(part, gradients, found)
-        part.agreed.take_buffers(world, buffers)
+        holder.agreed.reach(world, found, arrays.buffers, buffers)
+        counts, square, numbers = _told(holder, gradients, found)
+        holder.agreed.take_buffers(world, buffers)
     except BaseException:
-        part.fsdp.recover()
+        holder.fsdp.recover()
         built.workspace.clear()
         raise
-    means = part.agreed.means(numbers)
+    means = holder.agreed.means(numbers)
     gradients = _read(gradients, counts, square, means["loss"].weight)
     return divided(built, arrays, gradients, weight=gradients.weight), buffers, means
 
@@ -170,12 +170,12 @@ def _accumulate(
     return found
 
 
-def _told(part: Part, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
+def _told(holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
-    device = part.built.device
+    device = holder.built.device
     flags = torch.tensor(gradients.active, dtype=torch.float64, device=device)
     square = squares(gradients.whole()).sum().reshape(1)
-    numbers = added(part.world)(torch.cat([flags, square, part.agreed.sums(found, device)]))
+    numbers = added(holder.world)(torch.cat([flags, square, holder.agreed.sums(found, device)]))
     return numbers[: len(flags)], numbers[len(flags)], numbers[len(flags) + 1 :]
 
 
