@@ -3,9 +3,10 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, Literal
 
+import attrs
 import torch
 
 from forgather_fn import interrupt
@@ -26,25 +27,21 @@ Numbered = Iterator[tuple[int | None, Any]]
 """Batches with their numbers; one whose number is None is run, but not counted."""
 
 
-class Pace(Protocol):
-    """Bring the batches of this process in step with those of the others."""
+@attrs.frozen(eq=False)
+class Pace:
+    """How the processes of a world go through batches.
 
-    def __call__(self, batches: Numbered, world: World, /) -> Numbered:
-        """Give the batches, and perhaps others between or behind them."""
-        ...
-
-
-def unpaced(batches: Numbered, world: World) -> Numbered:
-    """Let each process go at its own pace."""
-    del world
-    return batches
-
-
-def paced(batches: Numbered, world: World) -> Numbered:
-    """Give equally many batches on every process, where a model in shards cannot be run by some of them alone.
-
-    Those that have no more run the first process's for nothing.
+    Attributes:
+        batches: ``(batches, world) -> batches``: brings those of this process in step with those of the others.
+        told: ``(world, function) -> results``: runs a function on every process, and gives all what each found.
     """
+
+    batches: Callable[[Numbered, World], Numbered]
+    told: Callable[[World, Callable[[], Any]], list[Any]]
+
+
+def _in_step(batches: Numbered, world: World) -> Numbered:
+    """Give equally many batches on every process; those that have no more run the first process's for nothing."""
     while True:
         own = next(batches, None)
         left = world.gather(own is not None)
@@ -54,8 +51,16 @@ def paced(batches: Numbered, world: World) -> Numbered:
         yield own if own is not None else (None, spare)
 
 
+UNPACED: Final = Pace(lambda batches, world: batches, lambda world, function: world.each(function))
+"""Each process at its own pace; one that fails says so when the others have found theirs."""
+
+PACED: Final = Pace(_in_step, lambda world, function: world.gather(function()))
+"""All together, where a model in shards cannot be run by some of them alone. One that fails leaves the others in the
+middle of a transfer, so that there is no asking them: they are told by ``World.watch``."""
+
+
 def evaluate(
-    built: Built, state: TrainState, data: Any, params: Which, world: World = ALONE, pace: Pace = unpaced
+    built: Built, state: TrainState, data: Any, params: Which, world: World = ALONE, pace: Pace = UNPACED
 ) -> dict[str, float]:
     """Run the loss over every sample once and give each named mean; see :class:`~forgather_fn.plan.Evaluate`.
 
@@ -70,13 +75,14 @@ def evaluate(
     if world.watch is not None:
         world.watch.begin()
 
-    def own() -> Sums:
+    def found_here() -> Sums:
         with evaluating(built, state, params):
-            numbered = [(i, _measured(built, state, i, item)) for i, item in pace(own_batches(data, world), world)]
+            own = pace.batches(own_batches(data, world), world)
+            numbered = [(i, _measured(built, state, i, item)) for i, item in own]
         found = {i: means for i, means in numbered if i is not None}
         return {i: {name: (float(m.total), float(m.weight)) for name, m in means.items()} for i, means in found.items()}
 
-    return averaged(world.each(own))
+    return averaged(pace.told(world, found_here))
 
 
 Sums = dict[int, dict[str, tuple[float, float]]]

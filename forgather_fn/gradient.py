@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 import torch
@@ -40,8 +40,8 @@ class Gradients(Mapping[str, Tensor]):
         divisor: A scalar that every element is still to be divided by; fused optimizers do it on the way.
         known_norm: The 2-norm of the views, where it has been computed.
         reports: Named scalars that transforms report.
-        measure: Computes the 2-norm where these are a part of a gradient that is spread over processes; collective.
-        summed: Adds squares up over processes, where each has shards of the gradient only; None where it is whole.
+        summed: Adds squares up over processes, where each has shards of every parameter's gradient.
+        measure: Computes the 2-norm, where each process has the gradients of other parameters.
     """
 
     layout: Layout
@@ -53,8 +53,8 @@ class Gradients(Mapping[str, Tensor]):
     divisor: Tensor | None = None
     known_norm: Tensor | None = None
     reports: Mapping[str, Tensor] = MappingProxyType({})
-    measure: "Callable[[Gradients], Tensor] | None" = None
     summed: Summed | None = None
+    measure: "Callable[[Gradients], Tensor] | None" = None
 
     def __getitem__(self, name: str) -> Tensor:
         view = self.views[name]
@@ -144,8 +144,8 @@ class Gradients(Mapping[str, Tensor]):
             divisor,
             norm,
             reports,
-            self.measure,
             self.summed,
+            self.measure,
         )
 
     def copy(self) -> "Gradients":
@@ -379,6 +379,16 @@ def norms(gradients: Gradients) -> dict[str, Tensor]:
     return {name: norm.to(view.dtype) for (name, view), norm in zip(gradients.views.items(), found, strict=True)}
 
 
+PIECE: Final = 1 << 18
+"""Elements that are widened at a time: on a CPU, torch copies what it computes in another data type."""
+
+
 def squares(tensors: Sequence[Tensor]) -> Tensor:
     """Give the sum of squares of each tensor, float64."""
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors])
+    return torch.stack([_square(tensor) for tensor in tensors])
+
+
+def _square(tensor: Tensor) -> Tensor:
+    pieces = torch.split(tensor.reshape(-1), PIECE) if tensor.device.type == "cpu" else (tensor,)
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return torch.stack(norms).square().sum()

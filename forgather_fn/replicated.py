@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn import parcel
+from forgather_fn.agreement import Agreement
 from forgather_fn.batch import owned
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
@@ -50,8 +51,7 @@ class Replica:
         in_pairs: Whether microbatches are added in aligned pairs too, or one after the other.
         run: Runs them.
         cuts: In which buckets the gradient is sent during the last backward pass; none where it is sent after it.
-        names: Of the loss's means, known after the first step.
-        moving: Whether forward passes change the model's buffers, known after the first step.
+        agreed: What is known after the first step.
     """
 
     built: Built
@@ -61,25 +61,14 @@ class Replica:
     in_pairs: bool
     run: RunParts
     cuts: tuple[Bucket, ...] = ()
-    names: tuple[str, ...] = ()
-    moving: bool = False
+    agreed: Agreement = attrs.field(factory=Agreement)
 
-    def learn(self, means: Sequence[Mapping[str, Mean]], moving: bool) -> None:
-        """Agree on what the steps of all processes have in common: a process may have no microbatch to tell it by.
-
-        Raises:
-            ValueError: The loss names other means for some microbatches than for others.
-        """
-        kinds = {tuple(sorted(found)) for found in means} | ({self.names} if self.names else set())
-        if not self.names:
-            told = self.world.gather((kinds, moving))
-            kinds = set().union(*(names for names, _ in told))
-            self.names, self.moving = min(kinds), any(moved for _, moved in told)
-            room = parcel.size(len(self.built.binding.layout.leaves), 2 * len(self.names), self.world.size)
+    def learn(self, found: Sequence[Mapping[str, Mean]], before: Flat, after: Flat) -> None:
+        """Agree on what the steps of all processes have in common, and make room for what is sent with a gradient."""
+        if self.agreed.reach(self.world, found, before, after):
+            room = parcel.size(len(self.built.binding.layout.leaves), 2 * len(self.agreed.names), self.world.size)
             self.built.workspace.reserve(room)
             self.built.workspace.renew()
-        if len(kinds) > 1:
-            raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
 
     def sending(self) -> contextlib.AbstractContextManager[Sending]:
         """Send the gradient while the backward pass in a block makes it."""
@@ -157,17 +146,14 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     found, gradients, buffers = replica.run(replica, state, parts, batch.samples)
     assert gradients.flat is not None
     try:
-        replica.learn(found, not replica.names and changed(arrays.buffers, buffers))
-        added = replica.add(gradients.flat, gradients.active, sums(replica, found))
-        if replica.moving:
-            taken_from_first(replica.world, buffers)
+        replica.learn(found, arrays.buffers, buffers)
+        added = replica.add(gradients.flat, gradients.active, replica.agreed.sums(found, built.device))
+        replica.agreed.take_buffers(replica.world, buffers)
     except BaseException:
         built.workspace.clear()
         raise
-    pairs = added.numbers.view(-1, 2)
-    means = {name: Mean(total, weight) for name, (total, weight) in zip(replica.names, pairs, strict=True)}
-    weight = pairs[replica.names.index("loss"), 1]
-    return _read(replica, state, gradients, added.counts, weight), buffers, means
+    means = replica.agreed.means(added.numbers)
+    return _read(replica, state, gradients, added.counts, torch.as_tensor(means["loss"].weight)), buffers, means
 
 
 def eager_parts(
@@ -210,16 +196,6 @@ def _accumulate(
     return found, counter
 
 
-def sums(replica: Replica, found: Sequence[Mapping[str, Mean]]) -> Tensor:
-    """Add up totals and weights over the microbatches of this process, float64, in aligned pairs."""
-    device = replica.built.device
-    counter = Counter()
-    for means in found:
-        pairs = [number for name in replica.names for number in (means[name].total, means[name].weight)]
-        counter.add([torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in pairs])])
-    return counter.total([torch.zeros(2 * len(replica.names), dtype=torch.float64, device=device)])[0]
-
-
 def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Tensor, weight: Tensor) -> Gradients:
     """Make the gradient of the mean over all processes; a parameter has one if it has on any of them."""
     active, flat = gradients.active, gradients.flat
@@ -230,22 +206,6 @@ def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Ten
         gradients = attrs.evolve(gradients, active=active, views=views)
     gradients = attrs.evolve(gradients, weight=weight)
     return divided(replica.built, state.read(), gradients, weight=weight)
-
-
-def changed(before: Flat, after: Flat) -> bool:
-    """Tell whether buffers are other ones, or have other values."""
-    same = before.layout is after.layout and all(map(torch.equal, before.buffers, after.buffers))
-    return not same
-
-
-def taken_from_first(world: World, buffers: Flat) -> None:
-    """Take the buffers of the first process everywhere, as DistributedDataParallel does."""
-    from torch import distributed
-
-    if world.size > 1:
-        with world.explained():
-            for buffer in buffers.buffers:
-                distributed.broadcast(buffer, group=world.group, group_src=0)
 
 
 def traffic(layout: Layout, names: int, world: World) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from forgather_fn import flat as flat_storage
 from forgather_fn import parcel
+from forgather_fn.agreement import Agreement
 from forgather_fn.batch import owned
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
@@ -24,13 +25,30 @@ from forgather_fn.gradient import Gradients, Summed, squares
 from forgather_fn.mean import Mean
 from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed
-from forgather_fn.reduction import all_reduced
-from forgather_fn.replicated import Replica, changed, eager_parts, sums, taken_from_first
 from forgather_fn.share import Parts, Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, backward, divided, passed
 from forgather_fn.workspace import Workspace
 from forgather_fn.world import World
+
+
+@attrs.frozen(eq=False)
+class Holder:
+    """One of the processes that have a model in shards.
+
+    Attributes:
+        built: The model on this process.
+        fsdp: Its shards.
+        world: The processes.
+        share: Which microbatches are this one's.
+        agreed: What is known after the first step.
+    """
+
+    built: Built
+    fsdp: Fsdp
+    world: World
+    share: Share
+    agreed: Agreement = attrs.field(factory=Agreement)
 
 
 def on_shards(built: Built, fsdp: Fsdp, world: World, share: Share) -> Execution:
@@ -49,8 +67,7 @@ def on_shards(built: Built, fsdp: Fsdp, world: World, share: Share) -> Execution
         world: The processes.
         share: Which microbatches are this one's.
     """
-    replica = Replica(built, world, share, all_reduced(world), in_pairs=False, run=eager_parts)
-    take = functools.partial(take_gradients, replica, fsdp)
+    take = functools.partial(take_gradients, Holder(built, fsdp, world, share))
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         gradients, buffers, means = take(state, batch)
@@ -93,29 +110,26 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
     return Workspace(clear, collect, renew, release=lambda: None, reserve=lambda elements: None)
 
 
-def take_gradients(
-    replica: Replica, fsdp: Fsdp, state: TrainState, batch: Batch
-) -> tuple[Gradients, Flat, dict[str, Mean]]:
+def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
-    built, arrays, world = replica.built, state.read(), replica.world
+    built, arrays, world = holder.built, state.read(), holder.world
     if world.watch is not None:
         world.watch.begin()
     built.bound(arrays)
-    parts = [(number, built.place(part)) for number, part in in_step(batch, replica.share, world)]
+    microbatches = [(number, built.place(data)) for number, data in in_step(batch, holder.share, world)]
     try:
         with world.explained():
-            found, buffers = passed(built, state, lambda: _accumulate(replica, fsdp, state, parts))
+            found, buffers = passed(built, state, lambda: _accumulate(built, state, microbatches))
         gradients = built.workspace.collect(batch.samples, 0.0)
-        replica.learn(found, not replica.names and changed(arrays.buffers, buffers))
-        counts, square, pairs = _told(replica, gradients, found)
-        if replica.moving:
-            taken_from_first(world, buffers)
+        holder.agreed.reach(world, found, arrays.buffers, buffers)
+        counts, square, numbers = _told(holder, gradients, found)
+        holder.agreed.take_buffers(world, buffers)
     except BaseException:
-        fsdp.recover()
+        holder.fsdp.recover()
         built.workspace.clear()
         raise
-    means = {name: Mean(total, weight) for name, (total, weight) in zip(replica.names, pairs, strict=True)}
-    gradients = _read(gradients, counts, square, pairs[replica.names.index("loss"), 1])
+    means = holder.agreed.means(numbers)
+    gradients = _read(gradients, counts, square, means["loss"].weight)
     return divided(built, arrays, gradients, weight=gradients.weight), buffers, means
 
 
@@ -142,30 +156,27 @@ def in_step(batch: Batch, share: Share, world: World) -> list[tuple[int | None, 
 
 
 def _accumulate(
-    replica: Replica, fsdp: Fsdp, state: TrainState, parts: Sequence[tuple[int | None, Any]]
+    built: Built, state: TrainState, microbatches: Sequence[tuple[int | None, Any]]
 ) -> list[dict[str, Mean]]:
-    """Run microbatches, each under the key of its number; what has none takes part in transfers and adds nothing."""
-    built, scale = replica.built, state.read().loss_scale.get("scale")
+    """Run microbatches, each under the key of its number; one that has none, a copy of the first, weighs nothing."""
+    scale = state.read().loss_scale.get("scale")
     found = []
-    for number, part in parts:
-        used = set(fsdp.used)
+    for number, data in microbatches:
         reseed(key(state.seed, state.step, number or 0, "forward"), built.device)
-        means = built.forward(part)
+        means = built.forward(data)
         backward(built, means["loss"].total, 0.0 if number is None else None, scale)
-        if number is None:
-            fsdp.used.intersection_update(used)
-        else:
+        if number is not None:
             found.append({name: mean.detach() for name, mean in means.items()})
     return found
 
 
-def _told(replica: Replica, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
+def _told(holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
-    device = replica.built.device
+    device = holder.built.device
     flags = torch.tensor(gradients.active, dtype=torch.float64, device=device)
     square = squares(gradients.whole()).sum().reshape(1)
-    numbers = added(replica.world)(torch.cat([flags, square, sums(replica, found)]))
-    return numbers[: len(flags)], numbers[len(flags)], numbers[len(flags) + 1 :].view(-1, 2)
+    numbers = added(holder.world)(torch.cat([flags, square, holder.agreed.sums(found, device)]))
+    return numbers[: len(flags)], numbers[len(flags)], numbers[len(flags) + 1 :]
 
 
 def added(world: World) -> Summed:
@@ -183,7 +194,7 @@ def added(world: World) -> Summed:
     return add
 
 
-def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor) -> Gradients:
+def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor | float) -> Gradients:
     """Make the gradient of all processes; a parameter has one if it has on any of them."""
     active = tuple(count > 0 for count in counts.tolist())
     views = {

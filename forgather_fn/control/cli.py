@@ -48,7 +48,7 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
             answer = ask(found, Command(options.action), wait=options.wait, timeout=options.timeout)
             return _tell(answer, options.json, _answer_lines)
         except RefusedError as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             return 1
 
     return execute
@@ -98,7 +98,7 @@ def _list(as_json: bool) -> int:
             known = {"run": job.endpoint.run, "pid": job.endpoint.process.pid} if job.endpoint else {}
             print(json.dumps({"job": job.job, "state": state, **known, "fault": job.fault}))
         else:
-            print(f"{job.job:24} {state:8} {_where(job)}".rstrip())
+            print(printable(f"{job.job:24} {state:8} {_where(job)}").rstrip())
     jobs.cleanup()
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import attrs
 
 from forgather_fn.control.command import Command, ControlError
-from forgather_fn.control.jobs import Endpoint, UnsafeError
+from forgather_fn.control.endpoint import Endpoint, UnsafeError
 
 SECONDS: Final = 6.0
 """How long a job may take to answer what it answers at once."""
@@ -27,6 +27,10 @@ class RefusedError(ControlError):
 
 class UnreachableError(ControlError):
     """The job did not answer."""
+
+
+class SilentError(UnreachableError):
+    """The job is there, and did not answer in time."""
 
 
 @attrs.frozen
@@ -94,7 +98,7 @@ def _ask(job: Target, method: str, path: str, body: str | None, timeout: float |
             answer = connection.getresponse()
             status, text = answer.status, answer.read(_LIMIT)
     except TimeoutError:
-        raise UnreachableError("the job has not answered in time; what it was asked for may still happen") from None
+        raise SilentError("the job has not answered in time; what it was asked for may still happen") from None
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(f"the job does not answer: {type(error).__name__}: {error}") from None
     found = _object(text)

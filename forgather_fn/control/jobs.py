@@ -9,63 +9,31 @@ that whoever sees it sees all of it. It may be on a disk that several machines s
 
 import contextlib
 import errno
-import ipaddress
-import json
 import os
 import secrets
 import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
 from forgather_fn.control.command import JOB_ID, ControlError, checked_id
-from forgather_fn.control.process import Process, alive
+from forgather_fn.control.endpoint import NAME, Endpoint, UnsafeError, check_directory, read
+from forgather_fn.control.process import alive
 
-ENDPOINT: Final = "endpoint.json"
 SOCKET: Final = "socket"
 SHORT: Final = "forgather-"
 """What directories begin with that hold a socket whose path in the job's directory would be too long."""
 
-_LIMIT: Final = 1 << 16  # bytes of an endpoint file
 _NEW: Final = ".new-"
 _OLD: Final = ".old-"
 _GRACE: Final = 3600.0  # seconds for which a directory without an endpoint may be one that is being made
 
 
-class UnsafeError(ControlError):
-    """A file says how a job is reached, and someone else could have written it, or it leads elsewhere."""
-
-
 class TakenError(ControlError):
     """Another job took an id first."""
-
-
-@attrs.frozen(kw_only=True)
-class Endpoint:
-    """How a job is reached, and which process it is.
-
-    Attributes:
-        job: Its id.
-        run: Its run directory, where it has one.
-        since: When it began to be served, in seconds since 1970.
-        process: The process.
-        socket: The path of its Unix socket; None where it is reached by TCP.
-        address: The IP address, otherwise.
-        port: The port, otherwise.
-        token: What a client must show; None where the socket's permissions say who may connect.
-    """
-
-    job: str
-    run: str | None
-    since: float
-    process: Process
-    socket: str | None = None
-    address: str | None = None
-    port: int | None = None
-    token: str | None = attrs.field(default=None, repr=False)
 
 
 @attrs.frozen
@@ -112,7 +80,7 @@ def make_jobs_directory() -> Path:
     for directory in (jobs.parent, jobs):
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
-        _check_directory(directory)
+        check_directory(directory)
     return jobs
 
 
@@ -173,17 +141,6 @@ def _free_id(jobs: Path, name: str, exact: bool) -> str:
         if not found.running and found.fault is None and remove(found):
             return job
     raise ControlError(f"the id {name!r} belongs to a job that runs, or cannot be cleaned; choose another job_id")
-
-
-def write_endpoint(directory: Path, endpoint: Endpoint) -> None:
-    """Write how a job is reached, for its user's eyes alone, and wait until it is on the disk."""
-    process = attrs.asdict(endpoint.process)
-    record = {"format": 1, **attrs.asdict(endpoint, filter=lambda field, value: field.name != "process"), **process}
-    file = os.open(directory / ENDPOINT, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(file, "wb") as stream:
-        stream.write(json.dumps(record, indent=1).encode() + b"\n")
-        stream.flush()
-        os.fsync(file)
 
 
 def find(job: str) -> Endpoint:
@@ -258,7 +215,7 @@ def release(directory: Path, socket: str | None) -> None:
 
 def _remove(directory: Path) -> None:
     """Remove what a job's directory may hold, and it; what is something else stays."""
-    for name in (ENDPOINT, SOCKET):
+    for name in (NAME, SOCKET):
         with contextlib.suppress(OSError):
             os.unlink(directory / name)
     with contextlib.suppress(OSError):
@@ -279,9 +236,9 @@ def _sweep(jobs: Path) -> None:
 def _job(directory: Path) -> Job | None:
     """Look at one directory; None if there is none."""
     try:
-        _check_directory(directory.parent)
-        _check_directory(directory)
-        endpoint = _read(directory / ENDPOINT)
+        check_directory(directory.parent)
+        check_directory(directory)
+        endpoint = read(directory)
     except (FileNotFoundError, NotADirectoryError):
         return Job(directory.name, None, False) if directory.is_dir() else None
     except UnsafeError as error:
@@ -289,61 +246,3 @@ def _job(directory: Path) -> Job | None:
     except OSError as error:
         return Job(directory.name, None, True, f"{error.strerror}: {error.filename}")
     return Job(directory.name, endpoint, alive(endpoint.process) is not False)
-
-
-def _check_directory(path: Path) -> None:
-    found = os.lstat(path)
-    if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
-        raise UnsafeError(f"{path} is no directory")
-    _check_owner(path, found, 0o022)
-
-
-def _check_owner(path: Path, found: os.stat_result, forbidden: int) -> None:
-    if found.st_uid != os.geteuid():
-        raise UnsafeError(f"{path} belongs to user {found.st_uid}, and not to {os.geteuid()}")
-    if found.st_mode & forbidden:
-        mode = stat.S_IMODE(found.st_mode)
-        raise UnsafeError(f"{path} has mode {mode:04o}: others could have read or written it")
-
-
-def _read(path: Path) -> Endpoint:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UnsafeError(f"{path} is a link") from None
-        raise
-    try:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LIMIT:
-            raise UnsafeError(f"{path} is no file of at most {_LIMIT:,} bytes")
-        _check_owner(path, found, 0o077)
-        text = os.read(file, _LIMIT)
-    finally:
-        os.close(file)
-    try:
-        return _endpoint(json.loads(text))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UnsafeError(f"{path} does not say how a job is reached: {error}") from None
-
-
-def _endpoint(record: Any) -> Endpoint:
-    def field(name: str, kind: type, *, optional: bool = False) -> Any:
-        value = record[name]
-        if isinstance(value, bool) or not (isinstance(value, kind) or (optional and value is None)):
-            raise ValueError(f"{name} is {value!r}")
-        return value
-
-    process = Process(
-        **{name: field(name, str) for name in ("host", "boot", "namespace")},
-        **{name: field(name, int) for name in ("pid", "started")},
-    )
-    texts = {name: field(name, str, optional=True) for name in ("run", "socket", "address", "token")}
-    port = field("port", int, optional=True)
-    if (texts["socket"] is None) == (texts["address"] is None or port is None):
-        raise ValueError("expected a socket, or an address and a port")
-    if texts["address"] is not None and not ipaddress.ip_address(texts["address"]).is_loopback:
-        raise ValueError(f"{texts['address']} is not of this machine; use --at and --token-file to go there on purpose")
-    return Endpoint(
-        job=checked_id(field("job", str)), since=float(record["since"]), process=process, port=port, **texts
-    )

@@ -18,12 +18,13 @@ from typing import Final
 
 import attrs
 
+from forgather_fn.control import endpoint as endpoints
 from forgather_fn.control import jobs
 from forgather_fn.control.access import Access, admit, order_of
 from forgather_fn.control.command import ControlError, checked_id
+from forgather_fn.control.endpoint import Endpoint
 from forgather_fn.control.http import Refused, Request, Response, as_json
 from forgather_fn.control.inbox import Inbox, Reply
-from forgather_fn.control.jobs import Endpoint
 from forgather_fn.control.process import this_process
 from forgather_fn.control.server import Respond, start
 from forgather_fn.control.status import status
@@ -154,7 +155,7 @@ def _served(inbox: Inbox, place: _Place | None, name: str, *, exact: bool) -> It
         directory = jobs.make_jobs_directory()
         with jobs.claimed(directory, name, exact=exact) as claim:
             listener, endpoint = _listening(claim, place, inbox, stack)
-            jobs.write_endpoint(claim.staging, endpoint)
+            endpoints.write(claim.staging, endpoint)
             server = start(listener, _responding(inbox, endpoint), f"control of {claim.job}")
             stack.callback(server.stop)
         stack.callback(jobs.release, claim.home, endpoint.socket)

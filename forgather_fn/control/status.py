@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 from forgather_fn.checkpoint import list_checkpoints
+from forgather_fn.control.endpoint import Endpoint
 from forgather_fn.control.inbox import Inbox
-from forgather_fn.control.jobs import Endpoint
 
 
 def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import math
+import shutil
 import sys
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from forgather_fn.control.client import UnreachableError
+from forgather_fn.control.client import SilentError, UnreachableError
 from forgather_fn.report.jsonl import read
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
@@ -28,6 +29,8 @@ def watch(
 ) -> None:
     """Draw a job's status until it ends; on a terminal in place, elsewhere one line a look.
 
+    A job that is there and does not answer, as one that was stopped by Ctrl-Z, is asked again.
+
     Each look asks the job once, which costs it what a line of its log does.
 
     Args:
@@ -41,6 +44,11 @@ def watch(
     while True:
         try:
             found = status()
+        except SilentError:
+            out.write("the job does not answer; trying again\n")
+            drawn = 0
+            sleep(interval)
+            continue
         except UnreachableError:
             out.write("the job has ended\n")
             return
@@ -48,7 +56,8 @@ def watch(
             losses.extend(_logged(found.get("run")))
         _note(losses, found)
         if out.isatty():
-            lines = view(found, losses)
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps would not be drawn over
+            lines = [line[:width] for line in view(found, losses)]
             out.write(f"\x1b[{drawn}F\x1b[J" if drawn else "")
             out.write("\n".join(lines) + "\n")
             drawn = len(lines)

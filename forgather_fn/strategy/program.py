@@ -80,7 +80,7 @@ class Storage:
     export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
     whole: Whole = itself
     rows: Rows | None = None
-    pace: evaluation.Pace = evaluation.unpaced
+    pace: evaluation.Pace = evaluation.UNPACED
 
 
 @attrs.frozen(eq=False)

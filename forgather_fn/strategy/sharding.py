@@ -79,7 +79,7 @@ class Sharding:
             export=self.export,
             whole=self.whole,
             rows=lambda length, /: shards.rows(length, self.world.rank, self.world.size),
-            pace=evaluation.paced,
+            pace=evaluation.PACED,
         )
 
     def execution(self, built: Built, share: Share) -> Execution:

@@ -9,15 +9,16 @@ from typing import Any
 
 import accelerate
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import forgather.ml as ml
-from tests.compat.tiny import SMALL, WORDS, double, regression, rows
+from tests.compat.tiny import SMALL, WORDS, Regression, double, regression, rows
 
 TIMES = ("runtime", "_per_second", "preparation_time", "total_flos")
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "log_level": "error", "log_level_replica": "error"}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
 STEP = 4
 """Microbatches of a step, over all processes."""
 
@@ -67,6 +68,15 @@ class Numbered(Dataset):
     def __getitem__(self, index: int) -> Any:
         assert int(os.environ.get("RANK", "0")) == 0, "read by another process than the first"
         return self.samples[index]
+
+
+class Measured(list[Any]):
+    """Samples of which it is said how long they are."""
+
+    column_names = ("length",)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [i * 7 % 11 for i in range(len(self))] if index == "length" else super().__getitem__(index)
 
 
 class Shaken(Dataset):
@@ -141,6 +151,15 @@ class Looks(ml.TrainerCallback):
         state.log_history.append({"looked": norm})
 
 
+class Given:
+    """Tells what a compute_metrics is given."""
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        kinds = {"predictions": prediction.predictions, "labels": prediction.label_ids, "inputs": prediction.inputs}
+        sums = {name: int((np.arange(1, 1 + found.size) * found.ravel()).sum()) for name, found in kinds.items()}
+        return {**sums, "losses": float(np.cumsum(prediction.losses).sum()), "rows": len(prediction.losses)}
+
+
 class Trouble:
     """What a compute_metrics sees is kept in the log."""
 
@@ -182,10 +201,21 @@ CASES: dict[str, dict[str, Any]] = {
     "read by the first": {"data": Numbered, "accelerator_config": {"dispatch_batches": True}},
     "samples that draw": {"data": Shaken},
     "grouped by length": {
-        "model": llama, "kind": "llama", "train_sampling_strategy": "group_by_length", "length_column_name": "none"
+        "model": llama, "kind": "llama", "train_sampling_strategy": "group_by_length", "data": Measured,
     },
-    "metrics": {"compute_metrics": True, "eval_strategy": "epoch"},
-    "metrics batch by batch": {"compute_metrics": True, "eval_strategy": "epoch", "batch_eval_metrics": True},
+    "what metrics are given": {
+        "model": llama, "kind": "llama", "compute_metrics": Given, "eval_strategy": "epoch", "max_eval_steps": 5,
+        "include_for_metrics": ["inputs", "loss"], "eval_accumulation_steps": 1,
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+    },
+    "the best model": {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1,
+        "load_best_model_at_end": True, "learning_rate": 0.5, "callbacks": [ml.EarlyStoppingCallback],
+    },
+    "in float16": {"cls": Doubled, "fp16": True, "single": True, "optim": "sgd", "tolerance": 1e-5},
+    "in float16 and in pairs": {"fp16": True, "single": True, "reduction": "tree"},
+    "metrics": {"compute_metrics": Trouble, "eval_strategy": "epoch"},
+    "metrics batch by batch": {"compute_metrics": Trouble, "eval_strategy": "epoch", "batch_eval_metrics": True},
 }  # fmt: skip
 
 
@@ -196,9 +226,11 @@ def made(case: str, processes: int, folder: str, **changes: Any) -> Any:
     build, cls, single = given.pop("model", regression), given.pop("cls", ml.AccelTrainer), given.pop("single", False)
     convert = list if single else in_double
     train, held = convert(rows(kind, given.pop("count", 26))), convert(rows(kind, 13, seed=5))
-    own = {name: given.pop(name) for name in ("callbacks", "compute_loss_func") if name in given}
-    if given.pop("compute_metrics", None):
-        own["compute_metrics"] = Trouble()
+    given.pop("tolerance", None)
+    passed = ("callbacks", "compute_loss_func", "preprocess_logits_for_metrics")
+    own = {name: given.pop(name) for name in passed if name in given}
+    if "compute_metrics" in given:
+        own["compute_metrics"] = given.pop("compute_metrics")()
     options = {
         "per_device_train_batch_size": 3, "per_device_eval_batch_size": 2, "max_steps": 7, "logging_steps": 1,
         "save_strategy": "no", "learning_rate": 1e-2, "gradient_accumulation_steps": STEP // processes, **QUIET,
@@ -242,6 +274,20 @@ def resumed(case: str, processes: int, folder: str, changes: dict[str, Any] | No
     return run(trainer, CASES[case].get("single", False), resume_from_checkpoint=True)
 
 
+class Normed(Regression):
+    """A model whose norm has running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+
+
+def normed(folder: str, cls: Any) -> dict[str, torch.Tensor]:
+    trainer = made("in float32", 2, folder, model=Normed, cls=cls, reduction="sum")
+    trainer.train()
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
 class Asks(ml.TrainerCallback):
     """Asks for what another process does not ask for."""
 
@@ -256,12 +302,69 @@ class Asks(ml.TrainerCallback):
 def asked(folder: str) -> dict[str, Any]:
     """Let the first process alone ask for an evaluation, a log and the end; and the second alone for an early end."""
     trainer = made("in float32", 2, folder, eval_strategy="no", logging_steps=100)
+    trainer.compute_metrics = lambda prediction: {"rank": trainer.args.process_index}
     if trainer.args.process_index == 0:
         for at, flag in ((2, "should_evaluate"), (3, "should_log"), (5, "should_training_stop")):
             trainer.add_callback(Asks(at, flag))
     else:
         trainer.add_callback(Asks(1, "should_training_stop"))
     return run(trainer, True)
+
+
+def other_arguments(folder: str) -> None:
+    made("in float32", 2, folder, seed=int(os.environ["RANK"])).train()
+
+
+def other_data(folder: str) -> None:
+    made("in float32", 2, folder, count=26 - int(os.environ["RANK"]) * 4).train()
+
+
+def commanded(folder: str) -> dict[str, Any]:
+    """Let somebody outside ask for an evaluation, and then for a save and the end, at the first process."""
+    controlled = ml.TrainerControlCallback(enable_http=False)
+
+    class Outside(ml.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            word = {1: "evaluate", 4: "save_stop"}.get(state.global_step)
+            if word and args.process_index == 0:
+                controlled.inbox.post(word.replace("_", "-"))
+
+    trainer = made("in float32", 2, folder, eval_steps=100)
+    trainer.add_callback(controlled)
+    trainer.add_callback(Outside())
+    return run(trainer, True)
+
+
+def diverged(folder: str) -> int:
+    """Let a loss of one process become infinite, and go on with another training."""
+
+    class Breaks(ml.AccelTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            bad = self.state.global_step == 3 and self.args.process_index == 1
+            return loss / 0 if bad else loss
+
+    trainer = made("in float32", 2, folder, cls=Breaks, reduction="sum", eval_strategy="no")
+    with pytest.raises(ValueError, match="was not finite"):
+        trainer.train()
+    return int(trainer.state.global_step)
+
+
+def looked_at_by_one(folder: str) -> dict[str, Any]:
+    """Let the second process alone look inside steps, from the third one on."""
+
+    class Comes(ml.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                trainer.add_callback(Looks())
+
+    trainer = made("a language model", 2, folder)
+    if trainer.args.process_index == 1:
+        trainer.add_callback(Comes())
+    found = run(trainer)
+    found["looked"] = sum("looked" in row for row in found["logs"])
+    found["logs"] = [row for row in found["logs"] if "looked" not in row]
+    return found
 
 
 def signalled(folder: str) -> int:

@@ -17,6 +17,7 @@ from forgather.ml.trainer import Trainer, TrainerCallback, TrainerControlCallbac
 from forgather_fn.checkpoint import list_checkpoints
 from forgather_fn.control import Aborted, Command, ControlError, jobs
 from forgather_fn.control.client import RefusedError, ask, ask_status, target
+from forgather_fn.testing.processes import processes
 
 
 @pytest.fixture(autouse=True)
@@ -267,3 +268,48 @@ def test_a_client_that_is_refused_is_told_why(process):
     with pytest.raises(RefusedError, match="evaluate: this training evaluates nothing"):
         ask(found, Command.EVALUATE)
     assert threading.active_count() < 20
+
+
+def trained_by_two(home, folder, logs):
+    from forgather.ml.trainer import AccelTrainer, AccelTrainingArguments
+
+    os.environ["XDG_STATE_HOME"] = home
+    torch.set_num_threads(1)
+    given = {"max_steps": 10**6, "save_strategy": "no", "logging_strategy": logs, "logging_steps": 1, "use_cpu": True}
+    given |= {"per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+    arguments = AccelTrainingArguments(folder, **given, eval_strategy="steps", eval_steps=10**6)
+    control = TrainerControlCallback()
+    callbacks = [control, Posting(control, {}, pace=0.002)]
+    made = AccelTrainer(Model(), arguments, train_dataset=ROWS, eval_dataset=ROWS, callbacks=callbacks)
+    try:
+        return made.train().global_step
+    except Aborted as aborted:
+        return -aborted.step
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with processes(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("logs", ["steps", "no"])
+@pytest.mark.parametrize("command", ["stop", "save-stop", "abort"])
+def test_two_processes_act_at_the_same_step(pair, tmp_path, state_home, command, logs):
+    ends, arguments = [], (str(state_home), str(tmp_path / "a"), logs)
+    thread = threading.Thread(target=lambda: ends.extend(pair.run(trained_by_two, *arguments)))
+    thread.start()
+    while not jobs.list_jobs():
+        assert thread.is_alive()
+        time.sleep(0.01)
+    found = target(jobs.find("a"))
+    saved = ask(found, Command.SAVE)
+    assert ask(found, Command.EVALUATE)["results"]["eval_loss"] > 0
+    status = ask_status(found)
+    assert (status["world_size"], status["samples"]) == (2, 4 * status["step"])
+    answer = ask(found, Command(command))
+    thread.join(60)
+    step = answer["step"]
+    assert ends == [step * (-1 if command == "abort" else 1)] * 2
+    assert saved_steps(tmp_path / "a") == ([saved["step"], step] if command == "save-stop" else [saved["step"]])
+    assert jobs.list_jobs() == []

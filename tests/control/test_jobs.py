@@ -10,7 +10,8 @@ import attrs
 import pytest
 
 from forgather_fn.control import ControlError, jobs
-from forgather_fn.control.jobs import Endpoint, UnsafeError
+from forgather_fn.control import endpoint as endpoints
+from forgather_fn.control.endpoint import Endpoint, UnsafeError
 from forgather_fn.control.process import alive, this_process
 
 
@@ -24,7 +25,7 @@ def made(directory, job="a", **changes):
     fields = {"job": job, "run": "/runs/a", "since": 1.0, "process": this_process(), "socket": "/nowhere/socket"}
     endpoint = Endpoint(**fields | changes)
     with jobs.claimed(directory, job, exact=True) as claim:
-        jobs.write_endpoint(claim.staging, endpoint)
+        endpoints.write(claim.staging, endpoint)
     return endpoint
 
 

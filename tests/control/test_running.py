@@ -1,5 +1,6 @@
 """The commands, on processes that train: from the terminal, and as a client."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from forgather_fn.cli import main
 from forgather_fn.control import Aborted, Command, client, jobs
 from forgather_fn.control.client import RefusedError, UnreachableError, ask, ask_status, target
 from forgather_fn.testing.processes import processes
+from tests.control.conftest import Raw
 from tests.control.training import train
 
 TCP = {"port": 0}
@@ -76,6 +78,14 @@ class TestCommands:
 
 
 class TestTheTerminal:
+    def test_a_name_that_a_terminal_would_act_on_is_shown_as_an_escape(self, capsys, tmp_path):
+        with ff.serve(tmp_path / "\x1b[2Jx"):
+            assert main(["control", "list"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("2Jx ")
+        assert "\\x1b[2Jx" in out
+        assert "\x1b" not in out
+
     def test_from_list_to_stop(self, job, capsys, state_home):
         started = job()
         endpoint = started.endpoint()
@@ -177,6 +187,26 @@ class TestTheEnd:
         finally:
             os.kill(started.process.pid, signal.SIGCONT)
 
+    def test_twenty_stuck_clients_delay_neither_a_step_nor_a_client(self, job):
+        started = job()
+        endpoint = started.endpoint()
+        found, raw = target(endpoint), Raw(endpoint)
+
+        def steps_in_a_while():
+            before = ask(found, Command.SAVE)["step"]
+            time.sleep(0.3)
+            return ask(found, Command.SAVE)["step"] - before
+
+        alone = steps_in_a_while()
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                with contextlib.suppress(OSError):
+                    stack.enter_context(raw.connect()).sendall(b"POST /control HTTP/1.1\r\n")
+            begun = time.monotonic()
+            crowded = steps_in_a_while()
+            assert time.monotonic() - begun < 5.0
+        assert crowded > alone / 5  # a step that waited for one of them would take seconds
+
     def test_two_runs_of_one_name_have_ids_of_their_own(self, job, tmp_path):
         (tmp_path / "x").mkdir()
         (tmp_path / "y").mkdir()
@@ -186,11 +216,10 @@ class TestTheEnd:
 
 def serving_with_a_worker(run, pipe):
     with ff.serve(run):
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
+            pipe.send(os.getpid())
             time.sleep(30)
             os._exit(0)
-        pipe.send(child)
         time.sleep(30)
 
 

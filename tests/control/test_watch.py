@@ -4,7 +4,7 @@ from collections import deque
 import pytest
 
 from forgather_fn.cli import main
-from forgather_fn.control.client import UnreachableError
+from forgather_fn.control.client import SilentError, UnreachableError
 from forgather_fn.control.watch import bar, one_line, printable, sparkline, view, watch
 from forgather_fn.report import Row, jsonl
 
@@ -90,8 +90,29 @@ def test_a_terminal_is_drawn_in_place():
     assert text.endswith("the job has ended\n")
 
 
+def test_lines_are_as_long_as_the_terminal_is_wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    long = {**STATUS, "last_error": "x" * 100}
+    assert max(map(len, watched(Terminal(), long).splitlines())) == 29
+
+
 def test_a_file_gets_one_line_a_look():
     assert watched(io.StringIO(), STATUS) == "a  step 50  loss 1.5  0:00:15 left\nthe job has ended\n"
+
+
+def test_a_job_that_does_not_answer_is_asked_again():
+    answers = [SilentError("busy"), STATUS, UnreachableError("gone")]
+
+    def status():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    out = Terminal()
+    watch(status, out, sleep=lambda seconds: None)
+    assert out.getvalue().startswith("the job does not answer; trying again\na  ")
+    assert out.getvalue().endswith("the job has ended\n")
 
 
 def test_the_line_begins_with_what_was_logged(tmp_path):

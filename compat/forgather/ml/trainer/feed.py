@@ -223,3 +223,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
             seen.add(id(one))
             with contextlib.suppress(NotImplementedError):
                 one.set_epoch(epoch)
+
+
+def closing(batches: Any) -> Any:
+    """End a generator with the block; other iterators have nothing to end."""
+    return contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext()

@@ -4,7 +4,6 @@ What "step" counts: ``state.global_step`` is the number of updates made; a step 
 ``gradient_accumulation_steps`` microbatches on each process.
 """
 
-import contextlib
 import logging
 import os
 import time
@@ -16,7 +15,7 @@ import torch
 from forgather.ml.trainer.agreeing import agreed, telling
 from forgather.ml.trainer.between import BetweenPart, out_of_memory
 from forgather.ml.trainer.data import Lengths
-from forgather.ml.trainer.feed import feed
+from forgather.ml.trainer.feed import closing, feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
 from forgather.ml.trainer.position import PositionPart
@@ -28,6 +27,7 @@ from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
 from forgather.ml.trainer.windows import Window
 from forgather_fn.state import NonFiniteError
+from forgather_fn.world import known_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -179,8 +179,7 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = run.feed.loader
-        if self._world.size > 1:
-            self._compare()
+        self._compare(run.lengths)
         self._open_engine(self.state.global_step)
         self._load_scaler_of(run.resumed)
 
@@ -198,13 +197,13 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
         if first and run.resumed is not None:
             self._load_rng_state(run.resumed)
         seen, run.grad_norm, run.learning_rate = skip, None, None
+        # Counts that are told to other processes must not wait for an accelerator.
+        device = self.args.device if self._world.size == 1 else torch.device("cpu")
         rest = run.lengths.batches_per_epoch % accumulate or accumulate
-        with _closing(batches):
+        with closing(batches):
             for update in range(skip // accumulate, per_epoch):
                 count = accumulate if update != per_epoch - 1 else rest
-                window = self._window(
-                    *self.get_batch_samples(batches, min(count, self._own_accumulation), self.args.device)
-                )
+                window = self._window(*self.get_batch_samples(batches, min(count, self._own_accumulation), device))
                 if window.count:
                     seen += window.count
                     self._make_step(run, epoch, seen, window)
@@ -236,7 +235,7 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
         except StoppedInsideError:
             return
         except NonFiniteError as error:
-            self._show_nonfinite(error)
+            self._show_nonfinite(known_to_all(error))
             raise
         run.losses.add(loss)
         run.learning_rate = self._get_learning_rate()
@@ -295,8 +294,3 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
             ff_unbind(self.model)
             for p in self.model.parameters():
                 p.grad = None
-
-
-def _closing(batches: Any) -> Any:
-    """End a generator with the block; other iterators have nothing to end."""
-    return contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext()

@@ -27,6 +27,7 @@ class Place:
     use_cpu: bool
     per_device_train_batch_size: int
     per_device_eval_batch_size: int
+    ddp_backend: str | None
     ddp_timeout: int
     log_on_each_node: bool
     save_on_each_node: bool
@@ -111,6 +112,8 @@ class Place:
     def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
         """Let the first process do something, such as fill a cache, while the others wait.
 
+        The process group is opened, where it is not yet.
+
         Args:
             local: Whether that is the first of each machine, or the first of all.
             desc: What is done; for people who read the code.
@@ -120,6 +123,10 @@ class Place:
             return
         from torch import distributed
 
+        if not distributed.is_initialized():
+            from accelerate import PartialState  # which a trainer's accelerator goes on with
+
+            PartialState(cpu=self.device.type == "cpu", backend=self.ddp_backend, timeout=self.ddp_timeout_delta)
         first = (self.local_process_index if local else self.process_index) == 0
         if not first:
             distributed.barrier()

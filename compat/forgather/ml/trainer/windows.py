@@ -30,8 +30,8 @@ class Told:
     count: float
     samples: float
     weight: float
-    items: float
-    counted: float
+    items: float = 0.0
+    counted: float = 0.0
     flos: float = 0.0
     tokens: float = 0.0
     watched: float = 0.0
@@ -68,17 +68,10 @@ class Window:
         return weight / self.all.weight if self.all.weight else 0.0
 
 
-def told(batches: Sequence[Any], weights: Sequence[float], items: Any, **more: float) -> Told:
+def told(batches: Sequence[Any], weights: Sequence[float], **more: float) -> Told:
     """Say what this process has of a step."""
-    counted = isinstance(items, Tensor)
-    return Told(
-        count=len(batches),
-        samples=sum(batch_size_of(batch) or 1 for batch in batches),
-        weight=sum(weights),
-        items=float(items) if counted else 0.0,
-        counted=len(batches) if counted else 0,
-        **more,
-    )
+    samples = sum(batch_size_of(batch) or 1 for batch in batches)
+    return Told(count=len(batches), samples=samples, weight=sum(weights), **more)
 
 
 def added(world: World, mine: Told) -> Told:
