@@ -325,11 +325,12 @@ def commanded(folder: str) -> dict[str, Any]:
 
     class Outside(ml.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            word = {1: "evaluate", 4: "save_stop"}.get(state.global_step)
+            word = {1: "evaluate", 60: "save-stop"}.get(state.global_step)
             if word and args.process_index == 0:
-                controlled.inbox.post(word.replace("_", "-"))
+                controlled.inbox.post(word)
 
-    trainer = made("in float32", 2, folder, eval_steps=100)
+    # Commands are looked for some fifty times a second, so they come some steps later.
+    trainer = made("in float32", 2, folder, eval_steps=5000, max_steps=2000, logging_steps=1000)
     trainer.add_callback(controlled)
     trainer.add_callback(Outside())
     return run(trainer, True)
