@@ -160,8 +160,8 @@ def _check_unsharded(accelerator: "Accelerator") -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
     if asked or getattr(accelerator.state, "fsdp_plugin", None) is not None:
         raise ValueError(
-            "accelerated: Accelerate was told to shard the model (fsdp_plugin, --use_fsdp), which is not honoured here: "
-            "shard with ff.accelerated(plan, sharded=True)"
+            "accelerated: Accelerate was told to shard the model (fsdp_plugin, --use_fsdp), which is not honoured "
+            "here: shard with ff.accelerated(plan, sharded=True)"
         )
 
 
