@@ -71,9 +71,16 @@ class Training:
         return self.program.init(self.seed)
 
     def train(self, resume: bool | Path = False, *, allow: Collection[str] = ()) -> TrainState:
-        """Run it, and give the final state; the arguments are those of :meth:`state`."""
+        """Run it, and give the final state; the arguments are those of :meth:`state`.
+
+        ``forgather control`` sees it while it runs, and can tell it what to do.
+        """
+        from forgather_fn.control.serving import serve
+        from forgather_fn.control.stage import controlled
+
         steps = self.program.steps(self.state(resume, allow=allow), self.data)
-        final: TrainState = toolz.pipe(steps, *self.stages, last)
+        with serve(self.run) as inbox:
+            final: TrainState = toolz.pipe(steps, *self.stages, controlled(inbox), last)
         return final
 
 

@@ -57,13 +57,15 @@ def test_the_other_rows_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "compiled", "everything", "control", "scaling", "gpu", "--quick"]
     ended = subprocess.run([*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
-    alone, everything, small, large, microbatches, layers, gpu = json.loads(path.read_text())["tables"]
+    alone, everything, small, large, microbatches, layers, two, sizes, gpu = json.loads(path.read_text())["tables"]
     assert {result["arm"] for result in alone["results"]} >= {compiled.WHOLE, compiled.PART, compiled.MODEL_ONLY}
     for table in (alone, everything, small, large):
         losses = [loss for result in table["results"] for loss in result["losses"]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     assert [result["microbatches"] for result in microbatches["results"]] == [1, 8]
     assert [result["layers"] for result in layers["results"]] == [1, 12]
+    assert [result["bytes"] for result in two["results"]] == [172_792]  # 2 (n - 1) / n of 43 k gradients, and a little
+    assert [result["processes"] for result in sizes["results"]] == [1, 2]
     assert bool(gpu["results"]) == torch.cuda.is_available()
 
 

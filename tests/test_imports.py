@@ -72,7 +72,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "pipeline": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint", "pipeline"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "pipeline", "strategy"},
-    "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "strategy"},
+    "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "control", "strategy"},
     "config": {"base", "report", "distributed", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "control": {"base", "report", "step", "loop", "checkpoint"},

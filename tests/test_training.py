@@ -6,6 +6,8 @@ import torch
 
 import forgather_fn as ff
 from forgather_fn.checkpoint import CheckpointError, list_checkpoints
+from forgather_fn.control import Command, jobs
+from forgather_fn.control.client import ask, target
 from forgather_fn.report import jsonl, read
 from forgather_fn.schedules import cosine, linear
 from forgather_fn.training import Training, assembled, looks, warmed_up
@@ -108,3 +110,18 @@ def test_looks_are_counted_from_one(wrong):
     assert sorted(looks(3, 3)) == [1, 3]
     with pytest.raises(ValueError, match="at least 1"):
         looks(*wrong)
+
+
+def test_it_can_be_controlled_while_it_runs(tmp_path):
+    answers = []
+
+    def observe(tick):
+        if tick.state.step == 2:
+            (job,) = jobs.list_jobs()
+            answers.append(job.endpoint.run)
+            answers.append(ask(target(job.endpoint), Command.STOP, wait=False))
+
+    assert made(tmp_path, observers=[observe], eval_steps=2).train().step == 2
+    assert answers == [str(tmp_path), {"command": "stop", "accepted": True}]
+    assert [entry.step for entry in list_checkpoints(tmp_path)] == [2]
+    assert jobs.list_jobs() == []

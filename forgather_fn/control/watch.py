@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import math
+import shutil
 import sys
 import time
 from collections import deque
@@ -55,7 +56,8 @@ def watch(
             losses.extend(_logged(found.get("run")))
         _note(losses, found)
         if out.isatty():
-            lines = view(found, losses)
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps would not be drawn over
+            lines = [line[:width] for line in view(found, losses)]
             out.write(f"\x1b[{drawn}F\x1b[J" if drawn else "")
             out.write("\n".join(lines) + "\n")
             drawn = len(lines)

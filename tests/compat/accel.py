@@ -18,7 +18,7 @@ import forgather.ml as ml
 from tests.compat.tiny import SMALL, WORDS, Regression, double, regression, rows
 
 TIMES = ("runtime", "_per_second", "preparation_time", "total_flos")
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "log_level": "error", "log_level_replica": "error"}
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
 STEP = 4
 """Microbatches of a step, over all processes."""
 
@@ -309,6 +309,14 @@ def asked(folder: str) -> dict[str, Any]:
     else:
         trainer.add_callback(Asks(1, "should_training_stop"))
     return run(trainer, True)
+
+
+def other_arguments(folder: str) -> None:
+    made("in float32", 2, folder, seed=int(os.environ["RANK"])).train()
+
+
+def other_data(folder: str) -> None:
+    made("in float32", 2, folder, count=26 - int(os.environ["RANK"]) * 4).train()
 
 
 def commanded(folder: str) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_the_microbatches_of_a_step_are_kept_where_the_world_changes(pools, tmp_
     first = {**constant, "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
     pools[2].run(accel.trained, "in pairs", 2, str(tmp_path), first)
     whole = accel.trained("in pairs", 1, str(tmp_path / "whole"), constant)
-    as_it_was = {**constant, "gradient_accumulation_steps": 2, "log_level": "warning"}  # of 2 processes
+    as_it_was = {**constant, "gradient_accumulation_steps": 2}  # of 2 processes
     for found in pools[size].run(accel.resumed, "in pairs", size, str(tmp_path), as_it_was):
         assert found["place"][:2] == whole["place"][:2]
         assert all(torch.equal(tensor, whole["tensors"][name]) for name, tensor in found["tensors"].items())
@@ -213,6 +213,15 @@ def test_what_cannot_be_right_is_refused(pools, tmp_path):
         assert "where memory runs out on one" in text
     for text in failed(pools[2], accel.trained, "in float32", 2, folder, {"cls": accel.Split}):
         assert "the loader has a DistributedSampler" in text
+
+
+def test_processes_that_were_given_other_things_are_refused(pools, tmp_path):
+    first, second = failed(pools[2], accel.other_arguments, str(tmp_path))
+    assert "rank 0 and rank 1 were given other arguments, seed=0 and 1" in first
+    assert "rank 1 and rank 0 were given other arguments, seed=1 and 0" in second
+    for text in failed(pools[2], accel.other_data, str(tmp_path)):
+        assert "the processes have other data:\n  rank 0: Lengths(" in text
+        assert "the trainer shares it out" in text
 
 
 def test_the_first_process_goes_first(pools, tmp_path):

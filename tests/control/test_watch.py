@@ -90,6 +90,12 @@ def test_a_terminal_is_drawn_in_place():
     assert text.endswith("the job has ended\n")
 
 
+def test_lines_are_as_long_as_the_terminal_is_wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    long = {**STATUS, "last_error": "x" * 100}
+    assert max(map(len, watched(Terminal(), long).splitlines())) == 29
+
+
 def test_a_file_gets_one_line_a_look():
     assert watched(io.StringIO(), STATUS) == "a  step 50  loss 1.5  0:00:15 left\nthe job has ended\n"
 

@@ -1,7 +1,7 @@
 """The trainer for several devices, one process to each."""
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -14,6 +14,13 @@ from forgather_fn.plan import Program
 from forgather_fn.world import World, known_to_all
 
 logger = logging.getLogger(__name__)
+
+
+_MAY_DIFFER: Final = (
+    "output_dir", "logging_dir", "run_name", "report_to", "local_rank", "log_level", "log_level_replica",
+    "disable_tqdm", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+)  # fmt: skip
+"""Arguments that do not decide what is computed."""
 
 
 class AccelTrainer(BaseTrainer):
@@ -107,13 +114,21 @@ class AccelTrainer(BaseTrainer):
         """Look at the arguments once more, and refuse what several processes cannot do."""
         super()._check_args()
         self.args.check_processes(self._world.size)
+        mine = {name: value for name, value in self.args.to_dict().items() if name not in _MAY_DIFFER}
+        for rank, other in enumerate(self._world.gather(mine)):
+            unlike = [f"{name}={mine[name]!r} and {other[name]!r}" for name in mine if mine[name] != other[name]]
+            if unlike:
+                raise ValueError(
+                    f"rank {self._world.rank} and rank {rank} were given other arguments, {'; '.join(unlike)}: give "
+                    "all processes the same. No seed has to differ: what a process draws depends on its microbatches"
+                )
 
     def _keep_batch(self, resumed: str) -> None:
         """Make steps of as many microbatches as those of the run that is gone on with, on however many processes."""
         args, size = self.args, self._world.size
         before = self._world.first(lambda: batch_of(resumed))
         now = (self._microbatches, args.train_batch_size)
-        if before is None or before == now or args.allow_batch_change:
+        if before is None or before == now or args.allow_batch_change or args.auto_find_batch_size:
             return
         microbatches, samples = before
         said = (

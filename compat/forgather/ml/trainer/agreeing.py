@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from forgather.ml.trainer.counting import weight_of
+from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.logs import LogPart
 from forgather.ml.trainer.trainer_types import TrainerControl
 from forgather.ml.trainer.windows import Window, added, items_of, told
-from forgather_fn.world import World
+from forgather_fn.world import World, known_to_all
 
 _FLAGS = tuple(field.name for field in fields(TrainerControl))
 
@@ -37,12 +38,23 @@ class AgreeingPart(LogPart):
             return True
         return not type(self).__module__.startswith("forgather.ml.")
 
-    def _compare(self) -> None:
-        """Find out, before the first step, whether on any process somebody looks on or inside."""
+    def _compare(self, lengths: Lengths) -> None:
+        """Find out, before the first step, whether on any process somebody looks on or inside.
+
+        Raises:
+            ValueError: The processes have other data.
+        """
         if self._world.size == 1:
             return
-        found = self._world.gather((self._is_watched(), self._wants_halves()))
-        self._watched, self._halved = (any(each) for each in zip(*found, strict=True))
+        found = self._world.gather((self._is_watched(), self._wants_halves(), lengths))
+        self._watched, self._halved = any(one[0] for one in found), any(one[1] for one in found)
+        if any(length != lengths for _, _, length in found):
+            each = "\n".join(f"  rank {rank}: {length}" for rank, (_, _, length) in enumerate(found))
+            raise known_to_all(
+                ValueError(
+                    f"the processes have other data:\n{each}\nGive each of them all of it: the trainer shares it out"
+                )
+            )
 
     def _window(self, batches: list[Any], items: Any) -> Window:
         """Make the microbatches of the next step out of those of this process."""

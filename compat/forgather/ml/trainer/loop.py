@@ -179,7 +179,7 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = run.feed.loader
-        self._compare()
+        self._compare(run.lengths)
         self._open_engine(self.state.global_step)
         self._load_scaler_of(run.resumed)
 

@@ -42,10 +42,16 @@ class AccelTrainingArguments(TrainingArguments):
 
     refused: ClassVar[Mapping[str, Refusal]] = {
         **REFUSED,
-        "fsdp": Refusal("each process holds the whole model", lambda value: bool(value)),
+        "fsdp": Refusal(
+            "each process holds the whole model, over which users hold an optimizer; for one that does not fit, use "
+            "ff.accelerated(plan, sharded=True)",
+            lambda value: bool(value),
+        ),
         "parallelism_config": Refusal("each process holds the whole model; PipelineTrainer cuts one"),
         "deepspeed": Refusal("DeepSpeed keeps parameters, gradients and the optimizer itself"),
-        "ddp_bucket_cap_mb": Refusal("there are no buckets: gradients are sent at once, after the last microbatch"),
+        "ddp_bucket_cap_mb": Refusal(
+            "there are no buckets: gradients are one buffer, sent in pieces where it is large"
+        ),
         "ddp_broadcast_buffers": Refusal(
             "buffers become those of the first process after each step", lambda value: value is False
         ),
