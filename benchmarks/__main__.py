@@ -22,6 +22,7 @@ ROWS: Final = {
     "everything": "benchmarks.everything",
     "control": "benchmarks.control",
     "scaling": "benchmarks.scaling",
+    "pipeline": "benchmarks.pipeline",
     "memory": "benchmarks.memory",
     "import": "benchmarks.startup",
     "checkpoint": "benchmarks.checkpoint",

@@ -46,6 +46,8 @@ class Settings:
         width: Of the model; a multiple of twice the heads.
         layers: How many blocks the model has.
         heads: Attention heads in each.
+        pipeline: Into how many stages the model is cut, over the processes of a launcher; 0 for one device. The
+            weights at the end are the same on any number of processes.
         learning_rate: The highest, after the warm-up.
 
     Raises:
@@ -85,6 +87,11 @@ class Settings:
     )
     heads: int = attrs.field(
         default=4, validator=_integer(1), metadata=_option(int, "N", "attention heads in each (default: %(default)s)")
+    )
+    pipeline: int = attrs.field(
+        default=0,
+        validator=_integer(0),
+        metadata=_option(int, "N", "cut the model into N stages, over the processes of a launcher (default: do not)"),
     )
     learning_rate: float = attrs.field(
         default=3e-3, validator=_positive, metadata=_option(float, "X", "the highest (default: %(default)s)")

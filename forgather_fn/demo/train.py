@@ -8,7 +8,7 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import attrs
 import toolz
@@ -42,22 +42,24 @@ def train(settings: Settings) -> str:
     Raises:
         ValueError: A setting cannot be used.
     """
-    program = ff.single(plan(settings))
+    program = program_of(settings)
     state = program.init(settings.seed)
+    say = print if program.world.main else _nothing
     text = read(settings.data, settings.context)
     prepare(settings.run)
     training = stream(settings, text)
     held_out = ff.batches(held_out_windows(text, settings.context), batch_size=64, collate=labelled)
-    print(f"text   {text.description}")
-    print(f"model  {sum(map(torch.numel, state.params.values())):,} parameters")
-    if latest(settings.run):
+    say(f"text   {text.description}")
+    held = program.world.gather(sum(map(torch.numel, state.params.values())))
+    say(f"model  {sum(held):,} parameters")
+    if program.world.first(lambda: latest(settings.run) is not None):
         state = restored(program, settings.run)
-        print(f"found  {settings.run} at step {state.step}: going on from there (another --run starts anew)")
-    remember(settings, text)
+        say(f"found  {settings.run} at step {state.step}: going on from there (another --run starts anew)")
+    program.world.first(lambda: remember(settings, text))
 
     with ff.serve(settings.run) as inbox:
         if inbox.job is not None:
-            print(f"control  forgather control watch {inbox.job}  (in another terminal)")
+            say(f"control  forgather control watch {inbox.job}  (in another terminal)")
         state = toolz.pipe(
             program.steps(state, training),
             ff.at({1, *range(100, settings.steps, 100), settings.steps}, ff.evaluated(held_out), bits_per_byte, show),
@@ -71,16 +73,32 @@ def train(settings: Settings) -> str:
             ff.last,
         )
 
-    curve(settings.run / "metrics.jsonl", settings.run / "curve.svg", title="Loss, nats per byte")
-    print(f"\n{readable(sample(program, state, length=200, context=settings.context))}\n")
-    print(
+    if program.world.main:
+        curve(settings.run / "metrics.jsonl", settings.run / "curve.svg", title="Loss, nats per byte")
+    say(f"\n{readable(sample(program, state, length=200, context=settings.context))}\n")
+    say(
         f"written to {settings.run}: checkpoints, metrics.jsonl, curve.svg, TensorBoard events "
         f"(tensorboard --logdir {settings.run})"
     )
-    print(f"{versions()}, device {settings.device}, text {text.digest}, step {state.step}")
-    weights = fingerprint(state.params)
-    print(f"fingerprint: {weights}")
+    say(f"{versions()}, device {settings.device}, text {text.digest}, step {state.step}")
+    weights = fingerprint(dict(program.export(state).named_parameters()) if settings.pipeline else state.params)
+    say(f"fingerprint: {weights}")
     return weights
+
+
+def program_of(settings: Settings) -> ff.Program:
+    """Make the program: of one device, or of a pipeline, through which two microbatches a stage go."""
+    if not settings.pipeline:
+        return ff.single(plan(settings))
+    ends = [i * settings.layers // settings.pipeline - 1 for i in range(1, settings.pipeline)]
+    cut: dict[str, Literal["beginning", "end"]] = {f"blocks.{end}": "end" for end in ends}
+    if len(cut) < settings.pipeline - 1 or settings.pipeline < 2 or "blocks.-1" in cut:
+        raise ValueError(f"pipeline={settings.pipeline}: {settings.layers} layers cannot be cut into so many stages")
+    return ff.pipelined(attrs.evolve(plan(settings), microbatches=2 * settings.pipeline), cut)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Say nothing: the first process speaks for all."""
 
 
 def plan(settings: Settings) -> ff.Plan:
@@ -149,7 +167,7 @@ def rebuilt(run: Path) -> tuple[ff.Program, ff.Stream]:
         record = json.loads((run / RECORD).read_text())
     del record["text"]
     settings = Settings(run=run, **record)
-    return ff.single(plan(settings)), stream(settings, read(settings.data, settings.context))
+    return program_of(settings), stream(settings, read(settings.data, settings.context))
 
 
 def bits_per_byte(tick: ff.Tick) -> dict[str, float]:
@@ -159,6 +177,8 @@ def bits_per_byte(tick: ff.Tick) -> dict[str, float]:
 
 def show(tick: ff.Tick) -> None:
     """Print an evaluation, above the bar where there is one."""
+    if not tick.run.program.world.main:
+        return
     with tqdm.external_write_mode():
         print(f"step {tick.state.step:>6}  {tick.results['bits_per_byte']:.3f} bits per byte", flush=True)
 

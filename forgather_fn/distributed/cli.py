@@ -112,6 +112,7 @@ def launch(
             "--shutdown-timeout=120",
             *passed_on,
             *(["--module"] if module else []),
+            "--",  # or an option of the script that begins as one of torchrun's would be taken for it
             *script,
         ]
     )

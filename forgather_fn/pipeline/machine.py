@@ -81,13 +81,14 @@ class Machine:
         with self.built.autocast():
             return self.segments[stage].run(hidden, lambda: self.built.module(*args, **kwargs))
 
-    def knows(self, parts: Sequence[Any]) -> bool:
+    def knows(self, signatures: Sequence[Signature]) -> bool:
         """Tell whether microbatches of these forms have been run before."""
-        return all(signature(part) in self._shapes for part in parts)
+        return all(sign in self._shapes for sign in signatures)
 
-    def shapes(self, parts: Sequence[Any]) -> list[dict[int, tuple[Shape | None, Shape | None]]]:
+    def shapes(
+        self, parts: Sequence[Any], signatures: Sequence[Signature]
+    ) -> list[dict[int, tuple[Shape | None, Shape | None]]]:
         """Tell, for each microbatch, what comes into and goes out of this process's stages; collective if it is new."""
-        signatures = [signature(part) for part in parts]
         new = {sign: number for number, sign in enumerate(signatures) if sign not in self._shapes}
         if new:
             found: dict[int, dict[int, tuple[Shape | None, Shape | None]]] = {number: {} for number in new.values()}

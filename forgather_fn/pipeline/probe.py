@@ -172,7 +172,7 @@ class _Trace:
 
 _SKIP: Final = (
     "the model cannot be cut there: {consumer}, after the cut, reads what {producer} has made before it, and only one "
-    "hidden state crosses a cut. Cut where no such connection leads across, or write the stages by hand: stages=..."
+    "hidden state crosses a cut. Cut where no such connection leads across, or write stages by hand: pipeline.Stages"
 )
 
 
@@ -346,7 +346,7 @@ def _check_passed(cuts: Sequence[Cut], passed: Sequence[tuple[Cut, Crossing]]) -
     if order != list(cuts):
         raise SplitError(
             f"split_spec: the model runs its modules in another order than they were registered: {cuts[0]} comes "
-            f"{order.index(cuts[0]) + 1}. of {len(order)} cuts; write the stages by hand: stages=..."
+            f"{order.index(cuts[0]) + 1}. of {len(order)} cuts; write the stages by hand: pipeline.Stages"
         )
 
 

@@ -16,7 +16,7 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.line import Line
-from forgather_fn.pipeline.machine import Machine, Wires, number_of, signature
+from forgather_fn.pipeline.machine import Machine, Signature, Wires, number_of, signature
 from forgather_fn.pipeline.ties import Ties
 from forgather_fn.pipeline.wire import Shape, packed, unpacked
 from forgather_fn.plan import Metrics
@@ -85,14 +85,14 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     if line.world.watch is not None:
         line.world.watch.begin()
     built.bound(arrays)
-    parts = _given(pipeline, batch)
-    weight = known_weight(built.plan, parts[1]) if line.pipelines == 1 else None
-    if not machine.knows(parts[1]):
-        passed(built, state, lambda: machine.shapes(parts[1]))  # which leaves the model's buffers as they are
-    shapes = machine.shapes(parts[1])
-    count = len(pipeline.share.block)
-    run = machine.schedule(_wires(line, shapes, built.dtype), count)
-    passes = _Passes(pipeline, state, parts[0], parts[1], shapes, _wires(line, shapes, built.dtype), weight)
+    numbers, parts, forms = _given(pipeline, batch)
+    weight = known_weight(built.plan, parts) if line.pipelines == 1 else None
+    if not machine.knows(forms):
+        passed(built, state, lambda: machine.shapes(parts, forms))  # which leaves the model's buffers as they are
+    shapes = machine.shapes(parts, forms)
+    wires = _wires(line, shapes, built.dtype)
+    run = machine.schedule(wires, len(pipeline.share.block))
+    passes = _Passes(pipeline, state, numbers, parts, shapes, wires, weight)
     _, buffers = passed(built, state, lambda: run(passes.work))
     gradients = built.workspace.collect(batch.samples, 0.0)
     try:
@@ -100,12 +100,12 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     except BaseException:
         built.workspace.clear()
         raise
-    taken = line.pipelines == 1 and (weight is not None or len(parts[1]) == 1)
+    taken = line.pipelines == 1 and (weight is not None or len(parts) == 1)
     return divided(built, arrays, gradients, weight=None if taken else gradients.weight), buffers, means
 
 
-def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any]]:
-    """Give the microbatches of this pipeline, with their numbers, when all its processes have the same.
+def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any], list[Signature]]:
+    """Give the microbatches of this pipeline, with their numbers and forms, when all its processes have the same.
 
     Raises:
         ValueError: They have not, or one of them could not cut the batch.
@@ -122,7 +122,8 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any]]:
             raise ValueError(f"a batch of {batch.samples} samples has no microbatch for each of {line.pipelines} lines")
     except Exception as raised:
         error = raised
-    sign = [signature(part) for part in parts] if error is None else f"{type(error).__name__}: {error}"
+    forms = [signature(part) for part in parts] if error is None else []
+    sign: Any = forms if error is None else f"{type(error).__name__}: {error}"
     first = machine.flow is None
     try:
         line.same(number_of((sign, pipeline.machine.built.plan.microbatches)), lambda: str(sign))
@@ -132,7 +133,7 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any]]:
         raise error
     if first:
         line.world.each(lambda: machine.prove(parts[0]))
-    return numbers, parts
+    return numbers, parts, forms
 
 
 def _wires(
@@ -245,7 +246,7 @@ def _added(
         active=tuple(active),
         views=views,
         weight=means["loss"].weight,
-        measure=functools.partial(_norm, pipeline),
+        measure=functools.partial(norm_over, line, ties.foreign),
     ), means
 
 
@@ -266,16 +267,16 @@ def _learn(pipeline: Pipeline, found: Sequence[Mapping[str, Mean]]) -> None:
         raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
 
 
-def _norm(pipeline: Pipeline, gradients: Gradients) -> Tensor:
-    """Compute the norm over all stages: the squares are added in float64, each tied parameter's once."""
-    line, foreign = pipeline.line, pipeline.ties.foreign
+def norm_over(line: Line, foreign: frozenset[str], gradients: Gradients) -> Tensor:
+    """Compute the norm over all stages: squares are added in float64, those of ``foreign`` on another process."""
     leaves = gradients.layout.leaves
     counted = tuple(on and leaf.name not in foreign for leaf, on in zip(leaves, gradients.active, strict=True))
     assert gradients.flat is not None
     pieces = gradients.flat.pieces(gradients.layout.runs(counted))
     squares = [torch.linalg.vector_norm(piece, dtype=_WIDE).square() for piece in pieces]
-    zero = torch.zeros((), dtype=_WIDE, device=pipeline.machine.built.device)
-    return line.summed(sum(squares, zero), line.group).sqrt().to(pipeline.machine.built.dtype)
+    device, dtypes = gradients.flat.buffers[0].device, gradients.layout.dtypes
+    total = line.summed(sum(squares, torch.zeros((), dtype=_WIDE, device=device)), line.group)
+    return total.sqrt().to(_WIDE if _WIDE in dtypes else torch.float32)
 
 
 def _everywhere(pipeline: Pipeline, metrics: Metrics) -> Metrics:

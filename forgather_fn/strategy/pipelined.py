@@ -1,5 +1,6 @@
 """Training a model that is cut into stages, one or several to a process."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
@@ -24,7 +25,7 @@ from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_o
 from forgather_fn.pipeline.line import Line, lined_up
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.preparing import assigned_by, assignment_of, stage_prepared
-from forgather_fn.pipeline.running import Pipeline, pipelining
+from forgather_fn.pipeline.running import Pipeline, norm_over, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
 from forgather_fn.plan import Metrics, Plan, Program
@@ -265,19 +266,28 @@ class _Standing:
 
 
 def _proved(machine: Machine, share: Share) -> Execution:
-    """Run steps as one device does, when the first batch has shown that the model can be cut as it was asked for."""
+    """Run steps as one device does, when the first batch has shown that the model can be cut as it was asked for.
+
+    The norm is measured as over several processes, so that any number of them gives the same numbers.
+    """
     base = eager(machine.built)
+    measure = functools.partial(norm_over, machine.line, frozenset())
 
     def prove(batch: Batch) -> None:
         if machine.flow is None:
             machine.prove(machine.built.place(owned(batch, share)[0][1]))
 
-    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        prove(batch)
-        return base.step(state, batch, wants)
-
     def gradients(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
         prove(batch)
-        return base.gradients(state, batch)
+        taken, buffers, means = base.gradients(state, batch)
+        return attrs.evolve(taken, measure=measure), buffers, means
+
+    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
+        taken, buffers, means = gradients(state, batch)
+        try:
+            return base.advance(state, taken, buffers, means, wants)
+        except BaseException:
+            machine.built.workspace.clear()
+            raise
 
     return Execution(step, gradients, base.advance)

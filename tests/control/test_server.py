@@ -405,6 +405,21 @@ class TestPlaces:
                 assert ask_status(target(endpoint))["job"] == "a"
             assert os.listdir(short) == []
 
+    def test_so_does_a_disk_that_cannot_hold_sockets(self, tmp_path, monkeypatch, state_home):
+        real = socket.socket.bind
+
+        def bind(self, where):
+            if str(state_home) in where:
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            real(self, where)
+
+        monkeypatch.setattr(socket.socket, "bind", bind)
+        with ff.serve(tmp_path / "a"):
+            endpoint = jobs.find("a")
+            assert "/forgather-" in endpoint.socket
+            assert ask_status(target(endpoint))["job"] == "a"
+        assert not os.path.exists(os.path.dirname(endpoint.socket))
+
     @pytest.mark.parametrize("length", [106, 107, 108])
     def test_the_longest_path_is_of_107_bytes(self, tmp_path, monkeypatch, length):
         with tempfile.TemporaryDirectory(prefix="c", dir="/tmp") as home:

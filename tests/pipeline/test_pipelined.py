@@ -272,7 +272,7 @@ def test_stages_written_by_hand(two: Processes) -> None:
 
 
 def test_one_process_is_one_device_with_proved_cuts() -> None:
-    one = runs.run(ff.single(runs.plan_of(ONE)))
+    one = runs.single("plain", {})  # whose norm is measured as that of a pipeline
     here = runs.run(ff.pipelined(runs.plan_of(ONE), ONE.spec(4), schedule="DualPipeV"))
     compared([here], one)
     with pytest.raises(SplitError, match="after the cut, reads"):
