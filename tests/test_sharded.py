@@ -182,6 +182,15 @@ def test_shards_train_as_one_process(pools, case, size):
     assert unlike(run(strategy(plan(**changes))), first, tolerance) == []
 
 
+def test_units_are_the_outermost_members_of_lists_that_can_be_called():
+    inner = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleDict({"a": Block()})])
+    experts = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
+    model = nn.ModuleDict({"layers": inner, "heads": nn.ModuleList([experts]), "rest": nn.Linear(1, 1)})
+    assert {name for name, _ in fsdp.units_of(model, None)} == {"layers.0.0", "layers.0.1", "heads.0"}
+    chosen = [name for name, _ in fsdp.units_of(model, ["layers.0.*", "layers.*.*.up", "rest"])]
+    assert chosen == ["rest", "layers.1.a.up", "layers.0.1.up", "layers.0.1", "layers.0.0.up", "layers.0.0"]
+
+
 @pytest.mark.parametrize(("samples", "numbers"), [(8, [4, 5, 6, 7]), (6, [4, 5, None, None]), (2, [None, None])])
 def test_every_process_runs_as_many_microbatches_as_the_fullest(samples, numbers):
     data = torch.arange(samples)
