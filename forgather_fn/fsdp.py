@@ -58,9 +58,7 @@ def units_of(module: nn.Module, patterns: Sequence[str] | None) -> list[tuple[st
     """
     named = [(name, child) for name, child in module.named_modules() if name]
     if patterns is None:
-        lists = [name for name, child in named if isinstance(child, nn.ModuleList)]
-        outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-        chosen = [(name, child) for name, child in named if name.rpartition(".")[0] in outer]
+        chosen = _members(named)
     else:
         chosen = []
         for pattern in patterns:
@@ -73,6 +71,17 @@ def units_of(module: nn.Module, patterns: Sequence[str] | None) -> list[tuple[st
             chosen += found
     order = {name: i for i, (name, _) in enumerate(named)}
     return sorted(dict(chosen).items(), key=lambda item: -order[item[0]])
+
+
+def _members(named: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Find the outermost members of module lists; a list in a list is no member, but has some."""
+    lists = {name for name, child in named if isinstance(child, nn.ModuleList)}
+    chosen: list[tuple[str, nn.Module]] = []
+    for name, child in named:
+        inside = bool(chosen) and name.startswith(f"{chosen[-1][0]}.")
+        if not inside and name.rpartition(".")[0] in lists and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            chosen.append((name, child))
+    return chosen
 
 
 @attrs.define(eq=False)

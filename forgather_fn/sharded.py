@@ -196,7 +196,9 @@ def added(world: World) -> Summed:
 
 def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor | float) -> Gradients:
     """Make the gradient of all processes; a parameter has one if it has on any of them."""
-    active = tuple(count > 0 for count in counts.tolist())
+    active = gradients.active
+    if not all(active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
+        active = tuple(count > 0 for count in counts.tolist())
     views = {
         leaf.name: gradients.views[leaf.name] for leaf, has in zip(gradients.layout.leaves, active, strict=True) if has
     }

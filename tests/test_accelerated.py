@@ -375,6 +375,7 @@ def test_a_checkpoint_that_is_not_there_is_missed_by_all(pair, tmp_path):
         ({"compile": True, "unroll": True}, {}, "leave it out"),
         ({"update": "in_backward", "microbatches": 1}, {}, "in_backward"),
         ({}, {"accelerator_args": {"deepspeed_plugin": object()}}, "DeepSpeed has an optimizer"),
+        ({}, {"accelerator_args": {"fsdp_plugin": object()}}, "sharded=True"),
         ({}, {"accelerator_args": {"log_with": "all"}}, "ff.report"),
         ({}, {"accelerator_args": {"gradient_accumulation_steps": 3}}, "microbatches=4 over 1 processes"),
         ({}, {"sync_batch_norm": True}, "no SyncBatchNorm for CPUs"),
@@ -401,6 +402,12 @@ def uneven_tree() -> None:
 
 def test_a_tree_of_uneven_blocks_is_refused(pair):
     assert all("3 microbatches, which is no power of two" in text for _, text in pair.run(error_of, uneven_tree))
+
+
+def test_shards_by_accelerate_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="sharded=True"):
+        ff.accelerated(plan())
 
 
 def test_a_model_that_is_spread_over_devices_is_refused():

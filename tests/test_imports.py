@@ -35,6 +35,7 @@ STEP = {
     "agreement",
     "batch",
     "binding",
+    "blank",
     "built",
     "compilable",
     "compiled",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import forgather_fn as ff
-from forgather_fn.meta import initialise_from_meta, on_meta
+from forgather_fn.meta import initialise_from_meta, on_meta, separable
 from tests import zoo
 from tests.toys import assert_equal, classifier, labelled, program
 
@@ -154,3 +154,33 @@ def test_tensors_that_are_elsewhere_are_initialised_too():
 def test_as_built_it_has_no_values():
     with pytest.raises(ValueError, match=r'on the meta device .* Plan\(init="by_name"\)'):
         program(on("meta", classifier)).init(0)
+
+
+class Reaching(nn.Module):
+    """Has a part whose values the whole sets, reads, or shares."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        if how == "shares":
+            self.other.weight = self.one.weight
+
+    def reset_parameters(self) -> None:
+        if self.how == "sets":
+            nn.init.zeros_(self.one.weight.data)
+        if self.how == "reads":
+            self.other.bias.data.add_(self.one.bias.data)
+        if self.how == "looks" and self.other.bias.sum() > 0:
+            nn.init.zeros_(self.other.bias)
+
+
+@pytest.mark.parametrize(
+    ("how", "apart"), [("not", True), ("sets", False), ("reads", False), ("shares", False), ("looks", False)]
+)
+def test_parts_are_initialised_apart_where_they_touch_nothing_else(how, apart):
+    model = on("meta", lambda: Reaching(how))()
+    before = dict(model.named_parameters())
+    assert separable(model, [{"one"}, {"other", ""}]) is apart
+    assert all(tensor is before[name] and tensor.is_meta for name, tensor in model.named_parameters())
+    assert separable(Reaching(how), [{"one"}, {"other", ""}]) is False

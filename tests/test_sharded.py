@@ -12,7 +12,11 @@ from torch import nn
 import forgather_fn as ff
 from forgather_fn import fsdp
 from forgather_fn.checkpoint.saving import save
+from forgather_fn.data import Batch
+from forgather_fn.sharded import in_step
+from forgather_fn.share import Share
 from forgather_fn.testing.processes import processes
+from forgather_fn.world import World
 
 
 class Block(nn.Module):
@@ -176,6 +180,26 @@ def test_shards_train_as_one_process(pools, case, size):
     assert others == [None] * (size - 1)
     strategy = ff.single if tolerance == 1e-12 else ff.accelerated  # which in half precision rounds at other places
     assert unlike(run(strategy(plan(**changes))), first, tolerance) == []
+
+
+def test_units_are_the_outermost_members_of_lists_that_can_be_called():
+    inner = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleDict({"a": Block()})])
+    experts = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
+    model = nn.ModuleDict({"layers": inner, "heads": nn.ModuleList([experts]), "rest": nn.Linear(1, 1)})
+    assert {name for name, _ in fsdp.units_of(model, None)} == {"layers.0.0", "layers.0.1", "heads.0"}
+    chosen = [name for name, _ in fsdp.units_of(model, ["layers.0.*", "layers.*.*.up", "rest"])]
+    assert chosen == ["rest", "layers.1.a.up", "layers.0.1.up", "layers.0.1", "layers.0.0.up", "layers.0.0"]
+
+
+@pytest.mark.parametrize(("samples", "numbers"), [(8, [4, 5, 6, 7]), (6, [4, 5, None, None]), (2, [None, None])])
+def test_every_process_runs_as_many_microbatches_as_the_fullest(samples, numbers):
+    data = torch.arange(samples)
+    share = Share(8, rank=1, size=2)
+    given = in_step(Batch(data, samples, None, ragged=True), share, World(rank=1, size=2))
+    assert [number for number, _ in given] == numbers
+    assert [part.tolist() for number, part in given if number is None] == [[0]] * numbers.count(None)
+    first = in_step(Batch(data, samples, None, ragged=True), Share(8, rank=0, size=2), World(rank=0, size=2))
+    assert len(first) == len(given)
 
 
 def frozen_plan() -> ff.Plan:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
-import safetensors
 import torch
 from torch import Tensor
 
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError
+from forgather_fn.checkpoint.reading import UNREADABLE, read_tensors, rows_of
 from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
 from forgather_fn.flat import Flat, filled, layout_of, listed
@@ -75,10 +75,6 @@ def load(path: str | Path, rows: Rows | None = None) -> Loaded:
     raise CheckpointError(f"{path} has no checkpoint that can be loaded{':' if reasons else ''}{reasons}")
 
 
-UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What reading something raises that is not what it should be."""
-
-
 def _load(path: Path, rows: Rows | None) -> Loaded:
     try:
         return _read(path, rows)
@@ -114,44 +110,11 @@ def _read(path: Path, rows: Rows | None) -> Loaded:
             if name.endswith(".safetensors"):
                 kind = name.split(".")[0].split("-")[0]
                 held = tensors.setdefault(kind, {})
-                held.update(_read_tensors(path / name, functools.partial(_rows_of, rows, record, kind)))
+                held.update(read_tensors(path / name, functools.partial(rows_of, rows, record, kind)))
         changed = [name for name, found in hashes.items() if found.result() != manifest.files[name].sha256]
     if changed:
         raise CheckpointError(_CHANGED.format(path=path, files=", ".join(changed)))
     return Loaded(path, record, tensors)
-
-
-def _rows_of(rows: Rows | None, record: Mapping[str, Any], kind: str, name: str) -> Rows | None:
-    """Say how a tensor of a group of files is cut: as parameters are, if it has the shape of one, else not at all."""
-    slots = [f"{prefix}/" for prefix in _flat_paths(record["structure"])]
-    like_parameter = kind == "ema" or (kind == "model" and name not in record["buffers"])
-    return rows if like_parameter or name.startswith(tuple(slots)) else None
-
-
-def _flat_paths(structure: Any) -> list[str]:
-    """Name the slots that have the shapes of the parameters."""
-    if isinstance(structure, Mapping):
-        own = [structure["flat"]] if isinstance(structure.get("flat"), str) else []
-        return own + [path for child in structure.values() for path in _flat_paths(child)]
-    return [path for child in structure for path in _flat_paths(child)] if isinstance(structure, list) else []
-
-
-def _read_tensors(path: Path, rows_of: Callable[[str], Rows | None]) -> dict[str, Tensor]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: _read_rows(file, name, rows_of(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (safetensors.SafetensorError, *UNREADABLE) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def _read_rows(file: Any, name: str, rows: Rows | None) -> Tensor:
-    if rows is None:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
-    held = file.get_slice(name)
-    own = rows(held.get_shape()[0])
-    found: Tensor = held[own] if own.stop > own.start else held[:1][:0]  # it reads no empty slice
-    return found
 
 
 def restored(

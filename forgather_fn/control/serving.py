@@ -182,12 +182,23 @@ def _listening(
         return listener, attrs.evolve(common, socket=None, address=place.address, port=port, token=place.token)
     listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     path, final = claim.staging / jobs.SOCKET, claim.home / jobs.SOCKET
-    if max(len(os.fsencode(path)), len(os.fsencode(final))) > PATH_LIMIT:
+    if not _bound(listener, path, final):
         path = final = Path(_short_directory(stack)) / "s"
-    listener.bind(str(path))
+        listener.bind(str(path))
     stack.callback(_unlink, path)
     os.chmod(path, 0o600)
     return listener, attrs.evolve(common, socket=str(final))
+
+
+def _bound(listener: socket.socket, path: Path, final: Path) -> bool:
+    """Bind a socket in the job's directory, if the paths are short enough, and the disk can hold sockets."""
+    if max(len(os.fsencode(path)), len(os.fsencode(final))) > PATH_LIMIT:
+        return False
+    try:
+        listener.bind(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _short_directory(stack: contextlib.ExitStack) -> str:
@@ -227,7 +238,7 @@ def _responding(inbox: Inbox, endpoint: Endpoint) -> Respond:
         try:
             # Shielded: whoever hangs up has still asked.
             reply: Reply = await asyncio.shield(asyncio.wrap_future(answer))
-            return as_json(HTTPStatus.OK, dict(reply))
+            return as_json(HTTPStatus.OK, reply)
         except ControlError as error:
             raise Refused(HTTPStatus.CONFLICT, str(error)) from None
 

@@ -1,6 +1,7 @@
 """Training on several devices, one process to each, through Accelerate."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -69,6 +70,7 @@ def accelerated(
             strategy does not do; or a launcher started several processes, and this one believes that it is alone.
     """
     found = accelerator_from(accelerator, accelerator_args)
+    _check_unsharded(found)
     world = world_of(found)
     _check(plan)
     precision = _precision(plan, found)
@@ -117,6 +119,7 @@ _REFUSED: Final = {
     "megatron_lm_plugin": "Megatron has an optimizer and a loop of its own",
     "dynamo_plugin": "compile with Plan(compile=...)",
     "dynamo_backend": "compile with Plan(compile=..., backend=...)",
+    "fsdp_plugin": "shard with ff.accelerated(plan, sharded=True)",
     "parallelism_config": "use ff.pipelined for models that are cut",
     "rng_types": "randomness is derived from the plan's seed, and no generator is synchronised",
     "project_dir": "observers write, where they are told to",
@@ -150,6 +153,16 @@ def accelerator_from(given: "Accelerator | None", arguments: Mapping[str, Any] |
             raise ValueError(f"accelerated: accelerator_args[{name!r}] is not honoured here: {reason}")
     arguments.setdefault("cpu", not torch.accelerator.is_available())
     return Accelerator(**arguments)
+
+
+def _check_unsharded(accelerator: "Accelerator") -> None:
+    """Make sure that nobody counts on shards by Accelerate: on CPUs it forgets of them without a word."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    if asked or getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        raise ValueError(
+            "accelerated: Accelerate was told to shard the model (fsdp_plugin, --use_fsdp), which is not honoured "
+            "here: shard with ff.accelerated(plan, sharded=True)"
+        )
 
 
 def _check(plan: Plan) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from forgather_fn import evaluation, shards
 from forgather_fn.binding import Binding, bound, unbind
+from forgather_fn.blank import blank_of, filled_in
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout, filled, zeros
@@ -162,7 +163,7 @@ class Sharding:
         still_shards = shards_of(_typed(still, dtype), self.world)
         self._agree(trained_shards.whole, anatomy.params, module)
         self.sites = tuple((site.name, name) for site, name in anatomy.sites)
-        self.blank = _blank(module)
+        self.blank = blank_of(module)
         for parameter in still.values():
             parameter.requires_grad_(False)
         del anatomy, trained, still
@@ -244,7 +245,7 @@ class Sharding:
             place: arrays.buffers[name].detach().to("cpu", copy=True)
             for place, name in built.binding.buffer_places(arrays.buffers.layout).items()
         }
-        return _filled_in(copy.deepcopy(self.blank), self.sites, values, buffers)
+        return filled_in(copy.deepcopy(self.blank), self.sites, values, buffers)
 
 
 def _as_flat(own: Shards, frozen: Mapping[str, Tensor]) -> Flat:
@@ -274,37 +275,6 @@ def _draw(
                 for tensor in held.values():
                     if tensor is not None and tensor.is_floating_point():
                         tensor.data = tensor.data.to(dtype)
-
-
-def _blank(module: nn.Module) -> nn.Module | Exception:
-    """Copy a module without the values of its parameters, which are on the meta device there."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = empty
-    try:
-        return copy.deepcopy(module, memo)
-    except (RuntimeError, TypeError) as error:
-        return error
-
-
-def _filled_in(
-    blank: nn.Module, sites: Sequence[tuple[str, str]], values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> nn.Module:
-    """Give a model without values its own."""
-    made: dict[int, nn.Parameter] = {}
-    for place, name in sites:
-        prefix, _, attribute = place.rpartition(".")
-        held = blank.get_submodule(prefix)._parameters
-        old = held[attribute]
-        assert old is not None
-        if id(old) not in made:
-            made[id(old)] = nn.Parameter(values[name], requires_grad=old.requires_grad)
-        held[attribute] = made[id(old)]
-    for place, value in buffers.items():
-        prefix, _, attribute = place.rpartition(".")
-        blank.get_submodule(prefix)._buffers[attribute] = value
-    return blank
 
 
 def check_shards(plan: Plan, reduction: Reduction, overlap_bytes: int | None) -> None:

@@ -200,6 +200,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lines that each reads": {"data": Everywhere, "accelerator_config": {"dispatch_batches": False}},
     "read by the first": {"data": Numbered, "accelerator_config": {"dispatch_batches": True}},
     "samples that draw": {"data": Shaken},
+    "an evaluation that draws": {"held": Shaken, "eval_strategy": "steps", "eval_steps": 3},
     "grouped by length": {
         "model": llama, "kind": "llama", "train_sampling_strategy": "group_by_length", "data": Measured,
     },
@@ -229,6 +230,7 @@ def made(case: str, processes: int, folder: str, **changes: Any) -> Any:
     given.pop("tolerance", None)
     passed = ("callbacks", "compute_loss_func", "preprocess_logits_for_metrics")
     own = {name: given.pop(name) for name in passed if name in given}
+    measured = given.pop("held", list)
     if "compute_metrics" in given:
         own["compute_metrics"] = given.pop("compute_metrics")()
     options = {
@@ -237,7 +239,7 @@ def made(case: str, processes: int, folder: str, **changes: Any) -> Any:
     }  # fmt: skip
     args = ml.AccelTrainingArguments(folder, **{**options, **given})
     model = build() if single else build().double()
-    trainer = cls(model=model, args=args, train_dataset=data(train), eval_dataset=held, **own)
+    trainer = cls(model=model, args=args, train_dataset=data(train), eval_dataset=measured(held), **own)
     trainer.pop_callback(ml.PrinterCallback)
     return trainer
 
@@ -325,11 +327,12 @@ def commanded(folder: str) -> dict[str, Any]:
 
     class Outside(ml.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            word = {1: "evaluate", 4: "save_stop"}.get(state.global_step)
+            word = {1: "evaluate", 60: "save-stop"}.get(state.global_step)
             if word and args.process_index == 0:
-                controlled.inbox.post(word.replace("_", "-"))
+                controlled.inbox.post(word)
 
-    trainer = made("in float32", 2, folder, eval_steps=100)
+    # Commands are looked for some fifty times a second, so they come some steps later.
+    trainer = made("in float32", 2, folder, eval_steps=5000, max_steps=2000, logging_steps=1000)
     trainer.add_callback(controlled)
     trainer.add_callback(Outside())
     return run(trainer, True)

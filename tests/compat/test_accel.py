@@ -150,11 +150,11 @@ def test_what_the_first_process_asks_for_is_done_on_all(pools, tmp_path):
 def test_what_is_commanded_from_outside_is_done_on_all(pools, tmp_path):
     found = pools[2].run(accel.commanded, str(tmp_path))
     (steps,) = {run["place"][0] for run in found}
-    assert 5 <= steps < 7
+    assert 60 < steps < 2000
     assert [entry.step for entry in list_checkpoints(tmp_path)] == [steps]
     evaluated = [[row["step"] for row in run["logs"] if "eval_loss" in row] for run in found]
     assert evaluated[0] == evaluated[1]
-    assert evaluated[0][0] in (2, 3)
+    assert 2 <= evaluated[0][0] < steps
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(pools, tmp_path):

@@ -182,6 +182,17 @@ class TestWhoMayUseIt:
         assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}
 
 
+def logged(job):
+    """Start a process that trains, and wait until it has logged."""
+    started = job()
+    started.endpoint()
+    deadline = time.monotonic() + 30
+    while not data.curves(started.run / "metrics.jsonl"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return started
+
+
 class TestWhatItShows:
     def test_jobs(self, client, tmp_path):
         with ff.serve(tmp_path / "a"):
@@ -190,8 +201,7 @@ class TestWhatItShows:
         assert json.loads(body) == [{"job": "a", "state": "running", "run": str(tmp_path / "a"), "fault": None}]
 
     def test_a_job_with_its_curves_and_checkpoints(self, client, job):
-        started = job()
-        started.endpoint()
+        started = logged(job)
         status, _, body = client.send("POST", "/api/jobs/a", ORDER)
         assert status == 200
         saved = json.loads(body)
@@ -205,8 +215,7 @@ class TestWhatItShows:
         assert client.send("POST", "/api/jobs/a", ORDER)[0] == 409
 
     def test_a_dead_job_is_still_shown(self, client, job):
-        started = job()
-        started.endpoint()
+        started = logged(job)
         os.kill(started.process.pid, signal.SIGKILL)
         started.end()
         found = json.loads(client.send(target="/api/jobs/a")[2])

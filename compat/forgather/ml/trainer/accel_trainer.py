@@ -77,7 +77,7 @@ class AccelTrainer(BaseTrainer):
                 f"Accelerate computes on {self.accelerator.device}, and the arguments on {args.device}: give both the "
                 "same, use_cpu=True and Accelerator(cpu=True), or neither"
             )
-        precision = self.accelerator.mixed_precision
+        precision = self.accelerator.mixed_precision  # which a launcher may have said
         if precision in PRECISIONS and not (args.bf16 or args.fp16):
             setattr(args, precision, True)
         if args.fp16:

@@ -127,14 +127,19 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
 
     def _own_batches(self, dataloader: Any, limit: int | None) -> Any:
         """Give the batches of an evaluation that this process has: each of them is one process's."""
-        world = self._world
-        if world.size == 1:
+        sharing = self._sharing()
+        if sharing is None:
             self.callback_handler.eval_dataloader = dataloader
             return itertools.islice(dataloader, limit)
-        shared = self.args.accelerator_config
-        sharing = Sharing(world, Share(world.size, world.rank, world.size), shared.dispatch_batches)
-        self.callback_handler.eval_dataloader = own = part(dataloader, self.args.seed, sharing, limit)
-        return own
+        rounds = Sharing(
+            sharing.world, Share(sharing.world.size, sharing.world.rank, sharing.world.size), sharing.dispatch
+        )
+        self.callback_handler.eval_dataloader, batches = part(dataloader, self.args.seed, rounds, limit)
+        return batches
+
+    def _sharing(self) -> Sharing | None:
+        """Say how the batches of training are shared out; None where that is not asked."""
+        return None
 
     model_preparation_time: float
     _prepared: bool

@@ -138,22 +138,24 @@ def feed(loader: Any, seed: int, sharing: Sharing | None = None) -> Feed:
     return Feed(loader, opened)
 
 
-def part(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> Any:
-    """Give the batches of a loader that this process has, one pass over them, as something to iterate.
+def part(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> tuple[Any, Iterator[Any]]:
+    """Give the batches of a loader that this process has, one pass over them.
 
     Args:
         loader: Of all batches.
         seed: Of the run.
-        sharing: Which of them this process has.
+        sharing: Which of them this process has. What a batch draws at random depends on its number alone.
         stop: How many batches there are at most; None for all.
+
+    Returns:
+        A loader of them, for those who look at it, and its iterator.
     """
-    loader = whole(loader)
+    loader = loader if sharing.world.size == 1 else whole(loader)
     if not _is_plain(loader) or sharing.dispatch:
-        by_first = sharing.dispatch is not False
-        return sharing.own(itertools.islice(_opened(loader), stop), by_first=by_first)
+        return loader, sharing.own(itertools.islice(_opened(loader), stop), by_first=sharing.dispatch is not False)
     rest, mine = _rest(loader, seed, sharing)
     rest.stop = stop
-    return mine
+    return mine, iter(mine) if loader.num_workers else _drawn(iter(mine), sharing.own(itertools.count()), seed, 0)
 
 
 def _is_plain(loader: Any) -> bool:

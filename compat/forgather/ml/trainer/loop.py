@@ -21,7 +21,6 @@ from forgather.ml.trainer.model_settings import model_settings
 from forgather.ml.trainer.position import PositionPart
 from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.running import Running
-from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
 from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
@@ -139,10 +138,6 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
             if self.control.should_training_stop:
                 break
         return self._finish(run)
-
-    def _sharing(self) -> Sharing | None:
-        """Say how the batches of training are shared out; None where that is not asked."""
-        return None
 
     def _tell(self, run: Running) -> None:
         """Log what is about to be done."""
