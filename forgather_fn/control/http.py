@@ -4,6 +4,7 @@ RFC 9112 lets a server refuse what it does not need: chunked bodies, folded line
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -83,9 +84,17 @@ class Response:
 
 
 def as_json(status: HTTPStatus, value: Any, **headers: str) -> Response:
-    """Answer with a value as JSON."""
+    """Answer with a value as JSON; floats that JSON has not are ``"nan"``, ``"inf"`` or ``"-inf"``."""
     named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return Response(status, json.dumps(value, allow_nan=False).encode() + b"\n", headers=named)
+    return Response(status, json.dumps(_plain(value), allow_nan=False, default=str).encode() + b"\n", headers=named)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def refusal(error: Refused) -> Response:

@@ -238,7 +238,7 @@ def _responding(inbox: Inbox, endpoint: Endpoint) -> Respond:
         try:
             # Shielded: whoever hangs up has still asked.
             reply: Reply = await asyncio.shield(asyncio.wrap_future(answer))
-            return as_json(HTTPStatus.OK, dict(reply))
+            return as_json(HTTPStatus.OK, reply)
         except ControlError as error:
             raise Refused(HTTPStatus.CONFLICT, str(error)) from None
 

@@ -1,6 +1,5 @@
 """What a job tells of itself."""
 
-import math
 import time
 from typing import Any
 
@@ -10,17 +9,16 @@ from forgather_fn.control.inbox import Inbox
 
 
 def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
-    """Say where a job is, from what is known without asking the device; as plain data that JSON has.
+    """Say where a job is, from what is known without asking the device; as plain data.
 
-    Times are in seconds, instants in seconds since 1970. What is not known is None. A number that JSON has not is the
-    text ``"nan"``, ``"inf"`` or ``"-inf"``.
+    Times are in seconds, instants in seconds since 1970. What is not known is None.
     """
     progress, numbers, now = inbox.progress, inbox.numbers, time.time()
     values = dict(numbers.values) if numbers else {}
     step, samples, _ = progress.at if progress else (None, None, None)
     rates = (progress.rates if progress else None) or (None, None)
     remaining = progress.remaining if progress else None
-    found: dict[str, Any] = {
+    return {
         "job": endpoint.job,
         "run": endpoint.run,
         "pid": endpoint.process.pid,
@@ -45,7 +43,6 @@ def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
         "waiting": [str(command) for command in inbox.waiting()],
         "ended": inbox.ended,
     }
-    return {name: _plain(value) for name, value in found.items()}
 
 
 def _newest(inbox: Inbox, now: float) -> dict[str, Any] | None:
@@ -57,11 +54,3 @@ def _newest(inbox: Inbox, now: float) -> dict[str, Any] | None:
         return None
     newest = whole[-1]
     return {"path": str(newest.path), "step": newest.step, "age": max(now - whole[-1].manifest.time, 0.0)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return value

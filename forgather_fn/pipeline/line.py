@@ -72,6 +72,15 @@ class Line:
                 distributed.all_reduce(tensor, group=group)
         return tensor
 
+    def taken_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Take what the first pipeline has, in place, as DistributedDataParallel does with buffers."""
+        from torch import distributed
+
+        if self.copies is not None:
+            with self.world.explained():
+                for tensor in tensors:
+                    distributed.broadcast(tensor, group=self.copies, group_src=0)
+
     def same(self, number: int, tell: Callable[[], str]) -> None:
         """Make sure that all processes of this pipeline have the same number, before anything else is sent.
 

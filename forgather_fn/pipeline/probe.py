@@ -5,59 +5,21 @@ masks, positions and whatever else is made of the batch alone is of none, since 
 if, of all that the stages before have made, the next one reads the hidden state and nothing else.
 """
 
-import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from forgather_fn.model import buffer_slots, evaluation_mode
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError
+from forgather_fn.pipeline.forms import Form, form_of
 from forgather_fn.pipeline.freeing import freed
+from forgather_fn.pipeline.trace import Following, Origin, Trace, owners_of
 from forgather_fn.random import seeded
-
-_SHAPES_ONLY: Final = frozenset(
-    {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
-    | {"new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"}
-)
-"""Operations whose result does not depend on the values that they are given."""
-
-
-@attrs.frozen(eq=False)
-class Form:
-    """The form of what a module gives or takes: which leaf of it is the hidden state, and what is beside it.
-
-    Attributes:
-        spec: How it is nested.
-        leaves: All but the hidden state; tensors are None, since none may cross a cut.
-        place: Of the hidden state.
-    """
-
-    spec: Any
-    leaves: tuple[Any, ...]
-    place: int
-
-    def holding(self, hidden: Tensor, within: Any = None) -> Any:
-        """Put a hidden state into the form; what is beside it is that of ``within``, if that is given."""
-        leaves = [*self.leaves] if within is None else tree_flatten(within)[0]
-        leaves[self.place] = hidden
-        return tree_unflatten(leaves, self.spec)
-
-
-def form_of(value: Any) -> tuple[Form, Tensor] | None:
-    """Find the hidden state, the first floating tensor; None if there is none."""
-    leaves, spec = tree_flatten(value)
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            kept = tuple(None if isinstance(other, Tensor) else other for other in leaves)
-            return Form(spec, kept, place), leaf
-    return None
 
 
 @attrs.frozen(eq=False)
@@ -90,14 +52,6 @@ class Flow:
     skipped: tuple[Mapping[str, Form], ...]
 
 
-@attrs.frozen
-class _Origin:
-    """Where a tensor was made: by which module (the model itself has no name); None if it has just crossed a cut."""
-
-    stage: int
-    module: str | None
-
-
 @attrs.define(eq=False)
 class _Call:
     """One call of a module."""
@@ -106,97 +60,6 @@ class _Call:
     ended: int = -1
     given: tuple[Form, Tensor] | None = None
     kept: bool = False
-
-
-@attrs.frozen(eq=False)
-class _Owner:
-    """A parameter or buffer, by the memory that it takes; many may lie in one storage."""
-
-    name: str
-    buffer: bool
-    start: int
-    stop: int
-    stages: set[int] = attrs.field(factory=set)
-
-
-def _owners(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[int, list[_Owner]]:
-    """Find the tensors of a model by their storage, each once, in the order of their memory."""
-    found: dict[int, dict[int, _Owner]] = {}
-    for kind in (params, buffers):
-        for name, tensor in kind.items():
-            start, reach = (
-                tensor.data_ptr(),
-                sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)),
-            )
-            stop = start + (reach + 1) * tensor.element_size()
-            held = found.setdefault(tensor.untyped_storage()._cdata, {})
-            held.setdefault(start, _Owner(name, kind is buffers, start, stop))
-    return {storage: [held[start] for start in sorted(held)] for storage, held in found.items()}
-
-
-@attrs.define(eq=False)
-class _Trace:
-    """What is known while the model runs."""
-
-    owners: Mapping[int, Sequence[_Owner]]
-    stage: int = 0
-    modules: list[str] = attrs.field(factory=list)
-    origins: dict[int, _Origin] = attrs.field(factory=dict)
-    held: list[Any] = attrs.field(factory=list)
-
-    def mark(self, tensor: Tensor) -> None:
-        """Note that a tensor was made in this stage; its memory is held, so that no other is taken for it."""
-        storage = tensor.untyped_storage()
-        self.held.append(storage)
-        self.origins[storage._cdata] = _Origin(self.stage, self.modules[-1] if self.modules else "")
-
-    def read(self, tensor: Tensor) -> bool:
-        """Note that a tensor is read, and tell whether it is of any stage.
-
-        Raises:
-            SplitError: It is of a stage before.
-        """
-        place = tensor.untyped_storage()._cdata
-        if place in self.owners:
-            own = self.owners[place]
-            owner = own[max(0, bisect.bisect_right(own, tensor.data_ptr(), key=lambda owner: owner.start) - 1)]
-            owner.stages.add(self.stage)
-            return not owner.buffer
-        origin = self.origins.get(place)
-        if origin is None:
-            return False
-        if origin.stage < self.stage:
-            raise SplitError(_SKIP.format(producer=_named(origin.module), consumer=_named(self.modules[-1])))
-        return True
-
-
-_SKIP: Final = (
-    "the model cannot be cut there: {consumer}, after the cut, reads what {producer} has made before it, and only one "
-    "hidden state crosses a cut. Cut where no such connection leads across, or write stages by hand: pipeline.Stages"
-)
-
-
-def _named(module: str | None) -> str:
-    return repr(module) if module else "the model itself"
-
-
-class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    def __init__(self, trace: _Trace) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.trace = trace
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        name = func._overloadpacket.__name__
-        if name in _SHAPES_ONLY:
-            return func(*args, **(kwargs or {}))
-        staged = [self.trace.read(tensor) for tensor in given]  # all of them are noted
-        result = func(*args, **(kwargs or {}))
-        if any(staged):
-            for leaf in tree_flatten(result)[0]:
-                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.trace.owners:
-                    self.trace.mark(leaf)
-        return result
 
 
 def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flow:
@@ -214,7 +77,7 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
     named = {child: name for name, child in model.named_modules()}
     slots = buffer_slots(model)
     buffers = {slot.name: slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.numel()}
-    trace = _Trace(_owners(_stand_ins(model), buffers))
+    trace = Trace(owners_of(_stand_ins(model), buffers))
     calls: list[_Call] = []
     passed: list[tuple[Cut, Crossing]] = []
     before = [(slot, None if slot.tensor is None else slot.tensor.clone()) for slot in slots]
@@ -225,7 +88,7 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
             stack.enter_context(torch.no_grad())
             stack.enter_context(_watching(model, named, trace, calls))
             stack.enter_context(_cutting(model, cuts, trace, passed, calls))
-            stack.enter_context(_Following(trace))
+            stack.enter_context(Following(trace))
             call()
     finally:
         modes.restore()
@@ -251,7 +114,7 @@ def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _watching(model: nn.Module, named: Mapping[nn.Module, str], trace: _Trace, calls: list[_Call]) -> Iterator[None]:
+def _watching(model: nn.Module, named: Mapping[nn.Module, str], trace: Trace, calls: list[_Call]) -> Iterator[None]:
     """Note which module runs, and the form of what those give that lead from one hidden state to the next."""
     running: list[tuple[_Call, Tensor | None]] = []
 
@@ -283,7 +146,7 @@ def _watching(model: nn.Module, named: Mapping[nn.Module, str], trace: _Trace, c
 
 @contextmanager
 def _cutting(
-    model: nn.Module, cuts: Sequence[Cut], trace: _Trace, passed: list[tuple[Cut, Crossing]], calls: list[_Call]
+    model: nn.Module, cuts: Sequence[Cut], trace: Trace, passed: list[tuple[Cut, Crossing]], calls: list[_Call]
 ) -> Iterator[None]:
     """At each cut, go on to the next stage with a hidden state of that stage."""
 
@@ -299,7 +162,7 @@ def _cutting(
         passed.append((cut, _crossing(cut, form, hidden, calls)))
         trace.stage += 1
         trace.held.append(fresh.untyped_storage())
-        trace.origins[fresh.untyped_storage()._cdata] = _Origin(trace.stage, None)
+        trace.origins[fresh.untyped_storage()._cdata] = Origin(trace.stage, None)
         return form.holding(fresh, within=value)
 
     handles = []
@@ -350,7 +213,7 @@ def _check_passed(cuts: Sequence[Cut], passed: Sequence[tuple[Cut, Crossing]]) -
         )
 
 
-def _assigned(cuts: Sequence[Cut], trace: _Trace) -> Assignment:
+def _assigned(cuts: Sequence[Cut], trace: Trace) -> Assignment:
     owners = [owner for held in trace.owners.values() for owner in held]
     params = {owner.name: frozenset(owner.stages) for owner in owners if not owner.buffer}
     for stage in range(len(cuts) + 1):

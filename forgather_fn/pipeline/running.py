@@ -42,6 +42,7 @@ class Pipeline:
     ties: Ties
     share: Share
     names: tuple[str, ...] = ()
+    moving: bool = False
 
     @property
     def line(self) -> Line:
@@ -96,7 +97,10 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     _, buffers = passed(built, state, lambda: run(passes.work))
     gradients = built.workspace.collect(batch.samples, 0.0)
     try:
+        _learn(pipeline, passes.means, moving=not pipeline.names and not _same(arrays.buffers, buffers))
         gradients, means = _added(pipeline, gradients, passes.means)
+        if pipeline.moving:
+            line.taken_from_first(buffers.buffers)
     except BaseException:
         built.workspace.clear()
         raise
@@ -219,7 +223,6 @@ def _added(
     line, ties, device = pipeline.line, pipeline.ties, pipeline.machine.built.device
     flat = gradients.flat
     assert flat is not None
-    _learn(pipeline, found)
     ties.add(line, flat)
     index = gradients.layout.index
     tied = [float(name in index and gradients.active[index[name]]) for name in ties.names]
@@ -253,16 +256,21 @@ def _added(
 _WIDE = torch.float64
 
 
-def _learn(pipeline: Pipeline, found: Sequence[Mapping[str, Mean]]) -> None:
-    """Tell all processes, after the first step, which means the loss has.
+def _same(before: Flat, after: Flat) -> bool:
+    return before.layout is after.layout and all(map(torch.equal, before.buffers, after.buffers))
+
+
+def _learn(pipeline: Pipeline, found: Sequence[Mapping[str, Mean]], moving: bool) -> None:
+    """Tell all processes, after the first step, which means the loss has, and whether buffers change.
 
     Raises:
         ValueError: It names other means for some microbatches than for others.
     """
     kinds = {tuple(sorted(means)) for means in found}
     if not pipeline.names:
-        kinds = {kind for told in pipeline.line.world.gather(kinds) for kind in told}
-        pipeline.names = min(kinds)
+        told = pipeline.line.world.gather((kinds, moving))
+        kinds = {kind for names, _ in told for kind in names}
+        pipeline.names, pipeline.moving = min(kinds), any(moved for _, moved in told)
     if kinds - {pipeline.names}:
         raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from forgather_fn.pipeline.cuts import SplitError
-from forgather_fn.pipeline.probe import Crossing, Flow, Form, form_of
+from forgather_fn.pipeline.forms import Form, form_of
+from forgather_fn.pipeline.probe import Crossing, Flow
 
 
 class _Reached(BaseException):

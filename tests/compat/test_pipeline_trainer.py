@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from forgather.ml import PipelineTrainer, PipelineTrainingArguments, Trainer, TrainingArguments
-from tests.pipeline.models import Plain, words
+from forgather_fn.testing.processes import processes
+from tests.pipeline.models import Plain, llama, words
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +72,38 @@ def test_the_script_runs_under_torchrun_on_three_processes_and_on_one(tmp_path: 
     went_on = load_file(tmp_path / "three/output/checkpoint-14/model.safetensors")
     for name, tensor in trainer.model.state_dict().items():
         torch.testing.assert_close(went_on[name], tensor, rtol=0, atol=2e-6)
+
+
+def on_meta(folder: str) -> tuple[int, float, dict[str, torch.Tensor]]:
+    """Train a model that no process ever has whole."""
+    rank = os.environ.get("RANK", "0")
+    trainer = (PipelineTrainer if folder.endswith("two") else Trainer)(
+        model_init=lambda: llama(layers=4),
+        args=PipelineTrainingArguments(
+            output_dir=f"{folder}/{rank}",
+            split_spec={"model.layers.1": "end"},
+            pipeline_schedule="1f1b",
+            construct_model_on="meta",
+            max_steps=2,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=[{name: column[i] for name, column in words(samples=16).items()} for i in range(16)],
+    )
+    numbers = sum(p.numel() for p in trainer.model.parameters())
+    loss = trainer.train().training_loss
+    return numbers, loss, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_models_on_the_meta_device_get_memory_for_their_stages_alone(tmp_path: Path) -> None:
+    with processes(2) as pool:
+        (few, loss, one), (more, same, other) = pool.run(on_meta, str(tmp_path / "two"))
+    whole, expected, params = on_meta(str(tmp_path / "one"))
+    assert loss == same == pytest.approx(expected, rel=1e-5)
+    assert few + more == whole
+    for name, tensor in params.items():
+        torch.testing.assert_close((one | other)[name], tensor, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import toolz
+import torch
 
 import forgather_fn as ff
 from forgather_fn.control import Command, ControlError, client, jobs, server, serving
 from forgather_fn.control import endpoint as endpoints
 from forgather_fn.control.client import ask, ask_status, target
 from forgather_fn.control.endpoint import UnsafeError
+from forgather_fn.control.progress import Numbers
 from tests.control.conftest import Raw
 from tests.toys import classifier, labelled_batches, program
 
@@ -67,6 +69,22 @@ class TestWhatIsTaken:
         request.done(step=7, paths=["/x"])
         thread.join()
         assert answers == [(200, '{"command": "save", "step": 7, "paths": ["/x"]}\n')]
+
+    def test_numbers_that_json_has_not_are_texts(self, served):
+        inbox, raw = served
+        inbox.numbers = Numbers(1, float("inf"), {"loss": float("nan"), "x": float("-inf")})
+        status = json.loads(raw.request()[1])
+        assert (status["loss"], status["metrics"]) == ("nan", {"x": "-inf"})
+        answers = []
+        body = b'{"command": "evaluate"}'
+        thread = threading.Thread(target=lambda: answers.append(raw.request("POST", "/control", body)))
+        thread.start()
+        while (request := inbox.take()) is None:
+            time.sleep(0.005)
+        request.done(step=7, results={"eval_loss": float("nan"), "eval_x": torch.tensor(2)})
+        thread.join()
+        assert answers[0][0] == 200
+        assert json.loads(answers[0][1])["results"] == {"eval_loss": "nan", "eval_x": "tensor(2)"}
 
     def test_what_cannot_be_done_is_a_conflict(self, served):
         inbox, raw = served

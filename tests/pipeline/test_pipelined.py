@@ -1,5 +1,8 @@
 """What a pipelined program does besides agreeing with one device."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +90,44 @@ def test_two_pipelines_of_two(four: Processes, name: str) -> None:
     compared(found, runs.single(name, {}), 5e-6)
     for one, other in ((0, 2), (1, 3)):
         assert all(torch.equal(tensor, found[other].params[n]) for n, tensor in found[one].params.items())
+
+
+def normalised(how: str, folder: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Statistics of batches, which the stages keep."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(4)]
+    plan = ff.Plan(
+        model=nn.Sequential(*layers, nn.Linear(6, 3)),
+        loss=ff.losses.cross_entropy,
+        optimizer=ff.adamw(),
+        schedule=1e-2,
+        microbatches=4,
+    )
+    pipelines = 2 if how == "two pipelines" else 1
+    program = ff.single(plan) if how == "one device" else ff.pipelined(plan, {"1": "end"}, pipelines=pipelines)
+    state = program.init()
+    for i in range(3):
+        torch.manual_seed(i)
+        state, _ = program.step(state, (torch.randn(16, 6), torch.randint(0, 3, (16,))))
+    if folder is not None:
+        ff.checkpoint.save(folder, state, program)
+    return dict(state.params), {name: buffer.clone() for name, buffer in state.buffers.items()}
+
+
+def test_statistics_of_batches_are_those_of_one_device(two: Processes, tmp_path: Any) -> None:
+    params, buffers = normalised("one device")
+    for rank, (own, kept) in enumerate(two.run(normalised, "one pipeline", str(tmp_path))):
+        torch.testing.assert_close(own, {name: params[name] for name in own}, rtol=0, atol=0)
+        mine = [name for name in kept if (int(name[0]) > 1) == bool(rank)]
+        torch.testing.assert_close({n: kept[n] for n in mine}, {n: buffers[n] for n in mine}, rtol=0, atol=0)
+    saved = ff.checkpoint.load(tmp_path).tensors["model"]
+    torch.testing.assert_close({name: saved[name] for name in buffers}, buffers, rtol=0, atol=0)
+
+
+def test_two_pipelines_keep_the_statistics_of_the_first(four: Processes) -> None:
+    found = four.run(normalised, "two pipelines")
+    for one, other in ((0, 2), (1, 3)):
+        torch.testing.assert_close(found[one], found[other], rtol=0, atol=0)
 
 
 def recomputing(name: str, pipelined: bool) -> runs.Found:
@@ -341,15 +382,34 @@ def test_what_fails_in_a_stage_is_told_as_it_was_raised(two: Processes, where: i
     assert as_batch(words()).samples == 8
 
 
+def killed() -> None:
+    program = ff.pipelined(runs.plan_of(ONE), CUT)
+    state, _ = program.step(program.init(seed=3), words())
+    if distributed.get_rank() == 1:
+        hook = lambda module, args: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        program.module().layer[5].register_forward_pre_hook(hook)  # type: ignore[index, union-attr]
+    program.step(state, words())
+
+
+def test_a_process_that_is_killed_ends_the_others_at_once(two: Processes) -> None:
+    two.run(distributed.get_rank)  # they have been started
+    began = time.monotonic()
+    with pytest.raises(ProcessesFailed) as caught:
+        two.run(killed)
+    assert time.monotonic() - began < 5
+    assert "exit code -9" in caught.value.errors[1]
+    assert "RuntimeError" in caught.value.errors[0]
+
+
 def same_batch_twice() -> list[int]:
     """A batch of a form that was seen before needs no pass of its own."""
     program = ff.pipelined(runs.plan_of(ONE), CUT)
     state, calls = program.init(seed=3), []
     counts = []
     program.module().register_forward_pre_hook(lambda *args: calls.append(1))
-    for time in (6, 6, 9, 6):
+    for length in (6, 6, 9, 6):
         calls.clear()
-        state, _ = program.step(state, words(time=time))
+        state, _ = program.step(state, words(time=length))
         counts.append(len(calls))
     return counts
 

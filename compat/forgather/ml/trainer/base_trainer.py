@@ -171,10 +171,14 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
         number = len(parameters)
         if number > 1:
             raise RuntimeError("model_init should have 0 or 1 argument.")
-        model = constructed(functools.partial(build, trial) if number else build, self.args)
+        model = self._constructed(functools.partial(build, trial) if number else build)
         if model is None:
             raise RuntimeError("model_init should not return None.")
         return model
+
+    def _constructed(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Build a model with the data type, on the device, and with the values that arguments name."""
+        return constructed(build, self.args)
 
     def _place_model(self) -> None:
         wanted = self.args.place_model_on_device

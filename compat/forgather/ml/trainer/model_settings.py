@@ -27,16 +27,21 @@ def constructed(model_init: Callable[[], nn.Module], args: "TrainingArguments") 
     Raises:
         ValueError: A tensor of a model on the meta device has no initialisation of its own; it is named.
     """
+    model = built(model_init, args)
+    if isinstance(model, nn.Module) and on_meta(model):
+        initialise_from_meta(model, args.seed, args.device)
+    return model
+
+
+def built(model_init: Callable[[], nn.Module], args: "TrainingArguments") -> nn.Module:
+    """Build a model as :func:`constructed` does; one on the meta device stays there, and has no values."""
     with contextlib.ExitStack() as stack:
         if args.default_dtype is not None:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(getattr(torch, args.default_dtype))
         if args.construct_model_on != "default":
             stack.enter_context(torch.device("meta" if args.construct_model_on == "meta" else args.device))
-        model = model_init()
-    if isinstance(model, nn.Module) and on_meta(model):
-        initialise_from_meta(model, args.seed, args.device)
-    return model
+        return model_init()
 
 
 @contextlib.contextmanager

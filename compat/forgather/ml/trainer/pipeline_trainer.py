@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import forgather_fn as ff
 from forgather.ml.trainer.base_trainer import BaseTrainer
 from forgather.ml.trainer.counting import batch_size_of
+from forgather.ml.trainer.model_settings import built
 from forgather.ml.trainer.parallel_arguments import PipelineTrainingArguments
 from forgather.ml.trainer.refusals import refuse_unhonoured
 from forgather.ml.trainer.stepping import OVERRIDES
@@ -19,6 +21,7 @@ from forgather.ml.trainer.windows import Window
 from forgather_fn.batch import microbatches
 from forgather_fn.binding import unbind
 from forgather_fn.data import Batch
+from forgather_fn.meta import on_meta
 from forgather_fn.pipeline.freeing import is_freed
 from forgather_fn.plan import Program
 from forgather_fn.state import TrainState
@@ -65,19 +68,29 @@ class PipelineTrainer(BaseTrainer):
     def _rebuild_model(self) -> None:
         """Build the model, and let go of what belongs to other processes before the optimizer is made."""
         super()._rebuild_model()
-        self._let_go()
+        self._let_go(self.model)
 
-    def _let_go(self) -> None:
-        if self.args.world_size > 1 and not is_freed(self.model):
+    def _constructed(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Build a model; one on the meta device gets memory and values for the stages of this process alone."""
+        if self.args.world_size == 1 or self.args.construct_model_on != "meta":
+            return super()._constructed(build)
+        model = built(build, self.args)
+        self._let_go(model)
+        return model
+
+    def _let_go(self, model: nn.Module) -> None:
+        """Free a model of the stages of other processes; its optimizer is made afterwards."""
+        if self.args.world_size > 1 and not is_freed(model):
             plan = ff.Plan(
-                model=self.model,
-                loss=self._objective(),
+                model=model,
+                loss=ff.losses.cross_entropy,
                 optimizer=ff.sgd(),
                 schedule=0.0,
+                init="by_name" if on_meta(model) else "as_built",
                 device=self.args.device,
             )
             self._strategy(plan).init(self.args.seed)
-            unbind(self.model)
+            unbind(model)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Count the samples of one step: every process reads the same."""
@@ -121,7 +134,7 @@ class PipelineTrainer(BaseTrainer):
     def _running(self) -> tuple[Program, TrainState]:
         """Give the program whose model this is; one is made where no training runs."""
         if self._engine is None:
-            self._let_go()
+            self._let_go(self.model)
             self.create_optimizer()
             self._open_engine(0)
         assert self._engine is not None
