@@ -171,6 +171,14 @@ def test_dropout_repeats_and_resumes_to_the_bit(two: Processes, tmp_path: Any, s
     assert first[0].metrics != runs.single("plain", {}).metrics  # dropout is live
 
 
+def test_masks_follow_the_stage_and_not_the_process(two: Processes, four: Processes) -> None:
+    found = two.run(with_dropout, "Interleaved1F1B", 4) + four.run(with_dropout, "GPipe", 4)
+    tensors = {name: tensor for run in found for name, tensor in run.params.items()}
+    for run in found:
+        assert run.evaluated == found[0].evaluated
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in run.params.items())
+
+
 def by_name(meta: bool, pipelined: bool) -> tuple[runs.Found, int]:
     with torch.device("meta" if meta else "cpu"):
         model = llama(tied=True)
