@@ -113,8 +113,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
 def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
     built, arrays, world = holder.built, state.read(), holder.world
-    if world.watch is not None:
-        world.watch.begin()
+    world.begin()
     built.bound(arrays)
     microbatches = [(number, built.place(data)) for number, data in in_step(batch, holder.share, world)]
     try:
