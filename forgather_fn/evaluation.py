@@ -72,8 +72,7 @@ def evaluate(
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
-    if world.watch is not None:
-        world.watch.begin()
+    world.begin()
 
     def found_here() -> Sums:
         with evaluating(built, state, params):

@@ -28,6 +28,10 @@ KNOWN: Final = ("2", "13")
 """The version of torch whose inside this file was written against."""
 
 
+ORDERS: Final = 1048573
+"""How many orders are told apart: a prime whose square, added up over processes, is exact in float64."""
+
+
 def check_version(version: str) -> None:
     """Make sure that torch is the one whose inside is known here.
 
@@ -93,7 +97,8 @@ class Fsdp:
         units: All units, the root among them.
         trained: How trained parameters are cut.
         still: How the others are.
-        used: Names of parameters that backward passes have reached since it was last emptied.
+        used: Names of parameters that backward passes have reached since the last :meth:`begin`.
+        order: A number that tells in which order units have run since then.
     """
 
     module: Any
@@ -102,6 +107,7 @@ class Fsdp:
     still: Shards
     mesh: Any
     used: set[str] = attrs.field(factory=set)
+    order: int = 0
     _params: dict[str, Any] = attrs.field(factory=dict)
 
     def place(self, params: Flat, frozen: Mapping[str, Tensor]) -> None:
@@ -125,6 +131,11 @@ class Fsdp:
     def shards(self) -> dict[str, Tensor]:
         """Give this process's rows of every parameter."""
         return {name: held.sharded_param._local_tensor for name, held in self._params.items()}
+
+    def begin(self) -> None:
+        """Forget what units have run, and what parameters were reached."""
+        self.used.clear()
+        self.order = 0
 
     def rest(self) -> None:
         """Let go of what is gathered; the next pass gathers anew, from the shards as they are then."""
@@ -156,11 +167,16 @@ class Fsdp:
         The sum over processes does not tell: it has zeros for those that no process has reached.
         """
         self._params.update(zip(names, held, strict=True))
+        unit.register_forward_pre_hook(functools.partial(self._entered, self.units.index(unit) + 1))
         unit.unshard()
         for name, one in zip(names, held, strict=True):
             if one._unsharded_param.requires_grad:
                 one._unsharded_param.register_post_accumulate_grad_hook(functools.partial(self._reached, name))
         unit.reshard()
+
+    def _entered(self, number: int, unit: nn.Module, inputs: Any) -> None:
+        del unit, inputs
+        self.order = (self.order * 31 + number) % ORDERS
 
     def _reached(self, name: str, parameter: Tensor) -> None:
         del parameter

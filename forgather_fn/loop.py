@@ -195,8 +195,8 @@ def _telling(world: World) -> Iterator[None]:
     except GeneratorExit:
         raise
     except BaseException as error:
-        if world.watch is not None and not getattr(error, "known_to_all", False):
-            world.watch.fail(error)
+        if not getattr(error, "known_to_all", False):
+            world.fail(error)
         raise
 
 

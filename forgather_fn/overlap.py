@@ -119,6 +119,6 @@ def sending(
         try:
             yield going
         except BaseException as error:
-            if going.works and world.watch is not None:
-                world.watch.fail(error)  # others have begun what cannot be taken back
+            if going.works:
+                world.fail(error)  # others have begun what cannot be taken back
             raise

@@ -139,8 +139,7 @@ def _halves(built: Built) -> tuple[RunParts, Advance]:
 def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, and add up over all; see :class:`Execution`."""
     built, arrays = replica.built, state.read()
-    if replica.world.watch is not None:
-        replica.world.watch.begin()
+    replica.world.begin()
     built.bound(arrays)
     parts = [(number, built.place(part)) for number, part in owned(batch, replica.share)]
     found, gradients, buffers = replica.run(replica, state, parts, batch.samples)

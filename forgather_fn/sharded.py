@@ -99,7 +99,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
     def clear() -> None:
         for buffer in flat.buffers:
             buffer.zero_()
-        fsdp.used.clear()
+        fsdp.begin()
 
     def collect(samples: int, weight: Tensor | float, /) -> Gradients:
         active = tuple(leaf.name in fsdp.used for leaf in layout.leaves)
@@ -113,8 +113,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
 def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
     built, arrays, world = holder.built, state.read(), holder.world
-    if world.watch is not None:
-        world.watch.begin()
+    world.begin()
     built.bound(arrays)
     microbatches = [(number, built.place(data)) for number, data in in_step(batch, holder.share, world)]
     try:
@@ -174,9 +173,32 @@ def _told(holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mea
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
     device = holder.built.device
     flags = torch.tensor(gradients.active, dtype=torch.float64, device=device)
+    order = float(holder.fsdp.order)
+    others = torch.tensor([order, order * order], dtype=torch.float64, device=device)
     square = squares(gradients.whole()).sum().reshape(1)
-    numbers = added(holder.world)(torch.cat([flags, square, holder.agreed.sums(found, device)]))
-    return numbers[: len(flags)], numbers[len(flags)], numbers[len(flags) + 1 :]
+    numbers = added(holder.world)(torch.cat([flags, square, others, holder.agreed.sums(found, device)]))
+    counts, square, orders, means = torch.split(numbers, [len(flags), 1, 2, len(numbers) - len(flags) - 3])
+    return counts, _if_alike(orders, square[0], holder.world), means
+
+
+def _if_alike(orders: Tensor, square: Tensor, world: World) -> Tensor:
+    """Give the square of the norm if what was gathered was the same unit everywhere: if the orders' variance is 0.
+
+    On an accelerator nobody waits for the answer: it is nan otherwise, which stops the run as any that is not finite.
+
+    Raises:
+        ValueError: It was not, on a CPU.
+    """
+    alike = orders[0].square() == world.size * orders[1]
+    if square.device.type != "cpu":
+        return torch.where(alike, square, torch.nan)
+    if not alike:
+        raise ValueError(
+            "sharded: the units of the model ran in another order on some processes than on others, so that parts of "
+            "different units were put together. Nothing was updated. Where it depends on the data which of them run, "
+            "let a module around them be the unit: accelerated(plan, sharded=[...])"
+        )
+    return square
 
 
 def added(world: World) -> Summed:

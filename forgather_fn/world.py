@@ -142,6 +142,20 @@ class World:
             return lambda number: number
         return Poll(self).vote
 
+    def begin(self) -> None:
+        """Note that a step begins here, or anything else that takes all processes.
+
+        Raises:
+            PeerError: Another process has ended before it.
+        """
+        if self.watch is not None:
+            self.watch.begin()
+
+    def fail(self, error: BaseException, /) -> None:
+        """Tell the other processes that this one cannot go on; they end."""
+        if self.watch is not None:
+            self.watch.fail(error)
+
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """Tell, of a collective that broke, which process failed and why.

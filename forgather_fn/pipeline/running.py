@@ -83,8 +83,7 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     """Run a step's microbatches through the stages; see :class:`~forgather_fn.execution.TakeGradients`."""
     machine, line, arrays = pipeline.machine, pipeline.line, state.read()
     built = machine.built
-    if line.world.watch is not None:
-        line.world.watch.begin()
+    line.world.begin()
     built.bound(arrays)
     numbers, parts, forms = _given(pipeline, batch)
     weight = known_weight(built.plan, parts) if line.pipelines == 1 else None

@@ -117,6 +117,6 @@ def telling(world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if world.watch is not None and not getattr(error, "known_to_all", False):
-            world.watch.fail(error)
+        if not getattr(error, "known_to_all", False):
+            world.fail(error)
         raise
