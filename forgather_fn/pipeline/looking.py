@@ -33,6 +33,7 @@ def evaluate(machine: Machine, built: Built, state: TrainState, data: Any, param
     """
     raise_if_nonfinite(state)
     line = machine.line
+    line.world.begin()
     batches = own_batches(data, World(rank=line.number, size=line.pipelines))
     found: Sums = {}
     with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
@@ -59,6 +60,7 @@ def apply(
 ) -> Any:
     """Call the model on inputs in evaluation mode, and give its outputs on every process."""
     line = machine.line
+    line.world.begin()
     args, kwargs = built.place(inputs), built.place(named)
     with evaluating(built, state, params), seeded(key(state.seed, state.step, "apply"), built.device):
         call = functools.partial(built.module, *args, **kwargs)
