@@ -1,37 +1,33 @@
 """Training a model that is cut into stages, one or several to a process."""
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from forgather_fn import evaluation
-from forgather_fn.batch import owned
 from forgather_fn.built import Built
-from forgather_fn.data import Batch
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Flat, Layout
-from forgather_fn.gradient import Gradients
-from forgather_fn.mean import Mean
+from forgather_fn.flat import Layout
 from forgather_fn.meta import on_meta
 from forgather_fn.model import build, call_arguments
 from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
+from forgather_fn.pipeline.alone import proved
 from forgather_fn.pipeline.balance import balanced, measured
 from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of
 from forgather_fn.pipeline.line import Line, lined_up
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.preparing import assigned_by, assignment_of, stage_prepared
-from forgather_fn.pipeline.running import Pipeline, norm_over, pipelining
+from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
-from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.plan import Plan, Program
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
-from forgather_fn.step import eager
 from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import joined
 from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
@@ -84,7 +80,7 @@ def pipelined(
     if ranks > 1:
         arrange(schedule, ranks=ranks, stages=stages, microbatches=len(share.block))
     line = lined_up(world, kind_of(schedule), stages, ranks)
-    plan = attrs.evolve(plan, viewed_elements=ALL_VIEWED)
+    plan = attrs.evolve(plan, viewed_elements=ALL_VIEWED, device=_own_device(plan.device, world))
     stand = _Standing(plan, split_spec, line, share, example)
     if isinstance(plan.model, nn.Module) and not isinstance(split_spec, str):
         cuts_of(plan.model, split_spec)  # now, and not only when the program is first used
@@ -121,6 +117,14 @@ def _joined(plan: Plan) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
     return joined(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _own_device(device: torch.device, world: World) -> torch.device:
+    """Give each process of a machine an accelerator of its own, where none is named."""
+    if device.type == "cpu" or device.index is not None or world.size == 1:
+        return device
+    torch.accelerator.set_device_index(world.local_rank)
+    return torch.device(device.type, world.local_rank)
 
 
 def _sizes(
@@ -198,7 +202,7 @@ class _Standing:
         assert self.assignment is not None
         machine = self.machine = Machine(built, self.line, self.assignment)
         if self.line.ranks == 1:
-            return _proved(machine, self.share)
+            return proved(machine, self.share)
         index = built.binding.layout.index
         self.ties = ties_of(self.line, self.assignment, index)
         everywhere = {name for own in self.line.world.gather(tuple(index)) for name in own}
@@ -263,31 +267,3 @@ class _Standing:
     def _running(self) -> Machine:
         assert self.machine is not None
         return self.machine
-
-
-def _proved(machine: Machine, share: Share) -> Execution:
-    """Run steps as one device does, when the first batch has shown that the model can be cut as it was asked for.
-
-    The norm is measured as over several processes, so that any number of them gives the same numbers.
-    """
-    base = eager(machine.built)
-    measure = functools.partial(norm_over, machine.line, frozenset())
-
-    def prove(batch: Batch) -> None:
-        if machine.flow is None:
-            machine.prove(machine.built.place(owned(batch, share)[0][1]))
-
-    def gradients(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
-        prove(batch)
-        taken, buffers, means = base.gradients(state, batch)
-        return attrs.evolve(taken, measure=measure), buffers, means
-
-    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        taken, buffers, means = gradients(state, batch)
-        try:
-            return base.advance(state, taken, buffers, means, wants)
-        except BaseException:
-            machine.built.workspace.clear()
-            raise
-
-    return Execution(step, gradients, base.advance)
