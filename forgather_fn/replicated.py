@@ -20,12 +20,11 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.overlap import Bucket, Sending, buckets, sending
 from forgather_fn.parcel import Parcel
-from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed
 from forgather_fn.reduction import Counter, Reduce
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
-from forgather_fn.step import advance, backward, divided, passed
+from forgather_fn.step import advance, backward, composed, divided, passed
 from forgather_fn.world import World
 
 
@@ -117,15 +116,7 @@ def replicated(
     overlapped = world.size > 1 and not in_pairs and layout.bytes >= overlap_bytes and built.plan.compile is not True
     replica = Replica(built, world, share, reduce, in_pairs, run, buckets(layout) if overlapped else ())
 
-    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        gradients, buffers, means = take_gradients(replica, state, batch)
-        try:
-            return second(state, gradients, buffers, means, wants)
-        except BaseException:
-            built.workspace.clear()
-            raise
-
-    return Execution(step, functools.partial(take_gradients, replica), second)
+    return composed(built, functools.partial(take_gradients, replica), second)
 
 
 def _halves(built: Built) -> tuple[RunParts, Advance]:

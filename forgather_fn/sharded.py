@@ -23,11 +23,10 @@ from forgather_fn.flat import Flat, Layout
 from forgather_fn.fsdp import Fsdp
 from forgather_fn.gradient import Gradients, Summed, squares
 from forgather_fn.mean import Mean
-from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed
 from forgather_fn.share import Parts, Share
 from forgather_fn.state import TrainState
-from forgather_fn.step import advance, backward, divided, passed
+from forgather_fn.step import advance, backward, composed, divided, passed
 from forgather_fn.workspace import Workspace
 from forgather_fn.world import World
 
@@ -68,16 +67,7 @@ def on_shards(built: Built, fsdp: Fsdp, world: World, share: Share) -> Execution
         share: Which microbatches are this one's.
     """
     take = functools.partial(take_gradients, Holder(built, fsdp, world, share))
-
-    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        gradients, buffers, means = take(state, batch)
-        try:
-            return advance(built, state, gradients, buffers, means, wants)
-        except BaseException:
-            built.workspace.clear()
-            raise
-
-    return Execution(step, take, functools.partial(advance, built))
+    return composed(built, take, functools.partial(advance, built))
 
 
 def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Summed) -> Workspace:

@@ -16,7 +16,7 @@ from forgather_fn import gradient, interrupt, scaling, tree
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
-from forgather_fn.execution import Execution
+from forgather_fn.execution import Advance, Execution, TakeGradients
 from forgather_fn.finite import FINE, Flag, Verdict, applied, flag_on_device, flag_on_host
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
@@ -35,18 +35,23 @@ WANTS = frozenset({"gradient_norms"})
 
 def eager(built: Built) -> Execution:
     """Run the steps of a program as they stand."""
+    return composed(built, functools.partial(take_gradients, built), functools.partial(advance, built))
+
+
+def composed(built: Built, first: TakeGradients, second: Advance) -> Execution:
+    """Make whole steps of two halves; one that fails between them leaves no gradient behind."""
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        gradients, buffers, means = take_gradients(built, state, batch)
+        gradients, buffers, means = first(state, batch)
         try:
-            result = advance(built, state, gradients, buffers, means, wants)
+            result = second(state, gradients, buffers, means, wants)
         except BaseException:
             built.workspace.clear()
             raise
         built.workspace.release()
         return result
 
-    return Execution(step, functools.partial(take_gradients, built), functools.partial(advance, built))
+    return Execution(step, first, second)
 
 
 def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:

@@ -23,7 +23,7 @@ from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
-from forgather_fn.step import advance, divided, inverse, known_weight, passed
+from forgather_fn.step import advance, composed, divided, inverse, known_weight, passed
 
 
 @attrs.define(eq=False)
@@ -68,15 +68,7 @@ def pipelining(pipeline: Pipeline) -> Execution:
         advanced, metrics = advance(built, state, gradients, buffers, means, wants)
         return advanced, _everywhere(pipeline, metrics) if wants else metrics
 
-    def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        gradients, buffers, means = take_gradients(pipeline, state, batch)
-        try:
-            return apply(state, gradients, buffers, means, wants)
-        except BaseException:
-            built.workspace.clear()
-            raise
-
-    return Execution(step, functools.partial(take_gradients, pipeline), apply)
+    return composed(built, functools.partial(take_gradients, pipeline), apply)
 
 
 def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
