@@ -166,9 +166,9 @@ def mean_of_batch_means(patch: Patch) -> None:
     """An evaluation is the mean of the batches' results, whatever they weigh."""
     evaluate = evaluation.evaluate
 
-    def planted(built: Any, state: Any, data: Any, params: Any) -> dict[str, float]:
+    def planted(built: Any, state: Any, data: Any, params: Any, **world: Any) -> dict[str, float]:
         batches = data.one_pass() if isinstance(data, ff.Stream) else data
-        results = [evaluate(built, state, [batch], params) for batch in batches]
+        results = [evaluate(built, state, [batch], params, **world) for batch in batches]
         return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
 
     patch.setattr(evaluation, "evaluate", planted)
