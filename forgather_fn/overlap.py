@@ -19,7 +19,11 @@ BUCKET_BYTES: Final = 25 * 2**20
 """About how much is sent at a time: what DistributedDataParallel sends."""
 
 OVERLAPPED_BYTES: Final = 64 * 2**20
-"""From which size of the gradient on it is sent in buckets; below, one transfer at the end is not slower (measured:
+"""From which size of the gradient on it is sent in buckets, where transfers do not take the cores that compute: below,
+a bucket would be as good as all of it."""
+
+NEVER: Final = 1 << 62
+"""On a CPU, where a backward pass and a transfer beside it slow each other down (measured:
 ``docs/distributed-training.md``)."""
 
 

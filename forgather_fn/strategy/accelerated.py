@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn.flat import Layout
-from forgather_fn.overlap import OVERLAPPED_BYTES
+from forgather_fn.overlap import NEVER, OVERLAPPED_BYTES
 from forgather_fn.plan import Plan, Precision, Program
 from forgather_fn.reduction import Reduction, all_reduced, doubled
 from forgather_fn.replicated import replicated
@@ -37,7 +37,7 @@ def accelerated(
     reduction: Reduction = "sum",
     dispatch: Literal["each", "rank0"] = "each",
     sync_batch_norm: bool = False,
-    overlap_bytes: int = OVERLAPPED_BYTES,
+    overlap_bytes: int | None = None,
     sharded: bool | Sequence[str] = False,
 ) -> Program:
     """Make the program of a plan on all processes of a launcher, as Accelerate finds and places them.
@@ -55,7 +55,7 @@ def accelerated(
         dispatch: ``"each"`` process reads its samples, or ``"rank0"`` reads for all.
         sync_batch_norm: Make batch norms use the statistics of all processes (on accelerators).
         overlap_bytes: From which size of the gradient on it is sent in pieces during the last backward pass, and not
-            after it.
+            after it. None: 64 MiB on accelerators; never on CPUs, where transfers take the cores that compute.
         sharded: Where the model does not fit: cut parameters, gradients, slots and averages, so that each process has
             a part of every tensor, by torch's ``fully_shard``. True gathers the members of each ``nn.ModuleList`` one
             at a time; patterns of names (``["encoder.*"]``) choose other modules. ``state.params`` are shards then,
@@ -90,7 +90,7 @@ def accelerated(
             'which is no power of two; use such a number, or reduction="sum"'
         )
     if sharded is not False:
-        check_shards(plan, reduction, overlap_bytes if overlap_bytes != OVERLAPPED_BYTES else None)
+        check_shards(plan, reduction, overlap_bytes)
     if sharded is not False and world.size > 1:
         patterns = None if sharded is True else tuple(sharded)
         sharding = Sharding(world, functools.partial(_agree, plan, world), patterns)
@@ -98,12 +98,13 @@ def accelerated(
         return assembled(
             plan, Strategy(execution, world, share, dispatch=dispatch == "rank0", storage=sharding.storage())
         )
+    pieces = (OVERLAPPED_BYTES if found.device.type != "cpu" else NEVER) if overlap_bytes is None else overlap_bytes
     reduce = doubled(world) if pairs else all_reduced(world)
     return assembled(
         plan,
         Strategy(
             execution=functools.partial(
-                replicated, world=world, share=share, reduce=reduce, in_pairs=pairs, overlap_bytes=overlap_bytes
+                replicated, world=world, share=share, reduce=reduce, in_pairs=pairs, overlap_bytes=pieces
             ),
             world=world,
             share=share,
