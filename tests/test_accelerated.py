@@ -378,6 +378,8 @@ def test_a_checkpoint_that_is_not_there_is_missed_by_all(pair, tmp_path):
         ({}, {"accelerator_args": {"fsdp_plugin": object()}}, "sharded=True"),
         ({}, {"accelerator_args": {"log_with": "all"}}, "ff.report"),
         ({}, {"accelerator_args": {"gradient_accumulation_steps": 3}}, "microbatches=4 over 1 processes"),
+        ({}, {"reduction": "mean"}, "reduction='mean' is not one of 'sum', 'tree'"),
+        ({}, {"dispatch": "first"}, "dispatch='first' is not one of 'each', 'rank0'"),
         ({}, {"sync_batch_norm": True}, "no SyncBatchNorm for CPUs"),
     ],
 )

@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from forgather_fn.built import Built
+from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
 from forgather_fn.overlap import NEVER, OVERLAPPED_BYTES
 from forgather_fn.plan import Plan, Precision, Program
@@ -69,49 +71,52 @@ def accelerated(
         ValueError: The microbatches cannot be shared out evenly; the plan or the accelerator asks for what this
             strategy does not do; or a launcher started several processes, and this one believes that it is alone.
     """
+    for name, given, known in (("reduction", reduction, ("sum", "tree")), ("dispatch", dispatch, ("each", "rank0"))):
+        if given not in known:
+            raise ValueError(f"accelerated: {name}={given!r} is not one of {', '.join(map(repr, known))}")
     found = accelerator_from(accelerator, accelerator_args)
     _check_unsharded(found)
     world = world_of(found)
+    plan = _fitted(plan, found, world, sync_batch_norm)
+    share = Share(plan.microbatches, world.rank, world.size)
+    agree = functools.partial(_agree, plan, world)
+    if sharded is not False:
+        check_shards(plan, reduction, overlap_bytes)
+    if sharded is not False and world.size > 1:
+        sharding = Sharding(world, agree, None if sharded is True else tuple(sharded))
+        execution = functools.partial(sharding.execution, share=share)
+        strategy = Strategy(execution, world, share, storage=sharding.storage())
+    else:
+        if overlap_bytes is None:
+            overlap_bytes = NEVER if found.device.type == "cpu" else OVERLAPPED_BYTES
+        strategy = Strategy(_execution(world, share, reduction, overlap_bytes), world, share, agree)
+    return assembled(plan, attrs.evolve(strategy, dispatch=dispatch == "rank0"))
+
+
+def _execution(world: World, share: Share, reduction: Reduction, overlap_bytes: int) -> Callable[[Built], Execution]:
+    """Run steps on replicas."""
+    pairs, own = reduction == "tree", len(share.block)
+    if pairs and own & (own - 1) and world.size > 1:
+        raise ValueError(
+            f'accelerated: reduction="tree" adds aligned pairs, and each process has {own} microbatches, which is no '
+            'power of two; use such a number, or reduction="sum"'
+        )
+    reduce = doubled(world) if pairs else all_reduced(world)
+    return functools.partial(
+        replicated, world=world, share=share, reduce=reduce, in_pairs=pairs, overlap_bytes=overlap_bytes
+    )
+
+
+def _fitted(plan: Plan, found: "Accelerator", world: World, sync_batch_norm: bool) -> Plan:
+    """Bring a plan to what Accelerate has found: its device, and its precision."""
     _check(plan)
-    precision = _precision(plan, found)
     if found.gradient_accumulation_steps not in (1, plan.microbatches // world.size):
         raise ValueError(
             f"accelerated: Accelerator(gradient_accumulation_steps={found.gradient_accumulation_steps}), but a step "
             f"has the plan's microbatches={plan.microbatches} over {world.size} processes; leave it out"
         )
-    plan = attrs.evolve(plan, device=found.device, precision=precision, viewed_elements=ALL_VIEWED)
-    if sync_batch_norm:
-        plan = attrs.evolve(plan, model=_synchronised(plan))
-    share = Share(plan.microbatches, world.rank, world.size)
-    pairs = reduction == "tree"
-    if pairs and len(share.block) & (len(share.block) - 1) and world.size > 1:
-        raise ValueError(
-            f'accelerated: reduction="tree" adds aligned pairs, and each process has {len(share.block)} microbatches, '
-            'which is no power of two; use such a number, or reduction="sum"'
-        )
-    if sharded is not False:
-        check_shards(plan, reduction, overlap_bytes)
-    if sharded is not False and world.size > 1:
-        patterns = None if sharded is True else tuple(sharded)
-        sharding = Sharding(world, functools.partial(_agree, plan, world), patterns)
-        execution = functools.partial(sharding.execution, share=share)
-        return assembled(
-            plan, Strategy(execution, world, share, dispatch=dispatch == "rank0", storage=sharding.storage())
-        )
-    pieces = (OVERLAPPED_BYTES if found.device.type != "cpu" else NEVER) if overlap_bytes is None else overlap_bytes
-    reduce = doubled(world) if pairs else all_reduced(world)
-    return assembled(
-        plan,
-        Strategy(
-            execution=functools.partial(
-                replicated, world=world, share=share, reduce=reduce, in_pairs=pairs, overlap_bytes=pieces
-            ),
-            world=world,
-            share=share,
-            agree=functools.partial(_agree, plan, world),
-            dispatch=dispatch == "rank0",
-        ),
-    )
+    plan = attrs.evolve(plan, device=found.device, precision=_precision(plan, found), viewed_elements=ALL_VIEWED)
+    return attrs.evolve(plan, model=_synchronised(plan)) if sync_batch_norm else plan
 
 
 _REFUSED: Final = {

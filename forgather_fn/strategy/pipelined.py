@@ -1,6 +1,5 @@
 """Training a model that is cut into stages, one or several to a process."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -29,7 +28,7 @@ from forgather_fn.plan import Plan, Program
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.strategy.accelerated import ALL_VIEWED
-from forgather_fn.strategy.processes import joined
+from forgather_fn.strategy.processes import launched_on
 from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
 from forgather_fn.world import World
 
@@ -74,7 +73,7 @@ def pipelined(
         ValueError: The plan asks for what this strategy does not do.
     """
     _check(plan)
-    world = _joined(plan)
+    world = launched_on(plan.device)
     ranks, stages = _sizes(world, split_spec, kind_of(schedule), stages_per_rank, pipelines)
     share = Share(plan.microbatches, world.rank // ranks, pipelines)
     if ranks > 1:
@@ -108,15 +107,6 @@ def _check(plan: Plan) -> None:
     for name, reason in _WHY.items():
         if given[name]:
             raise ValueError(f"pipelined: Plan({name if '=' in name else name + '=...'}) cannot be: {reason}")
-
-
-def _joined(plan: Plan) -> World:
-    """Find the processes that a launcher started; their group is opened if nobody has."""
-    from torch import distributed
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
-    return joined(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _own_device(device: torch.device, world: World) -> torch.device:

@@ -35,6 +35,15 @@ def world_of(accelerator: "Accelerator") -> World:
     return joined(accelerator.local_process_index)
 
 
+def launched_on(device: torch.device) -> World:
+    """Find the processes that a launcher started; their group is opened if nobody has. Collective, the first time."""
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return joined(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def joined(local_rank: int) -> World:
     """Give the world of torch's process group, watched over; a process without one is alone. Collective, once."""
     from torch import distributed

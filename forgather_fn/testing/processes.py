@@ -45,6 +45,7 @@ class Processes:
     size: int
     timeout: float
     _workers: list[tuple[Any, Connection]] = attrs.field(factory=list)
+    _home: "tempfile.TemporaryDirectory[str] | None" = None
 
     def run(self, function: Callable[..., Any], /, *args: Any) -> list[Any]:
         """Call a function on every process, and give what each returns, by rank.
@@ -94,7 +95,8 @@ class Processes:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
-        rendezvous = tempfile.mktemp(prefix="world-")
+        self._home = tempfile.TemporaryDirectory(prefix="world-")
+        rendezvous = str(Path(self._home.name, "rendezvous"))
         port = _free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -113,6 +115,8 @@ class Processes:
         for process, _ in self._workers:
             process.join()
         self._workers.clear()
+        if self._home is not None:
+            self._home.cleanup()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from forgather.ml import PipelineTrainer, PipelineTrainingArguments, Trainer, TrainingArguments
 from forgather_fn.testing.processes import processes
@@ -104,6 +105,33 @@ def test_models_on_the_meta_device_get_memory_for_their_stages_alone(tmp_path: P
     assert few + more == whole
     for name, tensor in params.items():
         torch.testing.assert_close((one | other)[name], tensor, rtol=0, atol=5e-6)
+
+
+class Stopping(TrainerCallback):
+    """Asks for the end after a step that differs between processes, as a clock would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = state.global_step >= (2 if args.process_index == 0 else 1)
+        return control
+
+
+def stopped(folder: str) -> int:
+    args = PipelineTrainingArguments(
+        output_dir=f"{folder}/{os.environ['RANK']}",
+        split_spec={"layer.1": "end"},
+        max_steps=5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    data = [{name: column[i] for name, column in words(samples=16).items()} for i in range(16)]
+    trainer = PipelineTrainer(Plain(), args, train_dataset=data, loss_fn=loss_function, callbacks=[Stopping()])
+    return trainer.train().global_step
+
+
+def test_all_stages_end_where_the_first_process_asks_for_it(tmp_path: Path) -> None:
+    with processes(2) as pool:
+        assert pool.run(stopped, str(tmp_path)) == [2, 2]
 
 
 @pytest.mark.parametrize(

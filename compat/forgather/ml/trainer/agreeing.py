@@ -44,9 +44,9 @@ class AgreeingPart(LogPart):
         Raises:
             ValueError: The processes have other data.
         """
-        if self._world.size == 1:
+        if self._peers.size == 1:
             return
-        found = self._world.gather((self._is_watched(), self._wants_halves(), lengths))
+        found = self._peers.gather((self._is_watched(), self._wants_halves(), lengths))
         self._watched, self._halved = any(one[0] for one in found), any(one[1] for one in found)
         if any(length != lengths for _, _, length in found):
             each = "\n".join(f"  rank {rank}: {length}" for rank, (_, _, length) in enumerate(found))
@@ -86,13 +86,14 @@ class AgreeingPart(LogPart):
 
     def _agree(self) -> None:
         """Take what the callbacks of the first process ask for; nothing is sent where all callbacks are known ones."""
-        if self._world.size == 1 or not self._watched:
+        peers = self._peers
+        if peers.size == 1 or not self._watched:
             return
         from torch import distributed
 
         asked = torch.tensor([bool(getattr(self.control, name)) for name in _FLAGS])
-        with self._world.explained():
-            distributed.broadcast(asked, group=self._world.control, group_src=0)
+        with peers.explained():
+            distributed.broadcast(asked, group=peers.control, group_src=0)
         for name, on in zip(_FLAGS, asked.tolist(), strict=True):
             setattr(self.control, name, on)
 

@@ -77,6 +77,11 @@ class Attributes:
         return self._own_accumulation * self._world.size
 
     @property
+    def _peers(self) -> World:
+        """The processes that must do the same: those that share out the data, and others that see all of it."""
+        return self._world
+
+    @property
     def _own_share(self) -> Share:
         """Which microbatches of a step this process has."""
         return Share(self._microbatches, self._world.rank, self._world.size)

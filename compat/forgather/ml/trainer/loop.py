@@ -73,8 +73,8 @@ class LoopPart(SteppingPart, BetweenPart, PositionPart):
         self._check_args()
         self.is_in_train = True
         try:
-            with surroundings(self.args), self._session(), noting_preemption(self.args) as asked, telling(self._world):
-                self._preempted = agreed(self._world, asked, self.args.enable_jit_checkpoint)
+            with surroundings(self.args), self._session(), noting_preemption(self.args) as asked, telling(self._peers):
+                self._preempted = agreed(self._peers, asked, self.args.enable_jit_checkpoint)
                 return self._train_with(resume_from_checkpoint, ignore_keys_for_eval)
         finally:
             self.is_in_train, self._run, self._accumulate = False, None, None

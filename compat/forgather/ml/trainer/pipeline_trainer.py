@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import forgather_fn as ff
-from forgather.ml.trainer.agreeing import telling
 from forgather.ml.trainer.base_trainer import BaseTrainer
 from forgather.ml.trainer.counting import batch_size_of
 from forgather.ml.trainer.model_settings import built
@@ -22,11 +21,11 @@ from forgather.ml.trainer.windows import Window
 from forgather_fn.batch import microbatches
 from forgather_fn.binding import unbind
 from forgather_fn.data import Batch
-from forgather_fn.mean import Mean
 from forgather_fn.meta import on_meta
 from forgather_fn.pipeline.freeing import is_freed
 from forgather_fn.plan import Program
 from forgather_fn.state import TrainState
+from forgather_fn.strategy.processes import launched_on
 from forgather_fn.world import ALONE, World
 
 
@@ -102,6 +101,11 @@ class PipelineTrainer(BaseTrainer):
         """Train as one process does: those that a launcher started are parts of one pipeline, and see the same data."""
         return ALONE
 
+    @property
+    def _peers(self) -> World:
+        """The processes of the pipeline: they end, save and evaluate together."""
+        return launched_on(self.args.device) if self.args.world_size > 1 else ALONE
+
     def _check_args(self) -> None:
         refuse_unhonoured(self.args)
 
@@ -117,12 +121,6 @@ class PipelineTrainer(BaseTrainer):
     def _window(self, batches: list[Any], items: Any) -> Window:
         """Make the microbatches of the next step: so many parts of each batch, which every process has read."""
         return super()._window([part for batch in batches for part in self._cut(batch)], items)
-
-    def _step(self, window: Window) -> tuple[Mean, Tensor]:
-        """Make one step; a failure here is told to the processes of the other stages, which would wait for ever."""
-        assert self._engine is not None
-        with telling(self._engine.program.world):
-            return super()._step(window)
 
     def _cut(self, batch: Any) -> list[Any]:
         samples = batch_size_of(batch)

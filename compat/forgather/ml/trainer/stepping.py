@@ -174,7 +174,7 @@ class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
         Raises:
             NonFiniteError: The loss or a gradient is not finite, and nothing was said of what then.
         """
-        if self._world.size == 1 and len(self.callback_handler.callbacks) != self._callbacks_seen:
+        if self._peers.size == 1 and len(self.callback_handler.callbacks) != self._callbacks_seen:
             self._callbacks_seen, self._watched = len(self.callback_handler.callbacks), self._is_watched()
         engine = self._refresh_engine() if self._watched else self._engine
         assert engine is not None
