@@ -102,10 +102,11 @@ class Scores(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = torch.nn.Linear(4, 4)
         self.linear = torch.nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        scores = self.linear(x)
+        scores = self.linear(self.first(x))
         return {"loss": torch.nn.functional.cross_entropy(scores, labels), "logits": scores}
 
 
@@ -117,14 +118,22 @@ def samples() -> list[dict[str, object]]:
     return [{"x": torch.full((4,), float(i)), "labels": i % 3} for i in range(24)]
 
 
-@pytest.mark.parametrize("name", ["trainer", "accel_trainer"])
-def test_the_class_layer_trains(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("trainer", ""),
+        ("accel_trainer", ""),
+        ("pipeline_trainer", "[split_spec]\n        first: end\n"),
+    ],
+)
+def test_the_class_layer_trains(tmp_path, name, more):
     (tmp_path / "mine.yaml").write_text(
         f"-- extends 'trainers/{name}.yaml'\n"
         f"[model]\n.model: &model !partial:{__name__}:scores []\n"
         f"[datasets]\n.train_dataset: &train_dataset !call:{__name__}:samples []\n"
         ".eval_dataset: &eval_dataset ~\n.data_collator: &data_collator ~\n"
         "[trainer_args]\n    == super()\n    max_steps: 4\n    report_to: none\n    disable_tqdm: true\n"
+        f"{more}"
     )
     loaded = load(str(tmp_path / "mine.yaml"), {"output_dir": str(tmp_path / "run"), "main.args.save_steps": "2"})
     trainer = loaded.build("main", [f"{__name__}:scores", f"{__name__}:samples"])
