@@ -1,13 +1,16 @@
 """Law 4: a run that is saved, restored and continued is the run that was never interrupted."""
 
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import toolz
 
 from forgather_fn.checkpoint import save, verify
 from forgather_fn.data import Stream
 from forgather_fn.endings import until
-from forgather_fn.loop import last
+from forgather_fn.loop import Stage, last
 from forgather_fn.plan import Plan, Program
 from forgather_fn.state import TrainState, difference
 from forgather_fn.testing.subject import sizes, subject
@@ -46,7 +49,9 @@ def check_checkpoint(plan: Plan, batch: Any, *, steps: int = 2, seed: int = 0) -
         )
 
 
-def check_resume(plan: Plan, stream: Stream, *, steps: int = 6, seed: int = 0) -> None:
+def check_resume(
+    plan: Plan, stream: Stream, *, steps: int = 6, seed: int = 0, stages: Callable[[], Iterable[Stage]] = tuple
+) -> None:
     """Check that a run can be left and taken up at every step, and ends at the same bits.
 
     For every k, the run is saved at step k, restored by a program that has never seen it, and continued.
@@ -56,6 +61,7 @@ def check_resume(plan: Plan, stream: Stream, *, steps: int = 6, seed: int = 0) -
         stream: What it is trained on.
         steps: How long the run is.
         seed: The job's.
+        stages: Makes the stages that the run goes through, anew for each part of it.
 
     Raises:
         AssertionError: It names the step at which the run was left, and the first leaf that differs at its end.
@@ -67,13 +73,13 @@ def check_resume(plan: Plan, stream: Stream, *, steps: int = 6, seed: int = 0) -
     """
     with tempfile.TemporaryDirectory() as directory:
         whole = subject(plan, seed)
-        expected = _run(whole.program, whole.first, stream, steps, Path(directory))
+        expected = _run(whole.program, whole.first, stream, steps, stages(), Path(directory))
         for k in range(steps):
             program = subject(plan, seed + 1).program
             state = program.restore(Path(directory) / f"{k}")
             if state.step != k:
                 raise AssertionError(f"resume: what was saved at step {k} is restored as step {state.step}")
-            found = difference(expected, _run(program, state, stream, steps, None))
+            found = difference(expected, _run(program, state, stream, steps, stages(), None))
             if found:
                 raise AssertionError(
                     f"resume: a run of {steps} steps, left and taken up at step {k}, ends otherwise: {found} "
@@ -81,14 +87,17 @@ def check_resume(plan: Plan, stream: Stream, *, steps: int = 6, seed: int = 0) -
                 )
 
 
-def _run(program: Program, state: TrainState, stream: Stream, steps: int, runs: Path | None) -> TrainState:
+def _run(
+    program: Program, state: TrainState, stream: Stream, steps: int, stages: Iterable[Stage], runs: Path | None
+) -> TrainState:
     """Run to a step, saving every state on the way, where a directory is given, as a run of its own."""
+    ticks = toolz.pipe(program.steps(state, stream), *stages, until(steps=steps))
     if runs is None:
-        return last(until(steps=steps)(program.steps(state, stream)))
-    ticks = program.steps(state, stream)
-    save(runs / "0", ticks.state, program)
+        final: TrainState = last(ticks)
+        return final
     final = ticks.state
-    for tick in until(steps=steps)(ticks):
+    save(runs / f"{final.step}", final, program)
+    for tick in ticks:
         final = tick.state
         save(runs / f"{final.step}", final, program)
     return final

@@ -1,0 +1,16 @@
+"""Optimizers."""
+
+import torch
+
+import forgather_fn as ff
+from tests.pieces.piece import Piece
+
+PIECES = {
+    "adamw": Piece(fields=lambda: {"optimizer": ff.adamw(weight_decay=0.1)}),
+    "adam": Piece(fields=lambda: {"optimizer": ff.adam(weight_decay=0.01)}),
+    "sgd": Piece(fields=lambda: {"optimizer": ff.sgd(momentum=0.9, nesterov=True, weight_decay=0.01)}),
+    "from_torch": Piece(
+        fields=lambda: {"optimizer": ff.from_torch(lambda groups: torch.optim.RMSprop(groups, momentum=0.5))},
+        outside={"compiled": "it works on the host, and is refused"},
+    ),
+}
