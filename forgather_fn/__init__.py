@@ -13,7 +13,6 @@ from forgather_fn.data import batches as batches
 from forgather_fn.endings import early_stopped as early_stopped
 from forgather_fn.endings import stopped_by as stopped_by
 from forgather_fn.endings import until as until
-from forgather_fn.from_torch import from_torch as from_torch
 from forgather_fn.gradient import Gradients as Gradients
 from forgather_fn.gradient import Transform as Transform
 from forgather_fn.gradient import chain as chain
@@ -32,6 +31,7 @@ from forgather_fn.observers import report as report
 from forgather_fn.optim import Optimizer as Optimizer
 from forgather_fn.optim import adam as adam
 from forgather_fn.optim import adamw as adamw
+from forgather_fn.optim import from_torch as from_torch
 from forgather_fn.optim import sgd as sgd
 from forgather_fn.plan import Plan as Plan
 from forgather_fn.plan import Program as Program

@@ -19,16 +19,13 @@ BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "part"
 RECIPE = {
     "activation_checkpointing",
     "average",
-    "from_torch",
     "gradient",
     "groups",
     "losses",
     "neftune",
-    "parts",
     "optim",
     "scaling",
     "schedules",
-    "unfused",
 }
 DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
 STEP = {

@@ -13,7 +13,7 @@ from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices
-from forgather_fn.optim import Optimizer, OptState
+from forgather_fn.optim.base import Optimizer, OptState
 
 TorchFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 

@@ -1,0 +1,14 @@
+"""Optimizers: pairs of pure functions over flat storage, ``init`` and ``update``.
+
+Each is a thin layer over torch's own maths where torch has it, and over the published algorithm where it has not.
+"""
+
+from forgather_fn.optim.adam import adam as adam
+from forgather_fn.optim.adam import adamw as adamw
+from forgather_fn.optim.base import Optimizer as Optimizer
+from forgather_fn.optim.base import OptimizerInit as OptimizerInit
+from forgather_fn.optim.base import OptimizerUpdate as OptimizerUpdate
+from forgather_fn.optim.base import OptState as OptState
+from forgather_fn.optim.base import slots_like as slots_like
+from forgather_fn.optim.from_torch import from_torch as from_torch
+from forgather_fn.optim.sgd import sgd as sgd

@@ -1,0 +1,105 @@
+"""Stochastic gradient descent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from forgather_fn.describe import described
+from forgather_fn.flat import Flat
+from forgather_fn.gradient import Gradients
+from forgather_fn.groups import Group, Predicate, assigner, matrices
+from forgather_fn.optim import unfused
+from forgather_fn.optim.base import Optimizer, OptState
+from forgather_fn.optim.parts import parts
+
+
+@described
+def sgd(
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decays: Predicate = matrices,
+    groups: Sequence[Group] = (),
+) -> Optimizer:
+    """Stochastic gradient descent, with momentum if asked for: equal to ``torch.optim.SGD``.
+
+    Args:
+        momentum: Decay of the running sum of gradients; 0 keeps none.
+        nesterov: Look ahead along the momentum.
+        weight_decay: Added to the gradient, for those parameters that decay.
+        decays: Which parameters those are; by default, those of two or more dimensions.
+        groups: Parameters with hyperparameters of their own.
+
+    Raises:
+        ValueError: ``momentum`` is negative, or ``nesterov`` without it.
+    """
+    if momentum < 0 or (nesterov and momentum == 0):
+        raise ValueError(f"sgd: momentum must be at least 0, and above 0 for nesterov; got {momentum}")
+
+    def init(params: Flat) -> OptState:
+        return {"momentum": params.map(torch.zeros_like)} if momentum else {}
+
+    def update(
+        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
+    ) -> OptState:
+        gradients = gradients.for_kernel()
+        slots = [state["momentum"]] if momentum else []
+        if torch.compiler.is_compiling():
+            unfused.sgd(
+                gradients,
+                params,
+                *slots,
+                learning_rate=learning_rate,
+                momentum=momentum,
+                nesterov=nesterov,
+                found_inf=found_inf,
+            )
+            return state
+        for part in parts(gradients, params, *slots):
+            kernel = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
+            kernel(
+                part.params,
+                gradients.pieces(part.chunks),
+                part.slots[0] if momentum else [],
+                weight_decay=part.hyper.weight_decay or 0.0,
+                momentum=momentum,
+                lr=learning_rate * part.hyper.learning_rate,
+                dampening=0.0,
+                nesterov=nesterov,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=gradients.divisor,
+                found_inf=found_inf,
+            )
+        return state
+
+    return Optimizer(init, update, assigner(groups, weight_decay, decays), separable=True, elementwise=True)
+
+
+def _fused_sgd_is_right(tensor: Tensor) -> bool:
+    """Tell where torch's fused kernel may be used: on CPUs its results in bfloat16 are wrong (seen in torch 2.13)."""
+    return tensor.device.type != "cpu" or tensor.dtype.itemsize > 2
+
+
+def _unfused_sgd(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Tensor,
+    is_first_step: bool,
+    **options: Any,
+) -> None:
+    """Do what the fused kernel is for, on a CPU, where looking at the flag costs nothing."""
+    assert not is_first_step
+    if found_inf.item():
+        return
+    if grad_scale is not None:
+        torch._foreach_div_(list(gradients), grad_scale)
+    momentum_list: list[Tensor | None] = [*momenta] or [None] * len(params)
+    torch_sgd(list(params), list(gradients), momentum_list, foreach=True, **options)
