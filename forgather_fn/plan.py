@@ -316,8 +316,8 @@ class OpenBatches(Protocol):
 class OpenSteps(Protocol):
     """Start a run."""
 
-    def __call__(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":
-        """Give the ticks over a data stream, from where the state left it, or over any iterable of batches."""
+    def __call__(self, program: "Program", state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":
+        """Give the ticks of a program's ``step`` over data; see :meth:`Program.steps`."""
         ...
 
 
@@ -325,7 +325,8 @@ class OpenSteps(Protocol):
 class Program:
     """What a strategy makes of a plan: a frozen record of functions. Loops know nothing else.
 
-    ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states.
+    ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states. A step of
+    your own takes its place by ``attrs.evolve(program, step=...)``, and everything else goes on as it is.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
     ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it; ``whole``
     brings a state together that they have in shards.
@@ -335,7 +336,6 @@ class Program:
     init: Init
     restore: Restore
     module: Callable[[], nn.Module]
-    steps: OpenSteps
     step: Step
     gradients: TakeGradients
     update: Update
@@ -343,10 +343,15 @@ class Program:
     apply: Apply
     export: Export
     batches: OpenBatches
+    open_steps: OpenSteps
     world: World = ALONE
     share: Share | None = None
     part: Callable[[], Part | None] = lambda: None
     whole: Whole = itself
+
+    def steps(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":
+        """Give the ticks over a data stream, from where the state left it, or over any iterable of batches."""
+        return self.open_steps(self, state, data)
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

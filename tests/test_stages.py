@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 import forgather_fn as ff
-from forgather_fn.loop import open_steps
 from tests.toys import assert_equal, classifier, labelled, labelled_batches, program, trained
 
 
@@ -216,7 +215,7 @@ class TestWants:
             asked.append(wants)
             return made.step(state, batch)
 
-        toolz.pipe(open_steps(attrs.evolve(made, step=step), made.init(0), labelled_batches(count)), *stages, ff.last)
+        toolz.pipe(attrs.evolve(made, step=step).steps(made.init(0), labelled_batches(count)), *stages, ff.last)
         return asked
 
     def test_a_step_that_nobody_looks_at_is_asked_for_nothing(self):

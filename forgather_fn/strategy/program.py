@@ -19,7 +19,7 @@ from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
 from forgather_fn.gradient import Gradients
-from forgather_fn.loop import Data, Steps, open_steps
+from forgather_fn.loop import Data, open_steps
 from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import (
     Anatomy,
@@ -184,15 +184,11 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
             return dispatched(strategy.world, strategy.share, state, data)
         return opened(data, state, strategy.share)
 
-    def steps(state: TrainState, data: Data, /) -> Steps:
-        return open_steps(program, state, data)
-
-    program = Program(
+    return Program(
         plan=plan,
         init=init,
         restore=restore,
         module=lambda: built().module,
-        steps=steps,
         step=step,
         gradients=gradients,
         update=update,
@@ -200,12 +196,12 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
         batches=batches,
+        open_steps=open_steps,
         world=strategy.world,
         share=strategy.share,
         part=strategy.part,
         whole=storage.whole,
     )
-    return program
 
 
 def prepared(plan: Plan, seed: int) -> nn.Module:
