@@ -325,8 +325,8 @@ class OpenSteps(Protocol):
 class Program:
     """What a strategy makes of a plan: a frozen record of functions. Loops know nothing else.
 
-    ``step`` is ``gradients`` and ``update`` composed; ``module`` gives the module that is bound to the states. A step of
-    your own takes its place by ``attrs.evolve(program, step=...)``, and everything else goes on as it is.
+    ``step`` is ``gradients`` and ``update`` composed; a step of your own takes its place by
+    ``attrs.evolve(program, step=...)``. ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
     ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it; ``whole``
     brings a state together that they have in shards.
