@@ -1,17 +1,18 @@
 """A plan whose model stands on a device, ready to run."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forgather_fn import flat as flat_storage
 from forgather_fn.batch import placed
 from forgather_fn.binding import Binding
 from forgather_fn.flat import Layout
+from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
 from forgather_fn.plan import Plan
@@ -105,6 +106,36 @@ class Built:
     def place(self, data: Any) -> Any:
         """Bring a batch's data to the device and the precision of the plan."""
         return placed(data, self.device, self.floating)
+
+
+def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], samples: int | None) -> Gradients:
+    """Take gradients that the user has computed: the mean over so many samples, by name.
+
+    A parameter without an entry is left untouched by the update.
+
+    Raises:
+        ValueError: A name or shape is not the model's, or it is not said how many samples they are of.
+    """
+    if samples is None:
+        raise ValueError(
+            "update: say how many samples these gradients are of, as samples=...: the position in the data"
+        )
+    if set(tensors) - set(layout.index):
+        raise ValueError(
+            f"update: there is no trained parameter {flat_storage.listed(sorted(set(tensors) - set(layout.index)))}; "
+            f"the parameters are {flat_storage.listed(list(layout.index))}"
+        )
+    views = {}
+    for leaf in layout.leaves:
+        if leaf.name in tensors:
+            given = tensors[leaf.name]
+            if given.shape != leaf.shape:
+                raise ValueError(
+                    f"update: the gradient of {leaf.name} has the shape {tuple(given.shape)}, and the parameter "
+                    f"{leaf.shape}"
+                )
+            views[leaf.name] = given.new_empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype).copy_(given.detach())
+    return Gradients(layout, tuple(leaf.name in views for leaf in layout.leaves), views, None, samples, samples)
 
 
 def check_layout(what: str, given: Layout, expected: Layout) -> None:

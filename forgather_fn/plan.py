@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forgather_fn.average import Average
 from forgather_fn.data import Stream
@@ -246,11 +246,25 @@ class Update(Protocol):
     """Apply a gradient to a state."""
 
     def __call__(
-        self, state: TrainState, gradients: Gradients, /, buffers: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        gradients: Gradients | Mapping[str, Tensor],
+        /,
+        buffers: Mapping[str, Any] | None = None,
+        *,
+        samples: int | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Run transforms and optimizer; the state is consumed, the gradient is not.
 
-        ``buffers`` are those that :class:`TakeGradients` gave; None keeps the state's own.
+        Args:
+            state: What is updated.
+            gradients: Those that :class:`TakeGradients` gave; or your own, by the names of the parameters, as a mean
+                over ``samples`` samples. A parameter without one is left untouched.
+            buffers: Those that :class:`TakeGradients` gave; None keeps the state's own.
+            samples: Of gradients of your own: how many they are of, which is how far the position in the data moves.
+
+        Raises:
+            ValueError: Names or shapes are not the model's, or ``samples`` is missing, or given for the step's own.
         """
         ...
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
-from forgather_fn.built import Built
+from forgather_fn.built import Built, own_gradients
 from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
@@ -169,11 +169,24 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return taken.copy(), buffers, means
 
     def update(
-        state: TrainState, gradients: Gradients, /, buffers: Mapping[str, Any] | None = None
+        state: TrainState,
+        gradients: Gradients | Mapping[str, Tensor],
+        /,
+        buffers: Mapping[str, Any] | None = None,
+        *,
+        samples: int | None = None,
     ) -> tuple[TrainState, Metrics]:
         assert buffers is None or isinstance(buffers, Flat)
-        _, execution = running()
-        return execution.advance(state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset())
+        machine, execution = running()
+        if not isinstance(gradients, Gradients):
+            taken = own_gradients(machine.binding.layout, gradients, samples)
+        elif samples is None:
+            taken = gradients.copy()
+        else:
+            raise ValueError(
+                f"update: these gradients know that they are of {gradients.samples} samples; leave samples out"
+            )
+        return execution.advance(state if plan.donate else state.copy(), taken, buffers, {}, frozenset())
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return storage.export(built(), state, params)

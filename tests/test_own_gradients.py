@@ -1,0 +1,78 @@
+"""``program.update`` takes gradients that the user has computed."""
+
+from typing import Any
+
+import attrs
+import pytest
+import torch
+
+import forgather_fn as ff
+from tests import zoo
+
+
+def by_autograd(name: str, state: ff.TrainState, batch: Any) -> dict[str, torch.Tensor]:
+    """Take the gradient of the mean loss by hand, on a copy of the module."""
+    module = zoo.instance(name)
+    loss: Any = zoo.SPECIMENS[name].loss
+    mean = loss(module(batch[0]), batch)
+    (mean.total / mean.weight).backward()
+    return {k: p.grad for k, p in module.named_parameters() if p.grad is not None and k in state.params}
+
+
+CASES = [(name, False) for name in ("mlp", "groupnorm", "tied_by_object", "partly_frozen", "unused")]
+
+
+@pytest.mark.parametrize(("name", "compile"), [*CASES, ("unused", True)])
+def test_gradients_by_hand_lead_where_a_step_leads(name: str, compile: bool) -> None:
+    plan = zoo.plan_of(
+        name,
+        model=zoo.instance(name),
+        transforms=(ff.clipped(0.1),),
+        donate=False,
+        compile=compile,
+        backend="aot_eager",
+    )
+    program, batch = ff.single(plan), zoo.SPECIMENS[name].batch(6)
+    state = program.init()
+    expected, _ = program.step(state, batch)
+    found, reports = program.update(state, by_autograd(name, state, batch), samples=6)
+    assert float(reports["grad_norm"]) > 0
+    assert (found.step, found.samples) == (expected.step, expected.samples)
+    for key, tensor in expected.params.items():
+        torch.testing.assert_close(found.params[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+    program = ff.single(zoo.plan_of("mlp", optimizer=ff.adamw(weight_decay=0.5), donate=False))
+    state = program.init()
+    given = {"0.weight": torch.ones(7, 5)}
+    following, _ = program.update(state, given, samples=4)
+    moved = {name for name, tensor in state.params.items() if not torch.equal(tensor, following.params[name])}
+    assert moved == {"0.weight"}
+    assert torch.equal(given["0.weight"], torch.ones(7, 5))
+    assert following.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("gradients", "samples", "message"),
+    [
+        ({"0.weight": torch.ones(7, 5)}, None, r"samples=\.\.\."),
+        ({"0.wieght": torch.ones(7, 5)}, 4, r"no trained parameter '0\.wieght'; the parameters are '0\.weight'"),
+        ({"0.weight": torch.ones(5, 7)}, 4, r"0\.weight has the shape \(5, 7\), and the parameter \(7, 5\)"),
+    ],
+    ids=["samples", "name", "shape"],
+)
+def test_what_does_not_fit_is_named(gradients: Any, samples: int | None, message: str) -> None:
+    program = ff.single(zoo.plan_of("mlp"))
+    state = program.init()
+    with pytest.raises(ValueError, match=message):
+        program.update(state, gradients, samples=samples)
+    assert not state.consumed
+
+
+def test_gradients_of_a_step_know_their_samples() -> None:
+    program = ff.single(attrs.evolve(zoo.plan_of("mlp"), donate=False))
+    state = program.init()
+    gradients, buffers, _ = program.gradients(state, zoo.SPECIMENS["mlp"].batch(4))
+    with pytest.raises(ValueError, match="know that they are of 4 samples"):
+        program.update(state, gradients, buffers, samples=4)
