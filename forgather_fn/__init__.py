@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgather_fn import losses as losses
 from forgather_fn import schedules as schedules
+from forgather_fn import transforms as transforms
 from forgather_fn.average import ema as ema
 from forgather_fn.compiler import CompileError as CompileError
 from forgather_fn.data import Batch as Batch
@@ -14,11 +15,6 @@ from forgather_fn.endings import early_stopped as early_stopped
 from forgather_fn.endings import stopped_by as stopped_by
 from forgather_fn.endings import until as until
 from forgather_fn.gradient import Gradients as Gradients
-from forgather_fn.gradient import Transform as Transform
-from forgather_fn.gradient import chain as chain
-from forgather_fn.gradient import clipped as clipped
-from forgather_fn.gradient import noise as noise
-from forgather_fn.gradient import stateless as stateless
 from forgather_fn.groups import group as group
 from forgather_fn.interrupt import Preempted as Preempted
 from forgather_fn.loop import Steps as Steps
@@ -46,6 +42,11 @@ from forgather_fn.state import TrainState as TrainState
 from forgather_fn.state import difference as difference
 from forgather_fn.strategy.pipelined import pipelined as pipelined
 from forgather_fn.strategy.single import single as single
+from forgather_fn.transforms import Transform as Transform
+from forgather_fn.transforms import chain as chain
+from forgather_fn.transforms import clipped as clipped
+from forgather_fn.transforms import noise as noise
+from forgather_fn.transforms import stateless as stateless
 
 if TYPE_CHECKING:
     from forgather_fn import checkpoint as checkpoint

@@ -1,18 +1,15 @@
-"""Gradients as a value, and the transforms that they pass through on their way to the optimizer."""
+"""Gradients as a value: what a step computes, transforms change, and an optimizer uses up."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import attrs
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from forgather_fn.describe import describe, described
 from forgather_fn.flat import Chunk, Flat, Layout, listed
-from forgather_fn.random import key, seeded
 
 
 class Summed(Protocol):
@@ -180,195 +177,6 @@ class Gradients(Mapping[str, Tensor]):
         for name, tensor in safe.items():
             self.views[name].copy_(tensor)
         return self._with(None, None, self.reports)
-
-
-class TransformInit(Protocol):
-    """Make the state of a transform before the first step."""
-
-    def __call__(self, params: Mapping[str, Tensor], /) -> Any:
-        """Give a tree of tensors, or None."""
-        ...
-
-
-class TransformUpdate(Protocol):
-    """Transform the gradient of one step."""
-
-    def __call__(
-        self,
-        gradients: Gradients,
-        state: Any,
-        /,
-        *,
-        params: Mapping[str, Tensor],
-        step: int | Tensor,
-        seed: int | Tensor,
-    ) -> tuple[Gradients | Mapping[str, Tensor], Any]:
-        """Give the new gradient, as a value or as tensors by name, and the new state.
-
-        ``gradients`` belongs to the transform and may be changed in place; ``state`` may not.
-        """
-        ...
-
-
-@attrs.frozen(repr=False)
-class Transform:
-    """A pair of pure functions between the gradient and the optimizer. Compose them with :func:`chain`.
-
-    Attributes:
-        init: Makes the state.
-        update: Transforms one gradient.
-        description: How it prints.
-        defers: Whether ``update`` leaves values as they are and works by :meth:`Gradients.divided` alone; then what
-            others have put off may stay so.
-        compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; ``step`` is a scalar
-            tensor there.
-        elementwise: Whether ``update`` works element by element and by :meth:`Gradients.norm` alone, so that a process
-            may have shards of the gradient only.
-    """
-
-    init: TransformInit
-    update: TransformUpdate
-    description: str = ""
-    defers: bool = False
-    compiles: bool = True
-    elementwise: bool = False
-
-    def __repr__(self) -> str:
-        return self.description or f"Transform({describe(self.update)})"
-
-
-def apply(
-    transform: Transform,
-    gradients: Gradients,
-    state: Any,
-    *,
-    params: Mapping[str, Tensor],
-    step: int | Tensor,
-    seed: int | Tensor,
-) -> tuple[Gradients, Any]:
-    """Run one transform, and check what it returns.
-
-    Raises:
-        ValueError: It changed names, shapes, or data types.
-    """
-    if not transform.defers:
-        gradients = gradients.resolved().unmeasured()
-    result, state = transform.update(gradients, state, params=params, step=step, seed=seed)
-    if not isinstance(result, Gradients):
-        result = gradients.replaced(result, by=repr(transform))
-    return result, state
-
-
-@described
-def chain(*transforms: Transform) -> Transform:
-    """Apply transforms one after the other, as one.
-
-    Example:
-        >>> chain(clipped(1.0), noise(0.1))
-        chain(clipped(max_norm=1.0), noise(std=0.1))
-    """
-
-    def init(params: Mapping[str, Tensor]) -> Any:
-        return tuple(transform.init(params) for transform in transforms)
-
-    def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
-    ) -> tuple[Gradients, Any]:
-        states = []
-        for transform, held in zip(transforms, state, strict=True):
-            gradients, held = apply(transform, gradients, held, params=params, step=step, seed=seed)
-            states.append(held)
-        return gradients, tuple(states)
-
-    return Transform(
-        init,
-        update,
-        defers=True,
-        compiles=all(transform.compiles for transform in transforms),
-        elementwise=all(transform.elementwise for transform in transforms),
-    )
-
-
-def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
-    """Make a transform of a function on one tensor, applied to every gradient by itself.
-
-    Example:
-        >>> signs = stateless(torch.sign)
-    """
-
-    def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
-    ) -> tuple[Mapping[str, Tensor], Any]:
-        del params, step, seed
-        return {name: function(gradient) for name, gradient in gradients.items()}, state
-
-    return Transform(_nothing, update, description=f"stateless({describe(function)})")
-
-
-def _nothing(params: Mapping[str, Tensor]) -> None:
-    del params
-
-
-@described
-def clipped(max_norm: float | None) -> Transform:
-    """Scale the gradient down so that its 2-norm over all parameters is at most ``max_norm``.
-
-    The norm before clipping is reported as ``grad_norm``. It is divided by ``max(1, (norm + 1e-6) / max_norm)``: what
-    ``torch.nn.utils.clip_grad_norm_`` multiplies by the inverse of.
-
-    Args:
-        max_norm: The threshold, or None to report only.
-
-    Raises:
-        ValueError: The threshold is not a positive number.
-    """
-    if max_norm is not None and not (math.isfinite(max_norm) and max_norm > 0):
-        raise ValueError(f"clipped: max_norm must be a positive number, or None to report only; got {max_norm}")
-
-    def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
-    ) -> tuple[Gradients, Any]:
-        del params, step, seed
-        gradients = gradients.measured()
-        norm = gradients.norm()
-        if max_norm is None:
-            return gradients.reporting(grad_norm=norm), state
-        if (
-            norm.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # looking is free here, and one call is faster than three
-            ratio = (norm.item() + 1e-6) / max_norm
-            if ratio <= 1.0:
-                return gradients.reporting(grad_norm=norm), state
-            return gradients.divided(torch.scalar_tensor(ratio, dtype=norm.dtype), grad_norm=norm), state
-        return gradients.divided(((norm + 1e-6) / max_norm).clamp(min=1.0), grad_norm=norm), state
-
-    return Transform(_nothing, update, defers=True, elementwise=True)
-
-
-@described
-def noise(std: float) -> Transform:
-    """Add normal noise to every gradient.
-
-    Each parameter's noise derives from the run's seed, the step and its name, so that it does not depend on the order
-    of parameters, on a split of the model, or on a restart.
-
-    Args:
-        std: Standard deviation, in units of the mean gradient.
-    """
-    if not (math.isfinite(std) and std >= 0):
-        raise ValueError(f"noise: std must be a number of at least 0, got {std}")
-
-    def update(
-        gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
-    ) -> tuple[Mapping[str, Tensor], Any]:
-        del params
-        noisy = {}
-        for name, gradient in gradients.items():
-            with seeded(key(int(seed), int(step), "noise", name), gradient.device):
-                noisy[name] = gradient + std * torch.randn_like(gradient)
-        return noisy, state
-
-    return Transform(_nothing, update, compiles=False)  # its keys are made on the host
 
 
 def norms(gradients: Gradients) -> dict[str, Tensor]:

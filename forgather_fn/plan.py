@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from forgather_fn.average import Average
 from forgather_fn.data import Stream
 from forgather_fn.describe import describe
-from forgather_fn.gradient import Gradients, Transform
+from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
@@ -19,6 +19,7 @@ from forgather_fn.part import Part
 from forgather_fn.schedules import Schedule
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
+from forgather_fn.transforms import Transform
 from forgather_fn.workspace import VIEWED_ELEMENTS
 from forgather_fn.world import ALONE, World
 

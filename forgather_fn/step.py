@@ -26,6 +26,7 @@ from forgather_fn.plan import Metrics, Plan
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, TrainState
+from forgather_fn.transforms import apply
 
 T = TypeVar("T")
 
@@ -274,7 +275,7 @@ def _transformed(
 ) -> tuple[Gradients, tuple[Any, ...]]:
     states = []
     for transform, held in zip(plan.transforms, arrays.transforms, strict=True):
-        gradients, held = gradient.apply(transform, gradients, held, params=arrays.params, step=step, seed=seed)
+        gradients, held = apply(transform, gradients, held, params=arrays.params, step=step, seed=seed)
         states.append(held)
     return gradients, tuple(states)
 

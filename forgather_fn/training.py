@@ -13,7 +13,6 @@ from forgather_fn.average import Average
 from forgather_fn.checkpoint import latest, saved
 from forgather_fn.data import Stream
 from forgather_fn.endings import until
-from forgather_fn.gradient import Transform, clipped
 from forgather_fn.loop import Stage, last
 from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory
@@ -25,6 +24,7 @@ from forgather_fn.schedules import Schedule, cosine
 from forgather_fn.stages import Observe, Observer, at, every
 from forgather_fn.state import TrainState
 from forgather_fn.strategy.single import single
+from forgather_fn.transforms import Transform, clipped
 
 
 class ScheduleFactory(Protocol):

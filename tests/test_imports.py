@@ -26,6 +26,7 @@ RECIPE = {
     "optim",
     "scaling",
     "schedules",
+    "transforms",
 }
 DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
 STEP = {

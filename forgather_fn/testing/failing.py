@@ -6,10 +6,11 @@ from typing import Any, Final
 import attrs
 from torch import Tensor, nn
 
-from forgather_fn.gradient import Gradients, Transform
+from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Loss, Objective
 from forgather_fn.plan import Plan
 from forgather_fn.testing.subject import Subject, subject
+from forgather_fn.transforms import Transform
 
 
 class PlantedError(BaseException):

@@ -1,0 +1,14 @@
+"""Gradient transforms: what a gradient passes through on its way from the backward pass to the optimizer.
+
+A transform is a pair of pure functions, ``init`` and ``update``; :class:`~forgather_fn.plan.Plan` takes a sequence of
+them, and each is given what the one before has made.
+"""
+
+from forgather_fn.transforms.base import Transform as Transform
+from forgather_fn.transforms.base import TransformInit as TransformInit
+from forgather_fn.transforms.base import TransformUpdate as TransformUpdate
+from forgather_fn.transforms.base import apply as apply
+from forgather_fn.transforms.base import chain as chain
+from forgather_fn.transforms.base import stateless as stateless
+from forgather_fn.transforms.clipping import clipped as clipped
+from forgather_fn.transforms.noise import noise as noise
