@@ -27,7 +27,7 @@ RECIPE = {
     "scaling",
     "schedules",
 }
-DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
+DATA = {"data", "share"}
 STEP = {
     "agreement",
     "batch",
