@@ -28,7 +28,7 @@ RECIPE = {
     "schedules",
     "transforms",
 }
-DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
+DATA = {"data", "share"}
 STEP = {
     "agreement",
     "batch",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forgather_fn import tree
 from forgather_fn.data import Batch, Stream
-from forgather_fn.fetch import Indices
+from forgather_fn.data.fetch import Indices
 from forgather_fn.loop import Tick
 from forgather_fn.plan import Plan
 from forgather_fn.state import TrainState, difference

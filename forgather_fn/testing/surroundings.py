@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forgather_fn.loading import Generators
+from forgather_fn.data.loading import Generators
 
 _OTHER_SEED: Final = 20_011
 _DAY: Final = 86_400

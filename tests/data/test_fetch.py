@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from forgather_fn.data import batches
-from forgather_fn.loading import Fetch, Request, keyed, undrawn
+from forgather_fn.data.loading import Fetch, Request, keyed, undrawn
 from tests.streams import Squares, columns, taken
 
 

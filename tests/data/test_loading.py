@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-import forgather_fn.loading
+import forgather_fn.data.loading
 from forgather_fn.data import Stream, batches
-from forgather_fn.loading import Generators
+from forgather_fn.data.loading import Generators
 from forgather_fn.random import key
 from tests.streams import ORDERS, Failing, Noise, Squares, columns, noisy, same, taken
 
@@ -63,7 +63,7 @@ def test_a_killed_worker_is_an_error() -> None:
 
 
 def test_a_hanging_worker_is_an_error_and_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forgather_fn.loading, "WORKER_TIMEOUT", 0.1)
+    monkeypatch.setattr(forgather_fn.data.loading, "WORKER_TIMEOUT", 0.1)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # how long torch waits for its end
     with pytest.raises(RuntimeError, match=r"timed out after 0\.1 seconds"):
         next(batches(Failing(8, 0, signal.pause), batch_size=2, order="sequential", workers=1).start(0, 0))

@@ -6,8 +6,8 @@ from typing import Final, Literal, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from forgather_fn.fetch import Indices
-from forgather_fn.permutation import permuted
+from forgather_fn.data.fetch import Indices
+from forgather_fn.data.permutation import permuted
 from forgather_fn.random import key
 
 Order: TypeAlias = Literal["shuffled", "torch", "sequential"]

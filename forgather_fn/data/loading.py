@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory as pinned  # what DataLoader itself calls: one rule for both
 
-from forgather_fn.fetch import Indices, Read
+from forgather_fn.data.fetch import Indices, Read
 from forgather_fn.random import key
 
 WORKER_TIMEOUT: Final = 600.0

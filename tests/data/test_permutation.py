@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forgather_fn import random
-from forgather_fn.permutation import permuted
+from forgather_fn.data.permutation import permuted
 
 WORD = 2**64 - 1
 

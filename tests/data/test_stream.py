@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
 
-import forgather_fn.data
-import forgather_fn.order
+import forgather_fn.data.order
+import forgather_fn.data.stream
 from forgather_fn.data import Stream, batches
 from forgather_fn.describe import describe
 from tests.streams import LASTS, ORDERS, Noise, noisy, same, taken
@@ -80,9 +80,9 @@ def test_start_at_any_sample_gives_the_tail() -> None:
 
 
 def test_the_laws_catch_seed_plus_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = forgather_fn.order.shuffled
+    right = forgather_fn.data.order.shuffled
     monkeypatch.setitem(
-        forgather_fn.order.ORDERS,
+        forgather_fn.data.order.ORDERS,
         "shuffled",
         lambda offsets, /, *, n, seed, epoch: right(offsets, n=n, seed=seed + epoch, epoch=0),
     )
@@ -177,7 +177,7 @@ def test_batch_larger_than_the_dataset() -> None:
 def test_blocks_leave_no_trace(monkeypatch: pytest.MonkeyPatch, last: Any, block: int) -> None:
     stream = batches(torch.arange(20_000), batch_size=3000, last=last)
     small = batches(torch.arange(17), batch_size=4, last=last)
-    monkeypatch.setattr(forgather_fn.data, "_BLOCK", block)
+    monkeypatch.setattr(forgather_fn.data.stream, "_BLOCK", block)
     assert sequence(stream, 6000, 30_000) == stream.indices(0, 6000, 36_000)[1].tolist()
     assert sequence(small, 12, 60) == small.indices(0, 12, 72)[1].tolist()
 
