@@ -15,6 +15,7 @@ from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built
+from forgather_fn.conversion import converted
 from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
@@ -178,6 +179,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return storage.export(built(), state, params)
 
+    def convert(state: TrainState, program: Program, /, **options: Any) -> TrainState:
+        return converted(own, state, program, **options)
+
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:
             assert strategy.share is not None
@@ -185,9 +189,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return opened(data, state, strategy.share)
 
     def steps(state: TrainState, data: Data, /) -> Steps:
-        return open_steps(program, state, data)
+        return open_steps(own, state, data)
 
-    program = Program(
+    own = Program(
         plan=plan,
         init=init,
         restore=restore,
@@ -199,13 +203,14 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
+        convert=convert,
         batches=batches,
         world=strategy.world,
         share=strategy.share,
         part=strategy.part,
         whole=storage.whole,
     )
-    return program
+    return own
 
 
 def prepared(plan: Plan, seed: int) -> nn.Module:
