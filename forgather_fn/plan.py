@@ -24,6 +24,7 @@ from forgather_fn.workspace import VIEWED_ELEMENTS
 from forgather_fn.world import ALONE, World
 
 if TYPE_CHECKING:
+    from forgather_fn.conversion import Conversion
     from forgather_fn.loop import Steps
 
 Precision = Literal["as_built", "float32", "float64", "bfloat16", "float16"]
@@ -304,6 +305,42 @@ class Export(Protocol):
         ...
 
 
+class Convert(Protocol):
+    """Carry a state into another program."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        program: "Program",
+        /,
+        *,
+        dropping: Collection[str] = (),
+        without: Collection[str] = (),
+        tell: "Callable[[Conversion], object] | None" = None,
+    ) -> TrainState:
+        """Make the state of another program that goes on where this one is; this one is not consumed.
+
+        Parameters and buffers are carried by name, whatever their groups and data types are, and whether they are
+        trained or not; so are the optimizer's slots, the average, and what else has the same name and shape on both
+        sides: in this library a slot's name says what it is. What the other program has besides is as its ``init``
+        makes it, an average as the parameters. Slots that an optimizer of torch makes at its first update are carried
+        to an equal one only; the state of a transform to one of the same kind at the same place. The step, samples,
+        seed, and counters go on.
+
+        Args:
+            state: Of this program.
+            program: The other; it is initialised under the state's seed, and its module is bound to the result.
+            dropping: Patterns of the names of parameters that are left behind. Any other that the other program lacks,
+                or has in another shape, is an error.
+            without: What starts fresh, as in :class:`Restore`.
+            tell: Called with an account of what was carried, is fresh, or was dropped: ``tell=print``.
+
+        Raises:
+            ValueError: A parameter has no place, a pattern matches none, or processes have parts of the states only.
+        """
+        ...
+
+
 class Whole(Protocol):
     """Bring a state together that lies in shards, to be written; collective."""
 
@@ -357,6 +394,7 @@ class Program:
     evaluate: Evaluate
     apply: Apply
     export: Export
+    convert: Convert
     batches: OpenBatches
     open_steps: OpenSteps
     world: World = ALONE

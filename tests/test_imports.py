@@ -38,6 +38,7 @@ STEP = {
     "compilable",
     "compiled",
     "compiler",
+    "conversion",
     "dispatch",
     "evaluation",
     "execution",

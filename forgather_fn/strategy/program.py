@@ -15,6 +15,7 @@ from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built, own_gradients
+from forgather_fn.conversion import converted
 from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
@@ -191,13 +192,16 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return storage.export(built(), state, params)
 
+    def convert(state: TrainState, program: Program, /, **options: Any) -> TrainState:
+        return converted(own, state, program, **options)
+
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:
             assert strategy.share is not None
             return dispatched(strategy.world, strategy.share, state, data)
         return opened(data, state, strategy.share)
 
-    return Program(
+    own = Program(
         plan=plan,
         init=init,
         restore=restore,
@@ -208,6 +212,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
+        convert=convert,
         batches=batches,
         open_steps=open_steps,
         world=strategy.world,
@@ -215,6 +220,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         part=strategy.part,
         whole=storage.whole,
     )
+    return own
 
 
 def prepared(plan: Plan, seed: int) -> nn.Module:
