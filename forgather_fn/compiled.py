@@ -25,9 +25,9 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.graphs import FLAG, Sums
 from forgather_fn.losses import leading_dimension
 from forgather_fn.mean import Mean
+from forgather_fn.optim.base import Rates, rates_at
 from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed, seeded
-from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, NonFiniteError, TrainState, counter, nonfinite_message
 from forgather_fn.step import divided, following, inverse, known_weight
 
@@ -72,7 +72,7 @@ class Compiled:
             return self.advance(state, gradients, buffers, means, wants)
         arrays, parts = self._begun(state, batch)
         run = self._graphs(state, parts).whole(wants)
-        learning_rate = rate(plan.schedule, state.step)
+        rates = rates_at(plan.schedule, plan.optimizer, state.step)
         state.settle()
         with seeded(key(state.seed, state.step, 0, "forward"), built.device):
             reports, sums = run(
@@ -80,10 +80,10 @@ class Compiled:
                 dict(arrays.frozen),
                 parts,
                 *_share(built, parts),
-                *_scalars(built, state, learning_rate),
+                *_scalars(built, state, rates),
             )
         means = {name: Mean(*pair) for name, pair in sums.items()}
-        return _finished(built, state, batch.samples, {**means, **reports, "learning_rate": learning_rate})
+        return _finished(built, state, batch.samples, {**means, **reports, **rates.metrics()})
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
         """Take the first half of a step: a graph for each microbatch."""
@@ -151,7 +151,7 @@ class Compiled:
         built, arrays = self.built, state.read()
         check_layout("this gradient", gradients.layout, built.binding.layout)
         run = self._graphs(state, []).update(wants)
-        learning_rate = rate(built.plan.schedule, state.step)
+        rates = rates_at(built.plan.schedule, built.plan.optimizer, state.step)
         state.settle()
         reports = run(
             _tensors(arrays),
@@ -161,9 +161,9 @@ class Compiled:
             {name: graphs.pair(mean) for name, mean in means.items()},
             torch.as_tensor(gradients.weight, device=built.device),
             [] if gradients.divisor is None else [gradients.divisor],
-            *_scalars(built, state, learning_rate),
+            *_scalars(built, state, rates),
         )
-        return _finished(built, state, gradients.samples, {**means, **reports, "learning_rate": learning_rate})
+        return _finished(built, state, gradients.samples, {**means, **reports, **rates.metrics()})
 
     def _begun(self, state: TrainState, batch: Batch) -> tuple[Arrays, list[Any]]:
         built, arrays = self.built, state.read()
@@ -229,7 +229,7 @@ def _graphs(built: Built, arrays: Arrays) -> Graphs:
             parts: list[Any],
             share: Tensor | None,
             taken: bool,
-            *scalars: Tensor,
+            *scalars: Any,
         ) -> tuple[dict[str, Tensor], Sums]:
             params, held = tensors[places["params"]], tensors[places["buffers"]]
             scale = tensors[places["loss_scale"]][:1]  # the first of the two that it is
@@ -301,12 +301,13 @@ def _share(built: Built, parts: list[Any]) -> tuple[Tensor | None, bool]:
     return inverse(weight, built.dtype, built.device), True
 
 
-def _scalars(built: Built, state: TrainState, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+def _scalars(built: Built, state: TrainState, rates: Rates) -> tuple[Any, ...]:
     """Give what changes from step to step as tensors: a number would be a part of the graph."""
     device = built.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return (
-        torch.full((), learning_rate, dtype=dtype, device=device),
+        torch.full((), float(rates.learning_rate), dtype=dtype, device=device),
+        {name: torch.full((), float(value), dtype=dtype, device=device) for name, value in rates.scheduled.items()},
         counter(state.step, device),
         counter(state.seed, device),
     )

@@ -16,6 +16,7 @@ from forgather_fn.data import Stream
 from forgather_fn.flat import Flat
 from forgather_fn.mean import Mean
 from forgather_fn.model import evaluation_mode
+from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Arrays, TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World
@@ -144,10 +145,9 @@ def evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]
     """Bind the module to the parameters asked for, in evaluation mode; put modes and buffers back afterwards."""
     arrays = state.read()
     built.bound(arrays)
-    if params == "ema":
-        built.binding.bind(average_of(arrays), arrays.frozen, arrays.buffers)
-    elif params != "params":
-        raise ValueError(f"params={params!r} is not one of 'params', 'ema'")
+    used = chosen(built.plan, arrays, params)
+    if used is not arrays.params:
+        built.binding.bind(used, arrays.frozen, arrays.buffers)
     before = arrays.buffers.copy() if arrays.buffers else None
     modes = evaluation_mode(built.module)
     try:
@@ -160,12 +160,23 @@ def evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]
         built.binding.bind(arrays.params, arrays.frozen, arrays.buffers)
 
 
-def average_of(arrays: Arrays) -> Flat:
-    """Give the averaged parameters of a state.
+def chosen(plan: Plan, arrays: Arrays, which: Which) -> Flat:
+    """Give the parameters that a model is used with.
+
+    Those that are trained, unless the optimizer says that others are meant: it evaluates another point than the one
+    where it takes gradients, as schedule-free ones do. Or the average.
 
     Raises:
-        ValueError: The plan keeps none.
+        ValueError: There is nothing of that name, or the plan keeps no average.
     """
+    if which == "params":
+        evaluated = plan.optimizer.evaluated
+        if evaluated is None:
+            return arrays.params
+        with torch.no_grad():
+            return evaluated(arrays.opt, arrays.params)
+    if which != "ema":
+        raise ValueError(f"params={which!r} is not one of 'params', 'ema'")
     if arrays.ema is None:
         raise ValueError("params='ema', but the plan keeps no average; add Plan(average=ff.ema(decay))")
     return arrays.ema

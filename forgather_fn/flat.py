@@ -11,27 +11,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn.hyper import Hyper as Hyper
+
 ALIGNMENT = 256
 """Bytes to which every tensor's start is aligned. Whole vectors are then processed whatever range of the buffer a
 kernel is given, so that updating tensors together or one by one gives the same bits."""
 
 CUTS_KEPT = 32
 """How many ways of cutting a layout are remembered; models whose gradients come and go have many."""
-
-
-@attrs.frozen
-class Hyper:
-    """What a group of parameters has of its own. Leaves of equal hyperparameters lie side by side.
-
-    Attributes:
-        learning_rate: Factor on the scheduled learning rate.
-        weight_decay: The coefficient, as the optimizer understands it; None for whatever it does by itself.
-        frozen: Not trained: kept out of the flat storage, and shared rather than copied.
-    """
-
-    learning_rate: float = 1.0
-    weight_decay: float | None = 0.0
-    frozen: bool = False
 
 
 @attrs.frozen
@@ -134,10 +121,12 @@ def layout_of(tensors: Mapping[str, Tensor], hypers: Mapping[str, Hyper] | None 
     Args:
         tensors: By qualified name; only their shapes, strides and data types are read. Strides are kept where the
             tensor is dense (channels_last stays channels_last); others become contiguous.
-        hypers: The hyperparameters of each; equal ones form a group. All alike if not given.
+        hypers: The hyperparameters of each; equal ones form a group, and groups of one ``part`` lie side by side.
+            All alike if not given.
     """
     given = [hypers[name] if hypers else Hyper() for name in tensors]
-    groups = tuple(dict.fromkeys(given))
+    parts = tuple(dict.fromkeys(hyper.part for hyper in given))
+    groups = tuple(sorted(dict.fromkeys(given), key=lambda hyper: parts.index(hyper.part)))
     dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors.values()))
     ends = [0] * len(dtypes)
     leaves: dict[str, Leaf] = {}
@@ -192,7 +181,8 @@ class Flat(Mapping[str, Tensor]):
         view = self._views.get(name)
         if view is None:
             leaf = self.layout.leaves[self.layout.index[name]]
-            view = self.buffers[leaf.buffer].as_strided(leaf.shape, leaf.stride, leaf.offset)
+            buffer = self.buffers[leaf.buffer]
+            view = buffer.as_strided(leaf.shape, leaf.stride, buffer.storage_offset() + leaf.offset)
             self._views[name] = view
         return view
 

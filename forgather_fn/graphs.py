@@ -23,6 +23,7 @@ from forgather_fn.flat import Flat, Layout, Leaf
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
+from forgather_fn.optim.base import Rates
 from forgather_fn.state import Arrays
 from forgather_fn.step import update_arrays
 
@@ -81,13 +82,15 @@ class UpdateTensors(Protocol):
         weight: Tensor,
         divisor: list[Tensor],
         learning_rate: Tensor,
+        scheduled: dict[str, Tensor],
         step: Tensor,
         seed: Tensor,
         /,
     ) -> dict[str, Tensor]:
         """Give what is reported, and under :data:`FLAG` whether the step stopped the run.
 
-        ``divisor`` is the scalars that the gradient is to be divided by.
+        ``divisor`` is the scalars that the gradient is to be divided by, ``scheduled`` the values of the optimizer's
+        own schedules.
         """
         ...
 
@@ -168,6 +171,7 @@ def updating(built: Built, like: Mapping[str, Any], wants: frozenset[str]) -> Up
         weight: Tensor,
         divisor: list[Tensor],
         learning_rate: Tensor,
+        scheduled: dict[str, Tensor],
         step: Tensor,
         seed: Tensor,
     ) -> dict[str, Tensor]:
@@ -190,7 +194,7 @@ def updating(built: Built, like: Mapping[str, Any], wants: frozenset[str]) -> Up
             {name: Mean(*pair) for name, pair in sums.items()},
             flag=flag_on_device,
             begin=lambda: None,
-            learning_rate=learning_rate,
+            rates=Rates(learning_rate, scheduled),
             step=step,
             seed=seed,
             wants=wants,

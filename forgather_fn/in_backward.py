@@ -19,8 +19,8 @@ from forgather_fn.execution import Execution
 from forgather_fn.finite import Flag, flag_on_device, flag_on_host
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
+from forgather_fn.optim.base import Rates, apply, rates_at
 from forgather_fn.plan import Metrics
-from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
 from forgather_fn.step import check_wants, eager, following, take_gradients, update_arrays
 from forgather_fn.workspace import dense
@@ -58,7 +58,9 @@ def updating_in_backward(built: Built) -> Execution:
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         check_wants(wants)
-        updates = _Updates(built, state, look, rate(plan.schedule, state.step), state.read().nonfinite)
+        updates = _Updates(
+            built, state, look, rates_at(plan.schedule, plan.optimizer, state.step), state.read().nonfinite
+        )
         watched = attrs.evolve(built, plan=attrs.evolve(plan, loss=updates.watched_loss))
         with updates.hooked(by_name):
             gradients, buffers, means = take_gradients(watched, state, batch)
@@ -70,7 +72,7 @@ def updating_in_backward(built: Built) -> Execution:
             means,
             flag=look,
             begin=lambda: None,
-            learning_rate=updates.learning_rate,
+            rates=updates.rates,
             step=state.step,
             seed=state.seed,
             wants=frozenset(),
@@ -83,7 +85,7 @@ def updating_in_backward(built: Built) -> Execution:
         return following(state, arrays, batch.samples), {
             **means,
             **reports,
-            "learning_rate": updates.learning_rate,
+            **updates.rates.metrics(),
         }
 
     return attrs.evolve(eager(built), step=step)
@@ -102,7 +104,7 @@ class _Updates:
         built: The model.
         state: Consumed by the first update.
         look: Decides whether a number is finite.
-        learning_rate: Of this step.
+        rates: Of this step.
         nonfinite: The first step that was not finite, or -1.
         norms: The norm of each gradient that has come.
     """
@@ -110,7 +112,7 @@ class _Updates:
     built: Built
     state: TrainState
     look: Flag
-    learning_rate: float
+    rates: Rates
     nonfinite: Tensor
     norms: dict[str, Tensor] = attrs.field(factory=dict)
     _taken: Arrays | None = None
@@ -171,8 +173,15 @@ class _Updates:
                 arrays.nonfinite.copy_(self.nonfinite)
             active = tuple(other is leaf for other in layout.leaves)
             gradients = Gradients(layout, active, {name: grad}, None, 0, 0.0)
-            opt = self.built.plan.optimizer.update(
-                gradients, arrays.opt, arrays.params, learning_rate=self.learning_rate, found_inf=found_inf
+            opt = apply(
+                self.built.plan.optimizer,
+                gradients,
+                arrays.opt,
+                arrays.params,
+                rates=self.rates,
+                found_inf=found_inf,
+                step=self.state.step,
+                seed=self.state.seed,
             )
         self.norms[name] = norm
         self._taken = arrays if opt is arrays.opt else attrs.evolve(arrays, opt=opt)

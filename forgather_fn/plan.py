@@ -279,7 +279,9 @@ class Evaluate(Protocol):
     ) -> dict[str, float]:
         """Run the loss over every sample once, without gradients, in evaluation mode, and give each named mean.
 
-        Means are added over batches and divided once, so the result does not depend on the batch size.
+        Means are added over batches and divided once, so the result does not depend on the batch size. ``"params"`` are
+        the parameters that are trained, or those that the optimizer has evaluated instead
+        (:attr:`Optimizer.evaluated <forgather_fn.optim.base.Optimizer>`); here as in ``apply`` and ``export``.
         """
         ...
 

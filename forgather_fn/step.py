@@ -22,9 +22,10 @@ from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective
 from forgather_fn.mean import Mean
+from forgather_fn.optim import base as optim
+from forgather_fn.optim.base import OptState, Rates, rates_at
 from forgather_fn.plan import Metrics, Plan
 from forgather_fn.random import key, reseed, seeded
-from forgather_fn.schedules import rate
 from forgather_fn.state import Arrays, TrainState
 from forgather_fn.transforms import apply
 
@@ -183,7 +184,7 @@ def advance(
     """
     plan, arrays = built.plan, state.read()
     check_layout("this gradient", gradients.layout, built.binding.layout)
-    learning_rate = rate(plan.schedule, state.step)
+    rates = rates_at(plan.schedule, plan.optimizer, state.step)
     arrays, reports, _ = update_arrays(
         plan,
         arrays,
@@ -192,14 +193,14 @@ def advance(
         means,
         flag=flag_on_host if built.device.type == "cpu" else flag_on_device,
         begin=lambda: state.consume(f"step {state.step}"),
-        learning_rate=learning_rate,
+        rates=rates,
         step=state.step,
         seed=state.seed,
         wants=wants,
     )
     if arrays.buffers is not built.binding.buffers:
         built.binding.bind_buffers(arrays.buffers)
-    return following(state, arrays, gradients.samples), {**means, **reports, "learning_rate": learning_rate}
+    return following(state, arrays, gradients.samples), {**means, **reports, **rates.metrics()}
 
 
 def following(state: TrainState, arrays: Arrays, samples: int) -> TrainState:
@@ -223,7 +224,7 @@ def update_arrays(
     *,
     flag: Flag,
     begin: Callable[[], object],
-    learning_rate: float | Tensor,
+    rates: Rates,
     step: int | Tensor,
     seed: int | Tensor,
     wants: frozenset[str],
@@ -247,7 +248,17 @@ def update_arrays(
         probe = norm if loss is None else norm + loss
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         begin()
-        arrays = _updated(plan, arrays, gradients, transforms, learning_rate, verdict.found_inf)
+        opt = optim.apply(
+            plan.optimizer,
+            gradients,
+            arrays.opt,
+            arrays.params,
+            rates=rates,
+            found_inf=verdict.found_inf,
+            step=step,
+            seed=seed,
+        )
+        arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf)
         arrays = _counted(plan, arrays, gradients, buffers, verdict)
         if verdict.nonfinite is not arrays.nonfinite:
             arrays.nonfinite.copy_(verdict.nonfinite)
@@ -280,15 +291,7 @@ def _transformed(
     return gradients, tuple(states)
 
 
-def _updated(
-    plan: Plan,
-    arrays: Arrays,
-    gradients: Gradients,
-    transforms: tuple[Any, ...],
-    learning_rate: float | Tensor,
-    found_inf: Tensor,
-) -> Arrays:
-    opt = plan.optimizer.update(gradients, arrays.opt, arrays.params, learning_rate=learning_rate, found_inf=found_inf)
+def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor) -> Arrays:
     good = applied(found_inf)
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
     ema = arrays.ema

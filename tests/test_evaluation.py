@@ -1,5 +1,6 @@
 import math
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -254,3 +255,21 @@ def test_evaluations_between_steps_do_not_change_the_run():
         made.apply(state, labelled(2)[0])
         expected, _ = plain.step(expected, labelled(6, seed=seed))
     assert_equal(state, expected)
+
+
+def test_an_optimizer_may_have_other_parameters_evaluated_than_are_trained():
+    plain = ff.sgd()
+    optimizer = attrs.evolve(plain, evaluated=lambda state, params: params.map(lambda buffer: 2 * buffer))
+    made = program(classifier(), optimizer=optimizer)
+    state = made.init(0)
+    features, labels = labelled(5)
+    doubled = {name: 2 * tensor for name, tensor in state.params.items()}
+    with unchanged(state):
+        outputs = torch.func.functional_call(classifier(), doubled, (features,))
+        torch.testing.assert_close(made.apply(state, features), outputs)
+        loss = F.cross_entropy(outputs, labels).item()
+        assert made.evaluate(state, [(features, labels)]) == {"loss": pytest.approx(loss)}
+        for name, parameter in made.export(state).named_parameters():
+            assert torch.equal(parameter, doubled[name])
+    other = program(classifier(), optimizer=plain)
+    assert_equal(made.step(state, labelled(6))[0], other.step(other.init(0), labelled(6))[0])

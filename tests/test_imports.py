@@ -15,7 +15,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
-BASE = {"describe", "fingerprint", "finite", "flat", "interrupt", "mean", "part", "random", "state", "tree", "world"}
+BASE = {
+    "describe",
+    "fingerprint",
+    "finite",
+    "flat",
+    "hyper",
+    "interrupt",
+    "mean",
+    "part",
+    "random",
+    "state",
+    "tree",
+    "world",
+}
 RECIPE = {
     "activation_checkpointing",
     "average",

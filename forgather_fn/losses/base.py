@@ -10,8 +10,8 @@ from torch import Tensor
 from forgather_fn.describe import describe
 from forgather_fn.mean import Mean
 
-RESERVED = ("grad_norm", "learning_rate", "loss_scale")
-"""Metrics that every step reports."""
+RESERVED = ("beta1", "beta2", "grad_norm", "learning_rate", "loss_scale", "momentum", "weight_decay")
+"""Metrics that steps report themselves."""
 
 
 Arguments = Callable[[Any], tuple[Sequence[Any], dict[str, Any]]]

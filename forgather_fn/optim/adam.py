@@ -1,43 +1,55 @@
 """Adam and AdamW: torch's own fused kernels over flat storage."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from forgather_fn.describe import described
 from forgather_fn.finite import applied
-from forgather_fn.flat import Flat, Hyper
+from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.groups import Group, Predicate, assigner, matrices
+from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
+from forgather_fn.hyper import NO_VALUES, Values, valued
 from forgather_fn.optim import unfused
-from forgather_fn.optim.base import Optimizer, OptState
+from forgather_fn.optim.base import Optimizer, OptState, check_betas
 from forgather_fn.optim.parts import parts
+from forgather_fn.schedules import Schedule
 
 
 def _adam_family(
     kernel: Callable[..., None],
     decoupled: bool,
-    betas: tuple[float, float],
+    betas: tuple[float | Schedule, float | Schedule],
     eps: float,
-    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]],
+    weight_decay: float | Schedule,
+    decays: Predicate,
+    groups: Sequence[Group],
 ) -> Optimizer:
     """Make an optimizer of one of the fused kernels that ``torch.optim.Adam`` and ``AdamW`` call.
 
     Updates are counted by parameter, since one without a gradient is not updated; as in torch, the bias of its
     averages is corrected by its own count.
     """
+    numbers = named("beta1", betas[0]), named("beta2", betas[1])
 
     def init(params: Flat) -> OptState:
         count = torch.zeros(len(params), dtype=torch.float32, device=params.buffers[0].device)
         return {"exp_avg": params.map(torch.zeros_like), "exp_avg_sq": params.map(torch.zeros_like), "count": count}
 
     def update(
-        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
+        gradients: Gradients,
+        state: OptState,
+        params: Flat,
+        *,
+        learning_rate: float | Tensor,
+        found_inf: Tensor,
+        scheduled: Values = NO_VALUES,
     ) -> OptState:
         gradients = gradients.for_kernel()
         count = state["count"]
+        beta1, beta2 = valued(numbers[0], scheduled), valued(numbers[1], scheduled)
         compiling = torch.compiler.is_compiling()
         together = not compiling and _counted_alike(gradients, params, count)
         if all(gradients.active):
@@ -54,9 +66,10 @@ def _adam_family(
                 count,
                 decoupled=decoupled,
                 learning_rate=learning_rate,
-                betas=betas,
+                betas=(beta1, beta2),
                 eps=eps,
                 found_inf=found_inf,
+                scheduled=scheduled,
             )
             return state
         counts = _unbound(params, count)
@@ -68,10 +81,10 @@ def _adam_family(
                 part.slots[1],
                 [],
                 [counts[chunk.first] for chunk in part.chunks],
-                lr=learning_rate * part.hyper.learning_rate,
-                beta1=betas[0],
-                beta2=betas[1],
-                weight_decay=part.hyper.weight_decay or 0.0,
+                lr=learning_rate * valued(part.hyper.learning_rate, scheduled),
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=valued(part.hyper.weight_decay or 0.0, scheduled),
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
@@ -80,7 +93,10 @@ def _adam_family(
             )
         return state
 
-    return Optimizer(init, update, groups, separable=True, elementwise=True)
+    schedules = schedules_of(groups, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1])
+    return Optimizer(
+        init, update, assigner(groups, weight_decay, decays), separable=True, elementwise=True, schedules=schedules
+    )
 
 
 def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
@@ -107,19 +123,12 @@ def _unbound(params: Flat, count: Tensor) -> Sequence[Tensor]:
     return counts
 
 
-def _check_betas(name: str, betas: tuple[float, float], eps: float) -> None:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas) or eps < 0:
-        raise ValueError(
-            f"{name}: betas must be two numbers in [0, 1) and eps at least 0; got betas={betas}, eps={eps}"
-        )
-
-
 @described
 def adamw(
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float | Schedule, float | Schedule] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: float | Schedule = 0.01,
     decays: Predicate = matrices,
     groups: Sequence[Group] = (),
 ) -> Optimizer:
@@ -128,25 +137,25 @@ def adamw(
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; equal to ``torch.optim.AdamW``.
 
     Args:
-        betas: Decay of the running mean and of the running mean square, by update.
+        betas: Decay of the running mean and of the running mean square, by update; numbers or schedules.
         eps: Added to the root of the mean square.
-        weight_decay: Of those parameters that decay.
+        weight_decay: Of those parameters that decay; a number or a schedule.
         decays: Which parameters those are; by default, those of two or more dimensions.
         groups: Parameters with hyperparameters of their own.
 
     Raises:
         ValueError: ``betas`` are not in [0, 1), or ``eps`` is negative.
     """
-    _check_betas("adamw", betas, eps)
-    return _adam_family(torch._fused_adamw_, True, betas, eps, assigner(groups, weight_decay, decays))
+    check_betas("adamw", betas, eps)
+    return _adam_family(torch._fused_adamw_, True, betas, eps, weight_decay, decays, groups)
 
 
 @described
 def adam(
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float | Schedule, float | Schedule] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    weight_decay: float | Schedule = 0.0,
     decays: Predicate = matrices,
     groups: Sequence[Group] = (),
 ) -> Optimizer:
@@ -155,5 +164,5 @@ def adam(
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; equal to ``torch.optim.Adam``.
     The arguments are those of :func:`adamw`.
     """
-    _check_betas("adam", betas, eps)
-    return _adam_family(torch._fused_adam_, False, betas, eps, assigner(groups, weight_decay, decays))
+    check_betas("adam", betas, eps)
+    return _adam_family(torch._fused_adam_, False, betas, eps, weight_decay, decays, groups)

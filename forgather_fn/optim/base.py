@@ -1,15 +1,17 @@
 """The contract of optimizers: pairs of pure functions."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import attrs
 from torch import Tensor
 
 from forgather_fn import flat as flat_storage
 from forgather_fn.describe import describe
-from forgather_fn.flat import Flat, Hyper
+from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
+from forgather_fn.hyper import NO_VALUES, Hyper, Values
+from forgather_fn.schedules import Schedule, rate
 
 OptState = Mapping[str, Any]
 
@@ -39,7 +41,18 @@ class OptimizerUpdate(Protocol):
 
         Where ``found_inf`` (a float32 scalar on the device) is 1 instead of 0, nothing must change. ``gradients`` may
         be used up. Parameters that it has no entry for are left untouched, their slots too.
+
+        The update of an optimizer that has ``schedules`` is given ``scheduled`` as well, their values by name; that of
+        one that is ``random``, ``step`` and ``seed``. In a compiled step all of them are scalar tensors.
         """
+        ...
+
+
+class Evaluated(Protocol):
+    """Give the parameters that a model is to be used with, where those that it is trained with are others."""
+
+    def __call__(self, state: OptState, params: Flat, /) -> Flat:
+        """Give them in storage of their own, or of the state's; nothing is changed."""
         ...
 
 
@@ -57,6 +70,11 @@ class Optimizer:
             a scalar tensor there.
         separable: Whether updating parameter by parameter, in any order, is the same as updating all at once.
         elementwise: Whether every element is updated by itself, so that a process may have shards of parameters only.
+        schedules: Its hyperparameters that change from step to step, by name; those that groups have are named in their
+            :class:`~forgather_fn.hyper.Hyper` as :class:`~forgather_fn.hyper.Scheduled`.
+        random: Whether ``update`` draws random numbers.
+        evaluated: ``(state, params) -> params``: which parameters are evaluated and exported, where those that are
+            trained are others; None for the same.
     """
 
     init: OptimizerInit
@@ -66,11 +84,84 @@ class Optimizer:
     compiles: bool = True
     separable: bool = False
     elementwise: bool = False
+    schedules: Mapping[str, Schedule] = attrs.field(factory=dict)
+    random: bool = False
+    evaluated: Evaluated | None = None
 
     def __repr__(self) -> str:
         return self.description or f"Optimizer({describe(self.update)})"
 
 
+class Rates(NamedTuple):
+    """What an update is told of its step: the learning rate, and the values of the optimizer's own schedules."""
+
+    learning_rate: float | Tensor
+    scheduled: Values = NO_VALUES
+
+    def metrics(self) -> dict[str, float | Tensor]:
+        """Name them for reports; of a group, the rate itself, and not the factor."""
+        if not self.scheduled:
+            return {"learning_rate": self.learning_rate}
+        values = {
+            name: value * self.learning_rate if name.startswith("learning_rate/") else value
+            for name, value in self.scheduled.items()
+        }
+        return {"learning_rate": self.learning_rate, **values}
+
+
+def rates_at(schedule: Schedule | float, optimizer: Optimizer, step: int) -> Rates:
+    """Read all schedules at a step.
+
+    Raises:
+        ValueError: A value is not a finite number of at least 0, or a decay rate is not below 1.
+    """
+    learning_rate = rate(schedule, step)
+    if not optimizer.schedules:
+        return Rates(learning_rate)
+    values = {name: rate(own, step) for name, own in optimizer.schedules.items()}
+    for name, value in values.items():
+        if name.startswith(BELOW_ONE) and value >= 1:
+            raise ValueError(f"schedule of {name}: gave {value} at step {step}: expected a number in [0, 1)")
+    return Rates(learning_rate, values)
+
+
+BELOW_ONE: Final = ("beta1", "beta2")
+"""Names of hyperparameters that are decays of running means."""
+
+
+def apply(
+    optimizer: Optimizer,
+    gradients: Gradients,
+    state: OptState,
+    params: Flat,
+    *,
+    rates: Rates,
+    found_inf: Tensor,
+    step: int | Tensor,
+    seed: int | Tensor,
+) -> OptState:
+    """Run an optimizer's update with what it asks for; see :class:`OptimizerUpdate`."""
+    more: dict[str, Any] = {}
+    if optimizer.schedules:
+        more["scheduled"] = rates.scheduled
+    if optimizer.random:
+        more |= {"step": step, "seed": seed}
+    update: Callable[..., OptState] = optimizer.update
+    return update(gradients, state, params, learning_rate=rates.learning_rate, found_inf=found_inf, **more)
+
+
 def slots_like(params: Flat) -> Flat:
     """Make a slot of zeros in the layout of the parameters, for optimizers of your own."""
     return flat_storage.zeros(params.layout, params.buffers[0].device)
+
+
+def check_betas(name: str, betas: Sequence[float | Schedule], eps: float) -> None:
+    """Make sure that an optimizer's decay rates are in [0, 1); those that schedules give are checked as they are read.
+
+    Raises:
+        ValueError: They are not two such numbers, or ``eps`` is negative.
+    """
+    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or eps < 0:
+        raise ValueError(
+            f"{name}: betas must be two numbers in [0, 1) and eps at least 0; got betas={betas}, eps={eps}"
+        )

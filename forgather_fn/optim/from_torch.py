@@ -12,8 +12,10 @@ from torch import Tensor
 from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.groups import Group, Predicate, assigner, matrices
+from forgather_fn.groups import Group, Predicate, assigner, matrices, schedules_of
+from forgather_fn.hyper import NO_VALUES, Scheduled, Values, valued
 from forgather_fn.optim.base import Optimizer, OptState
+from forgather_fn.schedules import Schedule
 
 TorchFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -37,7 +39,7 @@ class Adapted:
 def from_torch(
     factory: TorchFactory,
     *,
-    weight_decay: float | None = None,
+    weight_decay: float | Schedule | None = None,
     decays: Predicate = matrices,
     groups: Sequence[Group] = (),
 ) -> Optimizer:
@@ -50,7 +52,8 @@ def from_torch(
     Args:
         factory: ``parameter groups -> optimizer``: ``lambda groups: torch.optim.RMSprop(groups, alpha=0.9)``. The
             learning rate that it is made with does not matter: the plan's schedule is set before each update.
-        weight_decay: Of those parameters that decay; None leaves it to the factory, for all parameters.
+        weight_decay: Of those parameters that decay, or a schedule of it; None leaves it to the factory, for
+            all parameters.
         decays: Which parameters those are; by default, those of two or more dimensions.
         groups: Parameters with hyperparameters of their own.
 
@@ -69,7 +72,13 @@ def from_torch(
         return _taken(adapted(params))
 
     def update(
-        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
+        gradients: Gradients,
+        state: OptState,
+        params: Flat,
+        *,
+        learning_rate: float | Tensor,
+        found_inf: Tensor,
+        scheduled: Values = NO_VALUES,
     ) -> OptState:
         if found_inf.item():
             return state
@@ -77,16 +86,22 @@ def from_torch(
         gradients = gradients.resolved()
         for name, leaf in held.leaves.items():
             leaf.grad = gradients.views.get(name)
-        for options in held.optimizer.param_groups:
-            options["lr"] = learning_rate * options["learning_rate_factor"]
         _put(held, state)
+        for options, hyper in zip(held.optimizer.param_groups, params.layout.groups, strict=True):
+            options["lr"] = learning_rate * valued(hyper.learning_rate, scheduled)
+            if isinstance(hyper.weight_decay, Scheduled):
+                options["weight_decay"] = valued(hyper.weight_decay, scheduled)
         with torch.enable_grad():
             held.optimizer.step()
         for leaf in held.leaves.values():
             leaf.grad = None
+        for options, hyper in zip(held.optimizer.param_groups, params.layout.groups, strict=True):
+            if isinstance(hyper.weight_decay, Scheduled):
+                options["weight_decay"] = 0.0  # the schedule's, and not a part of the state
         return _taken(held)
 
-    return Optimizer(init, update, assigner(groups, weight_decay, decays), compiles=False)
+    schedules = schedules_of(groups, weight_decay=weight_decay)
+    return Optimizer(init, update, assigner(groups, weight_decay, decays), compiles=False, schedules=schedules)
 
 
 def _adapt(factory: TorchFactory, params: Flat) -> Adapted:
@@ -94,8 +109,9 @@ def _adapt(factory: TorchFactory, params: Flat) -> Adapted:
     rows = []
     for number, hyper in enumerate(params.layout.groups):
         own = [leaves[leaf.name] for leaf in params.layout.leaves if leaf.group == number]
-        row: dict[str, Any] = {"params": own, "learning_rate_factor": hyper.learning_rate}
-        rows.append(row if hyper.weight_decay is None else row | {"weight_decay": hyper.weight_decay})
+        row: dict[str, Any] = {"params": own}
+        decay = 0.0 if isinstance(hyper.weight_decay, Scheduled) else hyper.weight_decay
+        rows.append(row if decay is None else row | {"weight_decay": decay})
     optimizer = factory(rows)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"from_torch: {describe(factory)} returned {type(optimizer).__name__}, not an optimizer")
@@ -111,11 +127,7 @@ def _adapt(factory: TorchFactory, params: Flat) -> Adapted:
 def _options(optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], ...]:
     """Read the numbers in the parameter groups, but for the learning rate, which is the schedule's."""
     return tuple(
-        {
-            name: value
-            for name, value in row.items()
-            if isinstance(value, int | float) and name not in ("lr", "learning_rate_factor")
-        }
+        {name: value for name, value in row.items() if isinstance(value, int | float) and name != "lr"}
         for row in optimizer.param_groups
     )
 

@@ -1,6 +1,6 @@
 """Stochastic gradient descent."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,64 +10,75 @@ from torch.optim.sgd import sgd as torch_sgd
 from forgather_fn.describe import described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.groups import Group, Predicate, assigner, matrices
+from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
+from forgather_fn.hyper import NO_VALUES, Values, valued
 from forgather_fn.optim import unfused
 from forgather_fn.optim.base import Optimizer, OptState
 from forgather_fn.optim.parts import parts
+from forgather_fn.schedules import Schedule
 
 
 @described
 def sgd(
     *,
-    momentum: float = 0.0,
+    momentum: float | Schedule = 0.0,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: float | Schedule = 0.0,
     decays: Predicate = matrices,
     groups: Sequence[Group] = (),
 ) -> Optimizer:
     """Stochastic gradient descent, with momentum if asked for: equal to ``torch.optim.SGD``.
 
     Args:
-        momentum: Decay of the running sum of gradients; 0 keeps none.
+        momentum: Decay of the running sum of gradients, or a schedule of it; the number 0 keeps none.
         nesterov: Look ahead along the momentum.
-        weight_decay: Added to the gradient, for those parameters that decay.
+        weight_decay: Added to the gradient, times the parameter, for those parameters that decay; or a schedule of it.
         decays: Which parameters those are; by default, those of two or more dimensions.
         groups: Parameters with hyperparameters of their own.
 
     Raises:
         ValueError: ``momentum`` is negative, or ``nesterov`` without it.
     """
-    if momentum < 0 or (nesterov and momentum == 0):
+    if not callable(momentum) and (momentum < 0 or (nesterov and momentum == 0)):
         raise ValueError(f"sgd: momentum must be at least 0, and above 0 for nesterov; got {momentum}")
+    keeps, number = momentum != 0, named("momentum", momentum)
 
     def init(params: Flat) -> OptState:
-        return {"momentum": params.map(torch.zeros_like)} if momentum else {}
+        return {"momentum": params.map(torch.zeros_like)} if keeps else {}
 
     def update(
-        gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
+        gradients: Gradients,
+        state: OptState,
+        params: Flat,
+        *,
+        learning_rate: float | Tensor,
+        found_inf: Tensor,
+        scheduled: Values = NO_VALUES,
     ) -> OptState:
         gradients = gradients.for_kernel()
-        slots = [state["momentum"]] if momentum else []
+        slots = [state["momentum"]] if keeps else []
+        decay = valued(number, scheduled)
         if torch.compiler.is_compiling():
             unfused.sgd(
                 gradients,
                 params,
                 *slots,
                 learning_rate=learning_rate,
-                momentum=momentum,
+                momentum=decay,
                 nesterov=nesterov,
                 found_inf=found_inf,
+                scheduled=scheduled,
             )
             return state
         for part in parts(gradients, params, *slots):
-            kernel = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
+            kernel: Callable[..., None] = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
             kernel(
                 part.params,
                 gradients.pieces(part.chunks),
-                part.slots[0] if momentum else [],
-                weight_decay=part.hyper.weight_decay or 0.0,
-                momentum=momentum,
-                lr=learning_rate * part.hyper.learning_rate,
+                part.slots[0] if keeps else [],
+                weight_decay=valued(part.hyper.weight_decay or 0.0, scheduled),
+                momentum=decay,
+                lr=learning_rate * valued(part.hyper.learning_rate, scheduled),
                 dampening=0.0,
                 nesterov=nesterov,
                 maximize=False,
@@ -77,7 +88,10 @@ def sgd(
             )
         return state
 
-    return Optimizer(init, update, assigner(groups, weight_decay, decays), separable=True, elementwise=True)
+    schedules = schedules_of(groups, weight_decay=weight_decay, momentum=momentum)
+    return Optimizer(
+        init, update, assigner(groups, weight_decay, decays), separable=True, elementwise=True, schedules=schedules
+    )
 
 
 def _fused_sgd_is_right(tensor: Tensor) -> bool:

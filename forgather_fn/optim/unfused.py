@@ -13,6 +13,7 @@ from torch import Tensor
 
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
+from forgather_fn.hyper import NO_VALUES, Values, valued
 
 
 @attrs.frozen(eq=False)
@@ -36,12 +37,19 @@ class Piece:
             return values[self.leaves[0]]
         return values[torch.tensor(self.leaves, device=values.device)].unsqueeze(1)
 
-    def constant(self, values: Sequence[float]) -> Tensor | float:
-        """Do the same for numbers."""
+    def constant(self, values: Sequence[float | Tensor]) -> Tensor | float:
+        """Do the same for numbers, or scalar tensors; one that all rows share is given as it is."""
         own = [values[leaf] for leaf in self.leaves]
-        if len(set(own)) == 1:
+        if all(value is own[0] for value in own):
             return own[0]
-        return torch.tensor(own, dtype=torch.float64, device=self.held[0].device).unsqueeze(1)
+        if not any(isinstance(value, Tensor) for value in own):
+            if len(set(own)) == 1:
+                return own[0]
+            return torch.tensor(own, dtype=torch.float64, device=self.held[0].device).unsqueeze(1)
+        known = {id(value): torch.as_tensor(value, dtype=torch.float64, device=self.held[0].device) for value in own}
+        places = {number: i for i, number in enumerate(known)}
+        rows = torch.tensor([places[id(value)] for value in own], device=self.held[0].device)
+        return torch.stack(list(known.values()))[rows].unsqueeze(1)
 
     def write(self, new: Sequence[Tensor], active: Sequence[bool], found_inf: Tensor) -> None:
         """Take new values, but for rows of leaves without a gradient, and not where the flag is set."""
@@ -86,9 +94,10 @@ def adam(
     *,
     decoupled: bool,
     learning_rate: float | Tensor,
-    betas: tuple[float, float],
+    betas: tuple[float | Tensor, float | Tensor],
     eps: float,
     found_inf: Tensor,
+    scheduled: Values = NO_VALUES,
 ) -> None:
     """Do what ``torch._fused_adamw_`` does, or, where weight decay is not ``decoupled``, ``torch._fused_adam_``.
 
@@ -103,19 +112,20 @@ def adam(
         betas: Decay of the running mean and of the running mean square, by update.
         eps: Added to the root of the mean square.
         found_inf: 1 where nothing must change, else 0.
+        scheduled: The values of schedules.
     """
     exact = counts.double()  # a count in float32 would show where parameters are float64
-    remaining = [1 - torch.exp(exact * torch.tensor(beta, dtype=torch.float64).log()) for beta in betas]
+    remaining = [1 - torch.exp(exact * torch.as_tensor(beta, dtype=torch.float64).log()) for beta in betas]
     for piece in pieces(gradients, params, means, squares):
         param, gradient, mean, square = piece.tensors
-        rate, decay = _hyper(piece, params.layout, learning_rate)
+        rate, decay = _hyper(piece, params.layout, learning_rate, scheduled)
         gradient = gradient if gradients.divisor is None else gradient / gradients.divisor
         if decoupled:
             param = param * _as(param, 1 - rate * decay)
         else:
             gradient = gradient + param * _as(param, decay)
-        mean = mean + (gradient - mean) * (1 - betas[0])
-        square = square * betas[1] + gradient * gradient * (1 - betas[1])
+        mean = mean + (gradient - mean) * _as(param, 1 - betas[0])
+        square = square * _as(param, betas[1]) + gradient * gradient * _as(param, 1 - betas[1])
         root = square.sqrt() / piece.spread(remaining[1].sqrt()) + eps
         param = param - _as(param, rate) / piece.spread(remaining[0]) * mean / root
         piece.write((param, mean, square), gradients.active, found_inf)
@@ -126,27 +136,32 @@ def sgd(
     params: Flat,
     *slots: Flat,
     learning_rate: float | Tensor,
-    momentum: float,
+    momentum: float | Tensor,
     nesterov: bool,
     found_inf: Tensor,
+    scheduled: Values = NO_VALUES,
 ) -> None:
     """Do what ``torch._fused_sgd_`` does; ``slots`` is the momentum, if there is any."""
     for piece in pieces(gradients, params, *slots):
         param, gradient, *running = piece.tensors
-        rate, decay = _hyper(piece, params.layout, learning_rate)
+        rate, decay = _hyper(piece, params.layout, learning_rate, scheduled)
         gradient = gradient if gradients.divisor is None else gradient / gradients.divisor
         gradient = gradient + param * _as(param, decay)
-        running = [slot * momentum + gradient for slot in running]
+        kept = _as(param, momentum)
+        running = [slot * kept + gradient for slot in running]
         for slot in running:
-            gradient = gradient + slot * momentum if nesterov else slot
+            gradient = gradient + slot * kept if nesterov else slot
         piece.write((param - _as(param, rate) * gradient, *running), gradients.active, found_inf)
 
 
-def _hyper(piece: Piece, layout: Layout, learning_rate: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+def _hyper(
+    piece: Piece, layout: Layout, learning_rate: float | Tensor, scheduled: Values
+) -> tuple[float | Tensor, float | Tensor]:
     """Give learning rate and weight decay of each row."""
-    hypers = [layout.groups[leaf.group] for leaf in layout.leaves]
-    rate = piece.constant([hyper.learning_rate for hyper in hypers])
-    return learning_rate * rate, piece.constant([hyper.weight_decay or 0.0 for hyper in hypers])
+    rates = [valued(group.learning_rate, scheduled) for group in layout.groups]
+    decays = [valued(group.weight_decay or 0.0, scheduled) for group in layout.groups]
+    own = [leaf.group for leaf in layout.leaves]
+    return learning_rate * piece.constant([rates[i] for i in own]), piece.constant([decays[i] for i in own])
 
 
 def _as(like: Tensor, value: float | Tensor) -> float | Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
-from forgather_fn.evaluation import Sums, Which, average_of, averaged, evaluating, own_batches
+from forgather_fn.evaluation import Sums, Which, averaged, chosen, evaluating, own_batches
 from forgather_fn.losses import named_means
 from forgather_fn.pipeline.freeing import Freed, filled
 from forgather_fn.pipeline.machine import Machine
@@ -84,10 +84,10 @@ def export(machine: Machine, built: Built, state: TrainState, params: Which) -> 
     """Give the whole module, with the parameters of all stages, on every process."""
     arrays = state.read()
     built.bound(arrays)
-    trained = average_of(arrays) if params == "ema" else arrays.params
-    whole = gathered(machine, {**trained, **arrays.frozen})
-    if params == "ema":
-        built.binding.bind(average_of(arrays), arrays.frozen, arrays.buffers)
+    used = chosen(built.plan, arrays, params)
+    whole = gathered(machine, {**used, **arrays.frozen})
+    if used is not arrays.params:
+        built.binding.bind(used, arrays.frozen, arrays.buffers)
     try:
         exported = copy.deepcopy(built.module)
     finally:

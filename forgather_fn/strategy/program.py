@@ -347,8 +347,9 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
 def _export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
     arrays = state.read()
     built.bound(arrays)
-    if params == "ema":
-        built.binding.bind(evaluation.average_of(arrays), arrays.frozen, arrays.buffers)
+    used = evaluation.chosen(built.plan, arrays, params)
+    if used is not arrays.params:
+        built.binding.bind(used, arrays.frozen, arrays.buffers)
     try:
         exported = copy.deepcopy(built.module)
     except (RuntimeError, TypeError) as error:

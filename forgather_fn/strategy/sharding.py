@@ -237,7 +237,7 @@ class Sharding:
             raise ValueError(
                 f"{class_of(built.module).__name__} cannot be copied ({self.blank}); save a checkpoint instead"
             ) from self.blank
-        trained = evaluation.average_of(arrays) if params == "ema" else arrays.params
+        trained = evaluation.chosen(built.plan, arrays, params)
         frozen = _as_flat(fsdp.still, arrays.frozen)
         values = {name: fsdp.trained.gathered(trained, name).cpu() for name in trained}
         values |= {name: fsdp.still.gathered(frozen, name).cpu() for name in frozen}

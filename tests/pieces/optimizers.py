@@ -3,12 +3,22 @@
 import torch
 
 import forgather_fn as ff
-from tests.pieces.piece import Piece
+from tests.pieces.piece import Piece, falling
 
 PIECES = {
     "adamw": Piece(fields=lambda: {"optimizer": ff.adamw(weight_decay=0.1)}),
     "adam": Piece(fields=lambda: {"optimizer": ff.adam(weight_decay=0.01)}),
     "sgd": Piece(fields=lambda: {"optimizer": ff.sgd(momentum=0.9, nesterov=True, weight_decay=0.01)}),
+    "adamw/scheduled": Piece(
+        fields=lambda: {
+            "optimizer": ff.adamw(
+                weight_decay=falling,
+                betas=(falling, 0.9),
+                groups=[ff.group("0.*", learning_rate=falling, weight_decay=0.1)],
+            )
+        }
+    ),
+    "sgd/scheduled": Piece(fields=lambda: {"optimizer": ff.sgd(momentum=falling, weight_decay=falling)}),
     "from_torch": Piece(
         fields=lambda: {"optimizer": ff.from_torch(lambda groups: torch.optim.RMSprop(groups, momentum=0.5))},
         outside={"compiled": "it works on the host, and is refused"},

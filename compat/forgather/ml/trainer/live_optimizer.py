@@ -105,7 +105,7 @@ class Adopted:
         rows = self.optimizer.param_groups
         rates = [float(row["lr"]) for row in rows]
         common = rates[0] if len(set(rates)) == 1 else 1.0
-        hypers = tuple(_hyper(rows, int(group.learning_rate) - 1, common, rates) for group in params.layout.groups)
+        hypers = tuple(_hyper(rows, _number(group), common, rates) for group in params.layout.groups)
         known = params.kept.get("hypers")
         if known is None or known[0] != hypers:
             known = params.kept["hypers"] = (hypers, regrouped(params, hypers))
@@ -178,6 +178,12 @@ class Adopted:
         return set(_SLOTS[type(self.optimizer)]) <= set(state) or (
             type(self.optimizer) is SGD and not self.optimizer.param_groups[0]["momentum"]
         )
+
+
+def _number(hyper: Hyper) -> int:
+    """Read which of the optimizer's groups a group of the storage is; see :meth:`Adopted.groups`."""
+    assert isinstance(hyper.learning_rate, float)
+    return int(hyper.learning_rate) - 1
 
 
 def _hyper(rows: list[dict[str, Any]], number: int, common: float, rates: list[float]) -> Hyper:
