@@ -56,6 +56,7 @@ STEP = {
     "sharded",
     "shards",
     "step",
+    "wanted",
     "workspace",
 }
 LOOP = {"endings", "loop", "observers", "stages"}
