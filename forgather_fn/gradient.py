@@ -179,12 +179,23 @@ class Gradients(Mapping[str, Tensor]):
         return self._with(None, None, self.reports)
 
 
-def norms(gradients: Gradients) -> dict[str, Tensor]:
-    """Compute the 2-norm of each parameter's gradient."""
-    if gradients.summed is None:
-        return {name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()}
-    found = gradients.summed(squares(list(gradients.values()))).sqrt()
-    return {name: norm.to(view.dtype) for (name, view), norm in zip(gradients.views.items(), found, strict=True)}
+def norms(tensors: Mapping[str, Tensor], summed: Summed | None = None) -> dict[str, Tensor]:
+    """Compute the 2-norm of each tensor, in at least float32.
+
+    Args:
+        tensors: Gradients or parameters, by name.
+        summed: Adds squares up over processes, where each has shards of every tensor.
+    """
+    if summed is None:
+        return {
+            name: torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
+            for name, tensor in tensors.items()
+        }
+    found = summed(squares(list(tensors.values()))).sqrt()
+    return {
+        name: norm.to(tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32)
+        for (name, tensor), norm in zip(tensors.items(), found, strict=True)
+    }
 
 
 PIECE: Final = 1 << 18

@@ -17,12 +17,13 @@ from forgather_fn.built import Built
 from forgather_fn.data import Batch
 from forgather_fn.execution import Execution
 from forgather_fn.finite import Flag, flag_on_device, flag_on_host
-from forgather_fn.gradient import Gradients
+from forgather_fn.gradient import Gradients, norms
 from forgather_fn.losses import named_means
 from forgather_fn.optim.base import Rates, apply, rates_at
 from forgather_fn.plan import Metrics
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
-from forgather_fn.step import check_wants, eager, following, take_gradients, update_arrays
+from forgather_fn.step import eager, following, take_gradients, update_arrays
+from forgather_fn.wanted import check_wants, named
 from forgather_fn.workspace import dense
 
 _PARTLY: Final = (
@@ -57,10 +58,9 @@ def updating_in_backward(built: Built) -> Execution:
     rest = attrs.evolve(plan, optimizer=attrs.evolve(plan.optimizer, update=_already_updated))
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
-        check_wants(wants)
-        updates = _Updates(
-            built, state, look, rates_at(plan.schedule, plan.optimizer, state.step), state.read().nonfinite
-        )
+        _check_wants(wants)
+        rates = rates_at(plan.schedule, plan.optimizer, state.step)
+        updates = _Updates(built, state, look, rates, state.read().nonfinite, wants)
         watched = attrs.evolve(built, plan=attrs.evolve(plan, loss=updates.watched_loss))
         with updates.hooked(by_name):
             gradients, buffers, means = take_gradients(watched, state, batch)
@@ -77,9 +77,7 @@ def updating_in_backward(built: Built) -> Execution:
             seed=state.seed,
             wants=frozenset(),
         )
-        if wants:
-            params = arrays.params
-            reports |= {f"grad_norm/{name}": norm.to(params[name].dtype) for name, norm in updates.norms.items()}
+        reports |= updates.wanted(arrays) if wants else {}
         if arrays.buffers is not built.binding.buffers:
             built.binding.bind_buffers(arrays.buffers)
         return following(state, arrays, batch.samples), {
@@ -89,6 +87,15 @@ def updating_in_backward(built: Built) -> Execution:
         }
 
     return attrs.evolve(eager(built), step=step)
+
+
+def _check_wants(wants: frozenset[str]) -> None:
+    check_wants(wants)
+    if "gradients" in wants:
+        raise ValueError(
+            'a step was asked for "gradients", which update="in_backward" lets go of one by one; ask for '
+            '"gradient_norms", or use Plan(update="after_backward")'
+        )
 
 
 def _already_updated(gradients: Gradients, state: Any, params: Any, **options: Any) -> Any:
@@ -106,7 +113,9 @@ class _Updates:
         look: Decides whether a number is finite.
         rates: Of this step.
         nonfinite: The first step that was not finite, or -1.
+        wants: Metrics beyond the usual ones.
         norms: The norm of each gradient that has come.
+        moved: The norm of what each parameter was changed by, where it is asked for.
     """
 
     built: Built
@@ -114,7 +123,9 @@ class _Updates:
     look: Flag
     rates: Rates
     nonfinite: Tensor
+    wants: frozenset[str]
     norms: dict[str, Tensor] = attrs.field(factory=dict)
+    moved: dict[str, Tensor] = attrs.field(factory=dict)
     _taken: Arrays | None = None
 
     def watched_loss(self, outputs: Any, data: Any) -> Any:
@@ -152,6 +163,16 @@ class _Updates:
         active = tuple(name in self.norms for name in layout.index)
         return attrs.evolve(gradients, active=active, known_norm=norm)
 
+    def wanted(self, arrays: Arrays) -> dict[str, Tensor]:
+        """Give the metrics that were asked for."""
+        still = torch.zeros((), device=self.built.device)
+        found = named("gradient_norms", self.norms) if "gradient_norms" in self.wants else {}
+        if "parameter_norms" in self.wants:
+            found |= named("parameter_norms", norms(arrays.params))
+        if "update_norms" in self.wants:
+            found |= named("update_norms", {name: self.moved.get(name, still) for name in arrays.params})
+        return found
+
     def _update(self, name: str, parameter: nn.Parameter) -> None:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
@@ -173,6 +194,7 @@ class _Updates:
                 arrays.nonfinite.copy_(self.nonfinite)
             active = tuple(other is leaf for other in layout.leaves)
             gradients = Gradients(layout, active, {name: grad}, None, 0, 0.0)
+            before = arrays.params[name].clone() if "update_norms" in self.wants else None
             opt = apply(
                 self.built.plan.optimizer,
                 gradients,
@@ -183,6 +205,8 @@ class _Updates:
                 step=self.state.step,
                 seed=self.state.seed,
             )
+            if before is not None:
+                self.moved |= norms({name: before.sub_(arrays.params[name])})
         self.norms[name] = norm
         self._taken = arrays if opt is arrays.opt else attrs.evolve(arrays, opt=opt)
         # Whoever still needs the old value in this backward pass is told by autograd, instead of getting the new one.

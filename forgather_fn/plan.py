@@ -227,7 +227,8 @@ class Step(Protocol):
         Args:
             state: Consumed when the update begins; a failure before that leaves it readable.
             batch: A :class:`~forgather_fn.data.Batch`, or plain data whose leading dimension counts the samples.
-            wants: Metrics beyond the usual ones: ``"gradient_norms"``, the norm of each parameter's gradient.
+            wants: Metrics beyond the usual ones, of each parameter: ``"gradient_norms"``, ``"parameter_norms"``,
+                ``"update_norms"``, ``"gradients"``; see :data:`~forgather_fn.wanted.WANTS`.
 
         Returns:
             The next state, and metrics: each :class:`~forgather_fn.mean.Mean` that the loss named, what transforms

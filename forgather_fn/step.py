@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn import gradient, interrupt, scaling, tree
+from forgather_fn import interrupt, scaling, tree, wanted
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
@@ -30,9 +30,6 @@ from forgather_fn.state import Arrays, TrainState
 from forgather_fn.transforms import apply
 
 T = TypeVar("T")
-
-WANTS = frozenset({"gradient_norms"})
-"""Metrics that a step computes only when asked to."""
 
 
 def eager(built: Built) -> Execution:
@@ -237,7 +234,7 @@ def update_arrays(
         The arrays; what is reported; and the flag, 1 where the step was not finite and the run does not go on.
     """
     with torch.no_grad():
-        extra = _wanted(gradients, wants) if wants else {}
+        extra: dict[str, Any] = dict(wanted.of_gradients(gradients, wants)) if wants else {}
         gradients, transforms = _transformed(plan, gradients, arrays, step, seed)
         gradients = gradients.measured()
         norm = gradients.norm()
@@ -248,6 +245,7 @@ def update_arrays(
         probe = norm if loss is None else norm + loss
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         begin()
+        updated = wanted.of_update(arrays.params, wants, gradients.summed) if wants else None
         opt = optim.apply(
             plan.optimizer,
             gradients,
@@ -259,26 +257,12 @@ def update_arrays(
             seed=seed,
         )
         arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf)
+        extra |= updated() if updated else {}
         arrays = _counted(plan, arrays, gradients, buffers, verdict)
         if verdict.nonfinite is not arrays.nonfinite:
             arrays.nonfinite.copy_(verdict.nonfinite)
     stopped = verdict.found_inf if verdict.skipped is None else verdict.found_inf - verdict.skipped
     return arrays, {"grad_norm": norm, **gradients.reports, **extra}, stopped
-
-
-def check_wants(wants: frozenset[str]) -> None:
-    """Make sure that a step can give the metrics that it is asked for.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    if wants - WANTS:
-        raise ValueError(f"a step was asked for {sorted(wants - WANTS)}; it can give {sorted(WANTS)}")
-
-
-def _wanted(gradients: Gradients, wants: frozenset[str]) -> dict[str, Any]:
-    check_wants(wants)
-    return {f"grad_norm/{name}": norm for name, norm in gradient.norms(gradients).items()}
 
 
 def _transformed(

@@ -69,6 +69,7 @@ STEP = {
     "sharded",
     "shards",
     "step",
+    "wanted",
     "workspace",
 }
 LOOP = {"endings", "loop", "observers", "stages"}

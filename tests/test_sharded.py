@@ -252,13 +252,14 @@ def parts_of_a_step(strategy: str) -> dict[str, Any]:
     gradients, buffers, means = program.gradients(state, batch)
     state, metrics = program.update(state, gradients, buffers)
     norm, loss = float(metrics["grad_norm"]), float(means["loss"])
-    state, metrics = program.step(state, batch, wants=frozenset({"gradient_norms"}))
+    wants = frozenset({"gradient_norms", "parameter_norms", "update_norms"})
+    state, metrics = program.step(state, batch, wants=wants)
     outputs = {which: program.apply(state, batch["ids"], params=which) for which in ("params", "ema")}
     exported = {which: program.export(state, params=which) for which in ("params", "ema")}
     state, after = program.step(state, batch)
     return {
         "numbers": [norm, loss, float(after["loss"])],
-        "norms": {name: float(value) for name, value in metrics.items() if name.startswith("grad_norm/")},
+        "norms": {name: float(value) for name, value in metrics.items() if "_norm/" in name},
         "outputs": outputs,
         "weights": {which: module.state_dict() for which, module in exported.items()},
         "again": {which: module.eval()(batch["ids"]).detach() for which, module in exported.items()},

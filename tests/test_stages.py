@@ -249,7 +249,7 @@ class TestWants:
         assert found == [["grad_norm/0.bias", "grad_norm/0.weight", "grad_norm/2.bias", "grad_norm/2.weight"]]
 
     def test_an_unknown_metric_is_refused(self, steps):
-        with pytest.raises(ValueError, match=r"asked for \['color'\]; it can give \['gradient_norms'\]"):
+        with pytest.raises(ValueError, match=r"asked for \['color'\]; it can give \['.*gradient_norms'"):
             toolz.pipe(steps, ff.every(1, wanting("color")), ff.last)
 
 

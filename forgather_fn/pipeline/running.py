@@ -24,6 +24,7 @@ from forgather_fn.random import key, reseed
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, composed, divided, inverse, known_weight, passed
+from forgather_fn.wanted import WANTS
 
 
 @attrs.define(eq=False)
@@ -281,7 +282,8 @@ def norm_over(line: Line, foreign: frozenset[str], gradients: Gradients) -> Tens
 def _everywhere(pipeline: Pipeline, metrics: Metrics) -> Metrics:
     """Give every process the norms of the parameters of all."""
     line = pipeline.line
-    own = {name: float(value) for name, value in metrics.items() if name.startswith("grad_norm/")}
+    prefixes = tuple(WANTS.values())
+    own = {name: float(value) for name, value in metrics.items() if name.startswith(prefixes)}
     told: dict[str, float] = {}
     for found in line.world.gather(own):
         told |= found

@@ -204,12 +204,13 @@ def looked_at() -> tuple[Any, ...]:
     exported = program.export(state)
     gradients, _, metrics = program.gradients(state, words())
     after, _ = program.update(state, gradients)
-    stepped, wanted = program.step(program.init(seed=3), words(), wants=frozenset({"gradient_norms"}))
+    wants = frozenset({"gradient_norms", "parameter_norms", "update_norms"})
+    stepped, wanted = program.step(program.init(seed=3), words(), wants=wants)
     same = all(torch.equal(after.params[name], stepped.params[name]) for name in stepped.params)
     return (
         outputs,
         exported.state_dict(),
-        sorted(n for n in wanted if n.startswith("grad_norm/")),
+        sorted(n for n in wanted if "_norm/" in n),
         same,
         float(metrics["loss"]),
     )
@@ -222,7 +223,8 @@ def test_outputs_the_model_and_norms_are_on_every_process(two: Processes) -> Non
     for outputs, exported, norms, same, _ in two.run(looked_at):
         torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
         torch.testing.assert_close(dict(exported), dict(model.state_dict()), rtol=0, atol=0)
-        assert norms == sorted(f"grad_norm/{name}" for name, _ in model.named_parameters())
+        kinds = "grad_norm", "param_norm", "update_norm"
+        assert norms == sorted(f"{kind}/{name}" for kind in kinds for name, _ in model.named_parameters())
         assert same
 
 
