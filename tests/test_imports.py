@@ -37,6 +37,7 @@ STEP = {
     "compilable",
     "compiled",
     "compiler",
+    "conversion",
     "dispatch",
     "evaluation",
     "execution",

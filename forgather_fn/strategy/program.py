@@ -15,6 +15,7 @@ from forgather_fn import evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built, own_gradients
+from forgather_fn.conversion import converted
 from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
@@ -208,6 +209,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
+        carry=converted,
         batches=batches,
         open_steps=open_steps,
         world=strategy.world,
