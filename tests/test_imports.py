@@ -29,6 +29,7 @@ RECIPE = {
 }
 DATA = {"data", "fetch", "loading", "order", "permutation", "share"}
 STEP = {
+    "adapters",
     "agreement",
     "batch",
     "binding",
