@@ -43,6 +43,7 @@ RECIPE = {
 }
 DATA = {"data", "share"}
 STEP = {
+    "adapters",
     "agreement",
     "batch",
     "binding",
