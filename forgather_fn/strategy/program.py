@@ -161,19 +161,26 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
-        return execution.step(state if plan.donate else state.copy(), as_batch(batch), wants)
+        batch = as_batch(batch)
+        following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
+        return _at(following, batch.cursor), metrics
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
         _, execution = running()
-        taken, buffers, means = execution.gradients(state, as_batch(batch))
-        return taken.copy(), buffers, means
+        batch = as_batch(batch)
+        taken, buffers, means = execution.gradients(state, batch)
+        copied = taken.copy()
+        return copied if batch.cursor is None else attrs.evolve(copied, cursor=batch.cursor), buffers, means
 
     def update(
         state: TrainState, gradients: Gradients, /, buffers: Mapping[str, Any] | None = None
     ) -> tuple[TrainState, Metrics]:
         assert buffers is None or isinstance(buffers, Flat)
         _, execution = running()
-        return execution.advance(state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset())
+        following, metrics = execution.advance(
+            state if plan.donate else state.copy(), gradients.copy(), buffers, {}, frozenset()
+        )
+        return _at(following, gradients.cursor), metrics
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return storage.export(built(), state, params)
@@ -206,6 +213,11 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         whole=storage.whole,
     )
     return program
+
+
+def _at(state: TrainState, cursor: str | None) -> TrainState:
+    """Note where the data goes on; most streams need no more than the number of samples."""
+    return state if cursor is None else attrs.evolve(state, cursor=cursor)
 
 
 def prepared(plan: Plan, seed: int) -> nn.Module:
