@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from forgather_fn import flat as flat_storage
 from forgather_fn.batch import placed
 from forgather_fn.binding import Binding
+from forgather_fn.data import Batch
 from forgather_fn.flat import Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
@@ -108,17 +109,17 @@ class Built:
         return placed(data, self.device, self.floating)
 
 
-def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], samples: int | None) -> Gradients:
-    """Take gradients that the user has computed: the mean over so many samples, by name.
+def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], batch: Batch | None) -> Gradients:
+    """Take gradients that the user has computed: the mean over a batch, by name.
 
     A parameter without an entry is left untouched by the update.
 
     Raises:
-        ValueError: A name or shape is not the model's, or it is not said how many samples they are of.
+        ValueError: A name or shape is not the model's, or it is not said which batch they are of.
     """
-    if samples is None:
+    if batch is None:
         raise ValueError(
-            "update: say how many samples these gradients are of, as samples=...: the position in the data"
+            "update: say which batch these gradients are of, as batch=...; it moves the position in the data"
         )
     if set(tensors) - set(layout.index):
         raise ValueError(
@@ -135,7 +136,8 @@ def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], samples: int | 
                     f"{leaf.shape}"
                 )
             views[leaf.name] = given.new_empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype).copy_(given.detach())
-    return Gradients(layout, tuple(leaf.name in views for leaf in layout.leaves), views, None, samples, samples)
+    active = tuple(leaf.name in views for leaf in layout.leaves)
+    return Gradients(layout, active, views, None, batch.samples, batch.samples, cursor=batch.cursor)
 
 
 def check_layout(what: str, given: Layout, expected: Layout) -> None:

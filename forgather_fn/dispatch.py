@@ -14,7 +14,9 @@ from forgather_fn.world import PeerError, World, known_to_all
 
 def opened(data: Iterable[Any] | Stream, state: TrainState, share: Share | None) -> Iterator[Any]:
     """Give the batches of a stream from where a state left it, or of any iterable from where it starts."""
-    return data.start(state.seed, state.samples, share) if isinstance(data, Stream) else iter(data)
+    if not isinstance(data, Stream):
+        return iter(data)
+    return data.start(state.seed, state.samples, share, cursor=state.cursor)
 
 
 def dispatched(world: World, share: Share, state: TrainState, data: Iterable[Any] | Stream) -> Iterator[Batch]:

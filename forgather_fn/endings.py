@@ -40,15 +40,17 @@ def until(
 
     def stage(upstream: Steps) -> Steps:
         data = upstream.data
-        if epochs is not None and not isinstance(data, Stream):
+        length = data.epoch_length if isinstance(data, Stream) else None
+        if epochs is not None and length is None:
             raise ValueError(
-                "until(epochs=...) needs a stream of known length: use ff.batches(dataset, batch_size=...)"
+                "until(epochs=...) needs a stream of known length: use ff.batches(dataset, batch_size=...); for a "
+                "source that is read one sample after the other, ff.batches(source, epochs=..., ...)"
             )
 
         def reached(state: TrainState) -> bool:
             return (
                 (steps is not None and state.step >= steps)
-                or (epochs is not None and isinstance(data, Stream) and state.samples >= epochs * data.epoch_length)
+                or (epochs is not None and length is not None and state.samples >= epochs * length)
                 or (tokens is not None and int(state.tokens) >= tokens)
             )
 
@@ -73,9 +75,10 @@ def until(
 
 def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
     """Tell at which step so many epochs will be over."""
-    if epochs is None or not isinstance(data, Stream):
+    if epochs is None or not isinstance(data, Stream) or data.epoch_length is None:
         return None
-    return state.step + data.count(state.samples, epochs * data.epoch_length)
+    left = data.count(state.samples, epochs * data.epoch_length)
+    return None if left is None else state.step + left
 
 
 def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater: bool = False) -> Stage:

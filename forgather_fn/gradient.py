@@ -39,6 +39,7 @@ class Gradients(Mapping[str, Tensor]):
         reports: Named scalars that transforms report.
         summed: Adds squares up over processes, where each has shards of every parameter's gradient.
         measure: Computes the 2-norm, where each process has the gradients of other parameters.
+        cursor: Where the data goes on after their batch; see :class:`~forgather_fn.state.TrainState`.
     """
 
     layout: Layout
@@ -52,6 +53,7 @@ class Gradients(Mapping[str, Tensor]):
     reports: Mapping[str, Tensor] = MappingProxyType({})
     summed: Summed | None = None
     measure: "Callable[[Gradients], Tensor] | None" = None
+    cursor: str | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         view = self.views[name]
@@ -143,6 +145,7 @@ class Gradients(Mapping[str, Tensor]):
             reports,
             self.summed,
             self.measure,
+            self.cursor,
         )
 
     def copy(self) -> "Gradients":

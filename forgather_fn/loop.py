@@ -44,7 +44,8 @@ class Run:
 
     def epoch(self, samples: int) -> float | None:
         """Tell how many passes over the data a number of samples is; None where its length is not known."""
-        return samples / self.data.epoch_length if isinstance(self.data, Stream) else None
+        length = self.data.epoch_length if isinstance(self.data, Stream) else None
+        return None if length is None else samples / length
 
 
 @attrs.frozen(eq=False)
@@ -149,20 +150,22 @@ def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
             raise ValueError(
                 "this state was trained on another stream of data; going on would repeat and miss samples.\n"
                 f"  the state:  {state.data}\n  the stream: {fingerprint}\n"
-                "To start anew on other data with these weights, use attrs.evolve(state, data=None, samples=0)."
+                "To start anew on other data with these weights, use attrs.evolve(state, data=None, cursor=None, "
+                "samples=0)."
             )
-        if state.batch_size not in (None, data.batch_size):
+        batch_size = data.batch_size if isinstance(data.batch_size, int) else str(data.batch_size)
+        if state.batch_size not in (None, batch_size):
             raise ValueError(
                 f"this state was trained with batch_size={state.batch_size}, the stream has batch_size="
-                f"{data.batch_size}: that is another training. To go on with it on purpose, restore with "
+                f"{batch_size}: that is another training. To go on with it on purpose, restore with "
                 'allow={"batch_size"}, or use attrs.evolve(state, batch_size=None).'
             )
-        if data.batch_size < program.plan.microbatches:
+        if data.least is not None and data.least < program.plan.microbatches:
             raise ValueError(
-                f"microbatches={program.plan.microbatches}, but batch_size={data.batch_size}: each microbatch needs at "
+                f"microbatches={program.plan.microbatches}, but batch_size={batch_size}: each microbatch needs at "
                 "least one sample"
             )
-        state = attrs.evolve(state, data=fingerprint, batch_size=data.batch_size)
+        state = attrs.evolve(state, data=fingerprint, batch_size=batch_size)
     return Steps(state, data, lambda demand: _ticks(program, state, data, demand), program.world)
 
 
@@ -172,7 +175,8 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     for batch in data: state, metrics = step(state, batch); yield the tick
     """
     if isinstance(data, Stream) and data.total_samples is not None:
-        demand = demand.ending(state.step + data.count(state.samples, data.total_samples))
+        left = data.count(state.samples, data.total_samples)
+        demand = demand.ending(None if left is None else state.step + left)
     run = Run(program, data, state.step, demand.horizon)
     batches = program.batches(state, data)
     agreed = program.world.polled()

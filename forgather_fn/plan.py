@@ -255,19 +255,19 @@ class Update(Protocol):
         /,
         buffers: Mapping[str, Any] | None = None,
         *,
-        samples: int | None = None,
+        batch: Any = None,
     ) -> tuple[TrainState, Metrics]:
         """Run transforms and optimizer; the state is consumed, the gradient is not.
 
         Args:
             state: What is updated.
             gradients: Those that :class:`TakeGradients` gave; or your own, by the names of the parameters, as a mean
-                over ``samples`` samples. A parameter without one is left untouched.
+                over a batch. A parameter without one is left untouched.
             buffers: Those that :class:`TakeGradients` gave; None keeps the state's own.
-            samples: Of gradients of your own: how many they are of, which is how far the position in the data moves.
+            batch: What gradients of your own are of, as ``step`` takes it: it moves the position in the data.
 
         Raises:
-            ValueError: Names or shapes are not the model's, or ``samples`` is missing, or given for the step's own.
+            ValueError: Names or shapes are not the model's, or ``batch`` is missing, or given for the step's own.
         """
         ...
 

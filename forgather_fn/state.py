@@ -87,14 +87,17 @@ class TrainState:
         samples: Samples consumed by the whole job: the position in the data.
         seed: The root of all randomness of the run.
         data: The fingerprint of the stream that it is trained on; None before the first.
-        batch_size: That of the stream, in samples.
+        batch_size: That of the stream, in samples; the text of its schedule, where batches are of several sizes.
+        cursor: Where the data goes on, for sources that a number of samples does not say it of (JSON; opaque, it is the
+            source's own); else None.
     """
 
     step: int
     samples: int
     seed: int
     data: str | None = None
-    batch_size: int | None = None
+    batch_size: int | str | None = None
+    cursor: str | None = None
     _arrays: Arrays
     _ownership: Ownership = attrs.field(factory=Ownership)
 
@@ -203,7 +206,7 @@ class TrainState:
         """Give the whole state as nested mappings, for walking, comparing, and saving."""
         arrays = self.read()
         host: dict[str, Any] = {"step": self.step, "samples": self.samples, "seed": self.seed}
-        host |= {"data": self.data, "batch_size": self.batch_size}
+        host |= {"data": self.data, "batch_size": self.batch_size, "cursor": self.cursor}
         return host | {field.name: getattr(arrays, field.name) for field in attrs.fields(Arrays)}
 
     def __repr__(self) -> str:

@@ -35,7 +35,7 @@ def test_gradients_by_hand_lead_where_a_step_leads(name: str, compile: bool) -> 
     program, batch = ff.single(plan), zoo.SPECIMENS[name].batch(6)
     state = program.init()
     expected, _ = program.step(state, batch)
-    found, reports = program.update(state, by_autograd(name, state, batch), samples=6)
+    found, reports = program.update(state, by_autograd(name, state, batch), batch=batch)
     assert float(reports["grad_norm"]) > 0
     assert (found.step, found.samples) == (expected.step, expected.samples)
     for key, tensor in expected.params.items():
@@ -46,7 +46,7 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     program = ff.single(zoo.plan_of("mlp", optimizer=ff.adamw(weight_decay=0.5), donate=False))
     state = program.init()
     given = {"0.weight": torch.ones(7, 5)}
-    following, _ = program.update(state, given, samples=4)
+    following, _ = program.update(state, given, batch=zoo.SPECIMENS["mlp"].batch(4))
     moved = {name for name, tensor in state.params.items() if not torch.equal(tensor, following.params[name])}
     assert moved == {"0.weight"}
     assert torch.equal(given["0.weight"], torch.ones(7, 5))
@@ -54,25 +54,34 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gradients", "samples", "message"),
+    ("gradients", "batch", "message"),
     [
-        ({"0.weight": torch.ones(7, 5)}, None, r"samples=\.\.\."),
-        ({"0.wieght": torch.ones(7, 5)}, 4, r"no trained parameter '0\.wieght'; the parameters are '0\.weight'"),
-        ({"0.weight": torch.ones(5, 7)}, 4, r"0\.weight has the shape \(5, 7\), and the parameter \(7, 5\)"),
+        ({"0.weight": torch.ones(7, 5)}, None, r"batch=\.\.\."),
+        (
+            {"0.wieght": torch.ones(7, 5)},
+            torch.ones(4),
+            r"no trained parameter '0\.wieght'; the parameters are '0\.weight'",
+        ),
+        (
+            {"0.weight": torch.ones(5, 7)},
+            torch.ones(4),
+            r"0\.weight has the shape \(5, 7\), and the parameter \(7, 5\)",
+        ),
     ],
-    ids=["samples", "name", "shape"],
+    ids=["batch", "name", "shape"],
 )
-def test_what_does_not_fit_is_named(gradients: Any, samples: int | None, message: str) -> None:
+def test_what_does_not_fit_is_named(gradients: Any, batch: Any, message: str) -> None:
     program = ff.single(zoo.plan_of("mlp"))
     state = program.init()
     with pytest.raises(ValueError, match=message):
-        program.update(state, gradients, samples=samples)
+        program.update(state, gradients, batch=batch)
     assert not state.consumed
 
 
-def test_gradients_of_a_step_know_their_samples() -> None:
+def test_gradients_of_a_step_know_their_batch() -> None:
     program = ff.single(attrs.evolve(zoo.plan_of("mlp"), donate=False))
     state = program.init()
-    gradients, buffers, _ = program.gradients(state, zoo.SPECIMENS["mlp"].batch(4))
-    with pytest.raises(ValueError, match="know that they are of 4 samples"):
-        program.update(state, gradients, buffers, samples=4)
+    batch = zoo.SPECIMENS["mlp"].batch(4)
+    gradients, buffers, _ = program.gradients(state, batch)
+    with pytest.raises(ValueError, match="know which batch they are of"):
+        program.update(state, gradients, buffers, batch=batch)

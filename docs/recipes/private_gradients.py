@@ -23,7 +23,7 @@ def by_sample(program: ff.Program) -> ff.Program:
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in each.values()]).norm(dim=0)
         share = (MAX_NORM / (norms + 1e-6)).clamp(max=1.0) / len(x)
         mean = {name: torch.tensordot(share, g, dims=1) for name, g in each.items()}
-        state, reports = program.update(state, mean, samples=len(x))
+        state, reports = program.update(state, mean, batch=batch)
         return state, {**reports, "loss": losses.mean()}
 
     return attrs.evolve(program, step=step)

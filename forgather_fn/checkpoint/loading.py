@@ -152,6 +152,7 @@ def restored(
             samples=int(record["samples"]),
             data=None if "data" in allow else record["data"],
             batch_size=None if "batch_size" in allow else record["batch_size"],
+            cursor=None if "data" in allow else record.get("cursor"),
         )
 
 

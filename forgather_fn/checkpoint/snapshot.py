@@ -132,6 +132,7 @@ def snapshot(
             "seed": state.seed,
             "data": state.data,
             "batch_size": state.batch_size,
+            "cursor": state.cursor,
             "counters": {name: int(getattr(arrays, name)) for name in COUNTERS},
             "structure": structure,
             "buffers": list(arrays.buffers),

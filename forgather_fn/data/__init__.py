@@ -2,5 +2,11 @@
 
 from forgather_fn.data.batch import Batch as Batch
 from forgather_fn.data.batching import batches as batches
+from forgather_fn.data.indexed import IndexedStream as IndexedStream
+from forgather_fn.data.iterated import IteratedStream as IteratedStream
+from forgather_fn.data.resumable import Reader as Reader
+from forgather_fn.data.resumable import Resumable as Resumable
+from forgather_fn.data.resumable import counted as counted
+from forgather_fn.data.sizes import rampup as rampup
 from forgather_fn.data.stream import VERSION as VERSION
 from forgather_fn.data.stream import Stream as Stream

@@ -17,6 +17,7 @@ class Batch:
         indices: Their indices in the dataset, int64, shape (samples,), so that a step can be replayed; None if unknown.
         ragged: Whether it is smaller than the stream's batch size, because an epoch or the stream ended.
         varies: Whether its stream has batches of different sizes, so that a compiler does not count on this one's.
+        cursor: Where its source goes on after it, if a number of samples does not say it; the next state keeps it.
     """
 
     data: Any
@@ -24,3 +25,4 @@ class Batch:
     indices: Indices | None
     ragged: bool = False
     varies: bool = False
+    cursor: str | None = None

@@ -18,7 +18,7 @@ Columns: TypeAlias = Column | dict[str, Column] | tuple[Column, ...]
 MSG_NOT_INDEXED: Final = (
     "a {kind} cannot be indexed, or has no length: batches() finds sample i of a job by its index. Give a list, a "
     "tensor, a numpy array (a memory map too), a dict of them, or a dataset that has __len__ and __getitem__ (for a "
-    "DataLoader, its .dataset). Datasets that can be iterated only are not supported yet."
+    "DataLoader, its .dataset). A source that is only iterated gives a stream of its own kind, in batches()."
 )
 
 

@@ -53,10 +53,14 @@ class Request:
 
     def reseed(self, stream: str, row: int, /) -> None:
         """Seed the global generators for one sample: a function of seed, stream, epoch and dataset index only."""
-        value = key(self.seed, stream, int(self.epochs[row]), int(self.indices[row]))
-        python_random.seed(value)
-        np.random.seed([value & 0xFFFFFFFF, value >> 32])
-        torch.default_generator.manual_seed(value)
+        reseed(key(self.seed, stream, int(self.epochs[row]), int(self.indices[row])))
+
+
+def reseed(value: int) -> None:
+    """Seed the three global generators that datasets and collate functions draw from."""
+    python_random.seed(value)
+    np.random.seed([value & 0xFFFFFFFF, value >> 32])
+    torch.default_generator.manual_seed(value)
 
 
 class Guard(Protocol):

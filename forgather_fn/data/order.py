@@ -21,6 +21,18 @@ class Permute(Protocol):
         ...
 
 
+class Ordering(Protocol):
+    """An order of another kind, over positions of the whole job; its text is part of the stream's fingerprint."""
+
+    def look_up(self, start: int, stop: int, /, *, n: int, epoch_length: int, seed: int) -> tuple[Indices, Indices]:
+        """Find the samples at the positions ``start <= i < stop``, as :func:`look_up` does: a pure function."""
+        ...
+
+    def parts(self, n: int, /) -> list[range]:
+        """Cut ``range(n)`` into what has epochs of its own: none of its samples comes again before all have come."""
+        ...
+
+
 def shuffled(offsets: Indices, /, *, n: int, seed: int, epoch: int) -> Indices:
     """Shuffle in constant memory."""
     return permuted(offsets, n=n, key=key(seed, "data", epoch))
@@ -45,7 +57,9 @@ def _randperm(n: int, seed: int) -> Indices:
 ORDERS: Final[dict[Order, Permute]] = {"shuffled": shuffled, "torch": as_torch, "sequential": sequential}
 
 
-def look_up(order: Order, start: int, stop: int, *, n: int, epoch_length: int, seed: int) -> tuple[Indices, Indices]:
+def look_up(
+    order: Order | Ordering, start: int, stop: int, *, n: int, epoch_length: int, seed: int
+) -> tuple[Indices, Indices]:
     """Find the samples at the positions ``start <= i < stop`` of a job.
 
     Args:
@@ -69,6 +83,8 @@ def look_up(order: Order, start: int, stop: int, *, n: int, epoch_length: int, s
     """
     if not 0 <= start <= stop:
         raise ValueError(f"positions from {start} to {stop}: expected 0 <= start <= stop")
+    if not isinstance(order, str):
+        return order.look_up(start, stop, n=n, epoch_length=epoch_length, seed=seed)
     epochs, indices = np.divmod(np.arange(start, stop, dtype=np.int64), np.int64(epoch_length))
     for epoch in range(start // epoch_length, -(-stop // epoch_length)):
         first = epoch * epoch_length

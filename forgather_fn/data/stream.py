@@ -1,243 +1,88 @@
-"""Streams of batches, whose only state is an integer: how many samples were consumed."""
+"""What a run is trained on: a sequence of batches that can be started where a state says."""
 
-import contextlib
-import itertools
-import math
-from collections.abc import Generator, Iterator
+import abc
+from collections.abc import Generator
 from typing import Any, Final, Literal, TypeAlias
 
-import attrs
-import numpy as np
-import torch
-
 from forgather_fn.data.batch import Batch
-from forgather_fn.data.fetch import Collate, Indices, Source
-from forgather_fn.data.loading import Fetch, Request, in_process, in_workers, keyed, undrawn
-from forgather_fn.data.order import Order, look_up
-from forgather_fn.describe import describe
-from forgather_fn.share import Parts, Share
+from forgather_fn.share import Share
 
 Last: TypeAlias = Literal["span", "ragged", "drop"]
 
 VERSION: Final = 1
 """Part of every fingerprint. To be raised when the same stream would give other samples, or other random draws."""
 
-_BLOCK: Final = 8192
-"""Positions looked up at once: a look-up of one batch costs as much as one of thousands of samples."""
 
-
-@attrs.frozen(eq=False, repr=False)
-class Stream:
+class Stream(abc.ABC):
     """An endless or bounded sequence of batches, not yet started; made by :func:`~forgather_fn.data.batching.batches`.
 
-    A stream has no position. ``start`` may be called any number of times, for any position, at the same cost.
+    A stream has no position: ``start`` may be called any number of times, for any position.
+    :class:`~forgather_fn.data.indexed.IndexedStream` finds its samples by number, and starts anywhere at the same cost;
+    :class:`~forgather_fn.data.iterated.IteratedStream` reads a source that can be read only one after the other.
 
     Attributes:
-        dataset: As given.
-        length: Samples in the dataset when the stream was made.
-        batch_size: Samples in a batch, for the whole step: all microbatches of all ranks.
-        order, last, collate, epochs, workers, prefetch, pin_memory, random, seed: As given to :func:`batches`.
+        batch_size: Samples in a batch, for the whole step: all microbatches of all ranks; or the schedule of it.
     """
 
-    dataset: Any
-    length: int
-    batch_size: int
-    order: Order
-    last: Last
-    collate: Collate | None
-    epochs: int | None
-    workers: int
-    prefetch: int
-    pin_memory: bool
-    random: bool
-    seed: int | None
-    _source: Source = attrs.field(alias="source")
+    __slots__ = ()
+
+    batch_size: Any
 
     @property
-    def epoch_length(self) -> int:
-        """Samples that one epoch consumes: the dataset's, less the tail that ``last="drop"`` leaves out."""
-        return self.length - self.length % self.batch_size if self.last == "drop" else self.length
+    @abc.abstractmethod
+    def epoch_length(self) -> int | None:
+        """Samples that one epoch consumes; None if it is not known before it is over."""
 
     @property
+    @abc.abstractmethod
     def total_samples(self) -> int | None:
-        """Samples that the whole stream consumes, None if it is endless."""
-        return None if self.epochs is None else self.epochs * self.epoch_length
+        """Samples that the whole stream consumes; None if it is endless, or that is not known."""
 
-    def start(self, seed: int, samples: int, share: Share | None = None) -> Generator[Batch, None, None]:
-        """Give the batches from a position on.
+    @property
+    @abc.abstractmethod
+    def least(self) -> int | None:
+        """Samples in the smallest batch, but for one that ends an epoch or the stream; None if it is not known."""
 
-        The cost does not depend on the position: nothing is skipped or replayed. Close the iterator to end its workers
-        (they also end with it, and with the process).
+    @abc.abstractmethod
+    def start(
+        self, seed: int, samples: int, share: Share | None = None, *, cursor: str | None = None
+    ) -> Generator[Batch, None, None]:
+        """Give the batches from a position on. Close the iterator to end its workers, which also end with it.
 
         Args:
-            seed: The job's. A ``seed`` given to :func:`batches` takes its place.
+            seed: The job's. A ``seed`` given to :func:`~forgather_fn.data.batching.batches` takes its place.
             samples: Samples of this stream that the job has consumed.
-            share: Which microbatches this process has. Only their samples are read, each microbatch is collated by
-                itself, and the data of a batch are :class:`~forgather_fn.share.Parts`; its number of samples is that
-                of the whole step. None: all, collated at once.
+            share: Which microbatches this process has: each is collated by itself, and the data of a batch are
+                :class:`~forgather_fn.share.Parts`; its number of samples is that of the whole step. None: all of them,
+                collated at once.
+            cursor: That of the last batch, for a stream whose batches have one.
 
         Raises:
-            ValueError: ``samples`` is negative; or with ``last="drop"``, where all batches are full, it lies inside a
-                batch. From the iterator: the dataset's length has changed, or the first batch drew random numbers
-                without ``random=True``.
+            ValueError: There is no such position.
         """
-        if samples < 0:
-            raise ValueError(f"samples={samples}: a stream starts at position 0 or later")
-        if self.last == "drop" and samples % self.batch_size:
-            raise ValueError(
-                f"samples={samples} lies inside a batch: with last='drop' and batch_size={self.batch_size} a stream "
-                f"starts at a multiple of {self.batch_size}. Was the position reached with another batch size?"
-            )
-        return self._batches(self._seed(seed), samples, share)
 
+    @abc.abstractmethod
     def one_pass(self, rank: int = 0, size: int = 1) -> Generator[Batch, None, None]:
-        """Give every sample of the dataset once, in its order, as an evaluation wants them.
-
-        The last batch may be ragged, whatever ``order``, ``last`` and ``epochs`` say of training. Random draws are
-        those of epoch 0 under the seed given to :func:`batches`, or 0: the same in every pass.
+        """Give every sample once, as an evaluation wants them; the last batch may be smaller.
 
         Args:
             rank: Of ``size`` processes, each takes one batch in turn; this one starts with batch ``rank``.
             size: How many share the pass.
         """
-        once = attrs.evolve(self, order="sequential", last="ragged", epochs=1)
-        return once._batches(once._seed(0), 0, None, slice(rank, None, size))
 
-    def indices(self, seed: int, start: int, stop: int) -> tuple[Indices, Indices]:
-        """Look up which samples lie at the positions ``start <= i < stop`` of a job.
+    @abc.abstractmethod
+    def count(self, start: int, stop: float) -> int | None:
+        """Count the batches that lead from one position to another, or first beyond it; None if it is not known."""
 
-        A pure function, for any range and in any order; ``order="torch"`` keeps the last epoch that was looked up
-        (8 bytes a sample), and makes others anew.
-
-        Args:
-            seed: The job's. A ``seed`` given to :func:`batches` takes its place.
-            start: The first position, in samples.
-            stop: The position after the last. The end of a bounded stream is not looked at.
-
-        Returns:
-            The epoch and the dataset index of each position, both int64, shape (stop - start,).
-
-        Raises:
-            ValueError: Not ``0 <= start <= stop``.
-
-        Example:
-            >>> from forgather_fn import batches
-            >>> stream = batches(range(3), batch_size=2, order="sequential")
-            >>> [part.tolist() for part in stream.indices(0, 2, 7)]
-            [[0, 1, 1, 1, 2], [2, 0, 1, 2, 0]]
-        """
-        return look_up(self.order, start, stop, n=self.length, epoch_length=self.epoch_length, seed=self._seed(seed))
-
-    def count(self, start: int, stop: float) -> int:
-        """Count the batches that lead from one position to another, or first beyond it.
-
-        Example:
-            >>> from forgather_fn import batches
-            >>> batches(range(10), batch_size=4, last="ragged").count(0, 20)
-            6
-        """
-        if stop <= start:
-            return 0
-        if self.last != "ragged" or start // self.length == stop // self.length:
-            return math.ceil((stop - start) / self.batch_size)
-        first, rest = self.length - start % self.length, stop % self.length
-        epochs = int(stop // self.length) - start // self.length - 1
-        return sum(math.ceil(part / self.batch_size) for part in (first, rest)) + epochs * math.ceil(
-            self.length / self.batch_size
-        )
-
+    @abc.abstractmethod
     def fingerprint(self, seed: int, share: Share | None = None) -> str:
         """Name everything that decides which samples come when, and what they draw, in one line.
 
         Two streams over the same data with the same fingerprint give the same samples. How they are fetched (workers,
-        prefetching, pinning) and how many there are (``epochs``) is left out; so is the batch size, where only the
-        boundaries between batches depend on it.
+        threads, prefetching, pinning) and how many there are (``epochs``) is left out; so is the batch size, where only
+        the boundaries between batches depend on it.
 
         Args:
-            seed: The job's. A ``seed`` given to :func:`batches` takes its place.
+            seed: The job's. A ``seed`` given to :func:`~forgather_fn.data.batching.batches` takes its place.
             share: As in :meth:`start`; which process it is makes no difference.
-
-        Example:
-            >>> from forgather_fn import batches
-            >>> batches(range(10), batch_size=2).fingerprint(seed=7)
-            'data/1 length=10 order=shuffled last=span random=False seed=7'
         """
-        parts = [f"data/{VERSION}", f"length={self.length}", f"order={self.order}", f"last={self.last}"]
-        if self.last == "drop" or (self.random and self._source.joint):
-            parts.append(f"batch_size={self.batch_size}")
-        if share is not None and self.random and self._source.joint:
-            parts.append(f"microbatches={share.microbatches}")
-        parts.append(f"random={self.random}")
-        if self.order != "sequential" or self.random:
-            parts.append(f"seed={self._seed(seed)}")
-        return " ".join(parts)
-
-    def __repr__(self) -> str:
-        # Never the dataset's own text: that of a list of tensors takes a second to make.
-        dataset = f"<{type(self.dataset).__name__} of {self.length} samples>"
-        names = [field.name for field in attrs.fields(Stream)[2:-1]]
-        return f"batches({', '.join([dataset, *(f'{name}={describe(getattr(self, name))}' for name in names)])})"
-
-    def _seed(self, seed: int) -> int:
-        return int(seed if self.seed is None else self.seed)  # a numpy integer would print, and hash, as another
-
-    def _batches(
-        self, seed: int, samples: int, share: Share | None, chosen: slice = slice(None)
-    ) -> Generator[Batch, None, None]:
-        total = self.total_samples
-        requests, asked = itertools.tee(itertools.islice(self._requests(seed, samples), *_bounds(chosen)))
-        parts = (part for request in asked for part in _parts(request, share))
-        varies = self.last == "ragged" or (total is not None and total % self.batch_size > 0)
-        fetch = Fetch(self._source.read, keyed if self.random else undrawn)
-        pin_memory = self.pin_memory and torch.accelerator.is_available()
-        each = 1 if share is None else len(share.block)
-        answers = (
-            in_workers(
-                fetch, parts, workers=self.workers, prefetch=self.prefetch * each, pin_memory=pin_memory, seed=seed
-            )
-            if self.workers
-            else in_process(fetch, parts, pin_memory=pin_memory)
-        )
-        with contextlib.closing(answers):
-            for request in requests:
-                count = len(request.indices)
-                own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
-                data = own[0] if share is None else Parts(tuple(own), share.block.start)
-                yield Batch(data, count, request.indices, ragged=count < self.batch_size, varies=varies)
-
-    def _requests(self, seed: int, samples: int) -> Iterator[Request]:
-        """Look up a block of positions, cut it into batches, and go on with the next."""
-        epochs = indices = np.empty(0, np.int64)
-        position = looked_up = block = samples
-        while self.total_samples is None or position < self.total_samples:
-            self._check_length(position)
-            epoch_end = (position // self.epoch_length + 1) * self.epoch_length
-            stop = position + self.batch_size
-            if self.last == "ragged":
-                stop = min(stop, epoch_end)
-            if self.total_samples is not None:
-                stop = min(stop, self.total_samples)
-            if stop > looked_up:
-                block, looked_up = position, max(stop, min(position + _BLOCK, epoch_end))
-                epochs, indices = self.indices(seed, block, looked_up)
-            rows = slice(position - block, stop - block)
-            yield Request(position, epochs[rows], indices[rows], seed, first=position == samples)
-            position = stop
-
-    def _check_length(self, position: int) -> None:
-        length = len(self._source.sized)
-        if length != self.length:
-            raise ValueError(
-                f"the dataset has {length} samples, but had {self.length} when batches() was called (seen at sample "
-                f"{position} of the job), and the order depends on its length: change it only between streams."
-            )
-
-
-def _parts(request: Request, share: Share | None) -> list[Request]:
-    if share is None:
-        return [request]
-    return [request.rows(rows, first=i == 0) for i, rows in enumerate(share.rows(len(request.indices)))]
-
-
-def _bounds(chosen: slice) -> tuple[int | None, int | None, int | None]:
-    return chosen.start, chosen.stop, chosen.step

@@ -162,12 +162,16 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
-        return execution.step(state if plan.donate else state.copy(), as_batch(batch), wants)
+        batch = as_batch(batch)
+        following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
+        return _at(following, batch.cursor), metrics
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
         _, execution = running()
-        taken, buffers, means = execution.gradients(state, as_batch(batch))
-        return taken.copy(), buffers, means
+        batch = as_batch(batch)
+        taken, buffers, means = execution.gradients(state, batch)
+        copied = taken.copy()
+        return copied if batch.cursor is None else attrs.evolve(copied, cursor=batch.cursor), buffers, means
 
     def update(
         state: TrainState,
@@ -175,19 +179,20 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         /,
         buffers: Mapping[str, Any] | None = None,
         *,
-        samples: int | None = None,
+        batch: Any = None,
     ) -> tuple[TrainState, Metrics]:
         assert buffers is None or isinstance(buffers, Flat)
         machine, execution = running()
+        own = None if batch is None else as_batch(batch)
         if not isinstance(gradients, Gradients):
-            taken = own_gradients(machine.binding.layout, gradients, samples)
-        elif samples is None:
+            taken = own_gradients(machine.binding.layout, gradients, own)
+        elif own is None:
             taken = gradients.copy()
         else:
-            raise ValueError(
-                f"update: these gradients know that they are of {gradients.samples} samples; leave samples out"
-            )
-        return execution.advance(state if plan.donate else state.copy(), taken, buffers, {}, frozenset())
+            raise ValueError("update: these gradients know which batch they are of; leave batch out")
+        given = state if plan.donate else state.copy()
+        following, metrics = execution.advance(given, taken, buffers, {}, frozenset())
+        return _at(following, taken.cursor), metrics
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return storage.export(built(), state, params)
@@ -217,6 +222,11 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         part=strategy.part,
         whole=storage.whole,
     )
+
+
+def _at(state: TrainState, cursor: str | None) -> TrainState:
+    """Note where the data goes on; most streams need no more than the number of samples."""
+    return state if cursor is None else attrs.evolve(state, cursor=cursor)
 
 
 def prepared(plan: Plan, seed: int) -> nn.Module:

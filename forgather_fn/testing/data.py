@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn import tree
-from forgather_fn.data import Batch, Stream
+from forgather_fn.data import Batch, IndexedStream
 from forgather_fn.data.fetch import Indices
 from forgather_fn.loop import Tick
 from forgather_fn.plan import Plan
@@ -27,7 +27,7 @@ _BLOCK: Final = 1 << 20
 _BY_IDENTITY: Final[Any] = object.__eq__
 
 
-def check_data(stream: Stream, *, plan: Plan | None = None, batches: int = 5, seed: int = 0) -> None:
+def check_data(stream: IndexedStream, *, plan: Plan | None = None, batches: int = 5, seed: int = 0) -> None:
     """Check that each epoch is a permutation, and that nothing but the seed decides which samples come when.
 
     The first two epochs are looked up in whole (one byte a sample). The first batches are fetched: once more, with
@@ -51,7 +51,7 @@ def check_data(stream: Stream, *, plan: Plan | None = None, batches: int = 5, se
         >>> import torch, forgather_fn as ff
         >>> check_data(ff.batches(torch.arange(10.0), batch_size=4))
     """
-    if not isinstance(stream, Stream):
+    if not isinstance(stream, IndexedStream):
         raise ValueError(
             f"data: expected a stream as ff.batches(dataset, batch_size=...) makes it, got a {type(stream).__name__}"
         )
@@ -66,13 +66,14 @@ def check_data(stream: Stream, *, plan: Plan | None = None, batches: int = 5, se
     for number, position in enumerate(_positions(expected)):
         again = _fetched(stream, seed, position, 1)
         _compare("started again there", expected[number : number + 1], again, position)
-    for size in sorted({1, max(stream.batch_size // 2, 1), stream.batch_size + 1}):
+    least = stream.least or 1
+    for size in sorted({1, max(least // 2, 1), least + 1}):
         _check_size(stream, size, expected, seed)
     if plan is not None:
         _check_steps(plan, stream, expected, seed)
 
 
-def _check_permutation(stream: Stream, epoch: int, seed: int) -> None:
+def _check_permutation(stream: IndexedStream, epoch: int, seed: int) -> None:
     start, stop = epoch * stream.epoch_length, (epoch + 1) * stream.epoch_length
     seen = np.zeros(stream.length, dtype=bool)
     for block in range(start, stop, _BLOCK):
@@ -91,7 +92,7 @@ def _check_permutation(stream: Stream, epoch: int, seed: int) -> None:
         seen[values] = True
 
 
-def _fetched(stream: Stream, seed: int, position: int, count: int) -> list[Batch]:
+def _fetched(stream: IndexedStream, seed: int, position: int, count: int) -> list[Batch]:
     """Fetch some batches from a position on."""
     with contextlib.closing(stream.start(seed, position)) as batches:
         return list(itertools.islice(batches, count))
@@ -108,7 +109,7 @@ def _indices(batches: Iterable[Batch]) -> Indices:
     return np.concatenate([batch.indices for batch in batches if batch.indices is not None])
 
 
-def _check_indices(stream: Stream, batches: list[Batch], seed: int) -> None:
+def _check_indices(stream: IndexedStream, batches: list[Batch], seed: int) -> None:
     """Compare what batches say of themselves with what the stream says of their positions."""
     for position, batch in zip(_positions(batches), batches, strict=True):
         _, expected = stream.indices(seed, position, position + batch.samples)
@@ -137,7 +138,7 @@ def _content(batch: Batch) -> dict[str, Any]:
     return {path: leaf for path, leaf in leaves.items() if type(leaf).__eq__ is not _BY_IDENTITY}
 
 
-def _check_workers(stream: Stream, expected: list[Batch], seed: int) -> None:
+def _check_workers(stream: IndexedStream, expected: list[Batch], seed: int) -> None:
     """Fetch with workers, or without, if the stream has them."""
     workers = 0 if stream.workers else 2
     with warnings.catch_warnings():
@@ -146,7 +147,7 @@ def _check_workers(stream: Stream, expected: list[Batch], seed: int) -> None:
     _compare(f"fetched with workers={workers}", expected, found)
 
 
-def _check_size(stream: Stream, size: int, expected: list[Batch], seed: int) -> None:
+def _check_size(stream: IndexedStream, size: int, expected: list[Batch], seed: int) -> None:
     """Cut the same samples into batches of another size."""
     other = attrs.evolve(stream, batch_size=size)
     if other.fingerprint(seed) != stream.fingerprint(seed):
@@ -177,7 +178,7 @@ def _rows(batches: Iterable[Batch]) -> dict[str, dict[str, Tensor]]:
     return {f"sample {position}": row for position, row in enumerate(rows)}
 
 
-def _check_steps(plan: Plan, stream: Stream, expected: list[Batch], seed: int) -> None:
+def _check_steps(plan: Plan, stream: IndexedStream, expected: list[Batch], seed: int) -> None:
     """Train on the stream; then start again from every state, and compare the batch and the next state."""
     made = subject(plan, seed)
 

@@ -8,7 +8,7 @@ import torch
 
 from forgather_fn import tree
 from forgather_fn.batch import as_batch, microbatches
-from forgather_fn.data import Stream, batches
+from forgather_fn.data import IndexedStream, Stream, batches
 from forgather_fn.plan import Plan
 from forgather_fn.testing.compare import LEAST_SCALE, ROUNDING, TOLERANCE, beyond, changed, snapshot
 from forgather_fn.testing.subject import Subject, in_float64, subject
@@ -50,6 +50,10 @@ def check_evaluation(
         >>> check_evaluation(plan, (torch.ones(5, 2), torch.zeros(5, 1)))
     """
     stream = data if isinstance(data, Stream) else batches(data, batch_size=1)
+    if not isinstance(stream, IndexedStream):
+        raise ValueError(
+            "check_evaluation cuts data in several ways: give a dataset that can be indexed, or its stream"
+        )
     length = stream.length
     sizes = batch_sizes or sorted({length, 1, 2, _ragged(length)}, reverse=True)
     cuts = {f"batches of {size}": attrs.evolve(stream, batch_size=size) for size in sizes}

@@ -144,8 +144,8 @@ class Iterable(IterableDataset[int]):
         ([], r"the dataset \(a list\) is empty"),
         (torch.empty(0, 3), "is empty"),
         ({}, "is empty"),
-        (iter([1]), r"list_iterator cannot be indexed.*iterated only are not supported yet"),
-        (Iterable(), "Iterable cannot be indexed"),
+        (iter([1]), r"a list_iterator can be read only once.*Give what makes it"),
+        (Iterable(), "a Iterable is read one sample after the other.*order='sequential'"),
         (Unsized(), "has no length"),
         (DataLoader([1, 2]), r"DataLoader, its \.dataset"),  # type: ignore[arg-type]
         ({"a": torch.zeros(3), "b": np.zeros(2)}, "'a' has 3 rows and 'b' has 2"),

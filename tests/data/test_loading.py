@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Subset
 
 import forgather_fn.data.loading
-from forgather_fn.data import Stream, batches
+from forgather_fn.data import IndexedStream, batches
 from forgather_fn.data.loading import Generators
 from forgather_fn.random import key
 from tests.streams import ORDERS, Failing, Noise, Squares, columns, noisy, same, taken
@@ -121,7 +121,7 @@ def untouched() -> Iterator[None]:
     assert generators() == before
 
 
-NOISY: dict[str, Callable[..., Stream]] = {
+NOISY: dict[str, Callable[..., IndexedStream]] = {
     "dataset": lambda **more: batches(Noise(10), random=True, **more),
     "collate": lambda **more: batches(range(10), collate=noisy, random=True, **more),
     "collate of columns": lambda **more: batches(torch.arange(10), collate=noisy, random=True, **more),
@@ -140,7 +140,7 @@ def test_draws_repeat(name: str) -> None:
     assert same(list(NOISY[name](batch_size=4, epochs=4, workers=2).start(0, 8)), whole[2:])
 
 
-def drawn(stream: Stream, count: int, seed: int = 0) -> dict[tuple[int, int], tuple[float, ...]]:
+def drawn(stream: IndexedStream, count: int, seed: int = 0) -> dict[tuple[int, int], tuple[float, ...]]:
     """What each sample drew, by its epoch and index."""
     draws = {}
     position = 0

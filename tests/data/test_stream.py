@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
 
+import forgather_fn.data.indexed
 import forgather_fn.data.order
-import forgather_fn.data.stream
-from forgather_fn.data import Stream, batches
+from forgather_fn.data import IndexedStream, batches
 from forgather_fn.describe import describe
 from tests.streams import LASTS, ORDERS, Noise, noisy, same, taken
 
 
-def sequence(stream: Stream, samples: int, count: int, seed: int = 0) -> list[int]:
+def sequence(stream: IndexedStream, samples: int, count: int, seed: int = 0) -> list[int]:
     """The dataset indices at ``count`` positions, as the *data* shows them."""
     found: list[int] = []
     for batch in stream.start(seed, samples):
@@ -91,8 +91,8 @@ def test_the_laws_catch_seed_plus_epoch(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_laws_catch_a_start_that_is_one_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Stream.start
-    monkeypatch.setattr(Stream, "start", lambda self, seed, samples: right(self, seed, samples + (samples > 0)))
+    right = IndexedStream.start
+    monkeypatch.setattr(IndexedStream, "start", lambda self, seed, samples: right(self, seed, samples + (samples > 0)))
     with pytest.raises(AssertionError):
         check_starts_at_the_position()
 
@@ -177,7 +177,7 @@ def test_batch_larger_than_the_dataset() -> None:
 def test_blocks_leave_no_trace(monkeypatch: pytest.MonkeyPatch, last: Any, block: int) -> None:
     stream = batches(torch.arange(20_000), batch_size=3000, last=last)
     small = batches(torch.arange(17), batch_size=4, last=last)
-    monkeypatch.setattr(forgather_fn.data.stream, "_BLOCK", block)
+    monkeypatch.setattr(forgather_fn.data.indexed, "_BLOCK", block)
     assert sequence(stream, 6000, 30_000) == stream.indices(0, 6000, 36_000)[1].tolist()
     assert sequence(small, 12, 60) == small.indices(0, 12, 72)[1].tolist()
 
@@ -252,7 +252,7 @@ def test_description_leaves_the_data_out() -> None:
     assert describe(stream) == repr(stream)
     assert repr(stream).startswith("batches(<Loud of 3 samples>, batch_size=2, order='shuffled', last='span', collate=")
     assert "streams.noisy" in repr(stream)
-    assert repr(stream).endswith("workers=0, prefetch=2, pin_memory=False, random=False, seed=4)")
+    assert repr(stream).endswith("workers=0, threads=0, prefetch=2, pin_memory=False, random=False, seed=4)")
 
 
 @pytest.mark.parametrize(
