@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn import gradient, interrupt, scaling, tree, wanted
+from forgather_fn import interrupt, scaling, tree, wanted
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
