@@ -9,8 +9,10 @@ from typing import Any, Literal
 from forgather_fn.loop import Clock, Data, Steps, Tick
 from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
+from forgather_fn.report.throughput import Count, throughput
 from forgather_fn.stages import Observer
 from forgather_fn.state import raise_if_nonfinite
+from forgather_fn.wanted import check_wants, is_wanted
 
 
 def evaluated(data: Data, *, params: Literal["params", "ema"] = "params", name: str = "eval") -> Observer:
@@ -42,15 +44,20 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
 
     Args:
         sinks: Such as ``bar()``, ``tensorboard(path)``, ``jsonl(path)``, ``console()``, or any function of a row.
-        wants: Metrics beyond the usual ones that steps are to compute for it, such as ``"gradient_norms"``.
+        wants: Metrics beyond the usual ones that steps are to compute for it, such as ``"gradient_norms"``; see
+            :data:`~forgather_fn.wanted.WANTS`. What other observers asked for is not written.
         clock: Gives seconds.
 
     Raises:
+        ValueError: A metric that is wanted is unknown, or is not one number.
         NonFiniteError: At a look: a step before was not finite.
     """
-    lifted = [as_sink(sink) for sink in sinks]
+    lifted, asked = [as_sink(sink) for sink in sinks], frozenset(wants)
+    check_wants(asked)
+    if "gradients" in asked:
+        raise ValueError('report: "gradients" are tensors, and a row has numbers: ask for "gradient_norms"')
     begun = clock()
-    before: tuple[float, int, int] | None = None
+    before: Count | None = None
     streams = 0
 
     def observe(tick: Tick) -> None:
@@ -59,21 +66,18 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         raise_if_nonfinite(state)
         if not tick.run.program.world.main:
             return
-        values = {name: _scalar(name, value) for name, value in tick.metrics.items()} | dict(tick.results)
-        tokens = int(state.tokens)
-        now = clock()
-        if before is not None and now > before[0]:
-            elapsed = now - before[0]
-            values["samples_per_second"] = (state.samples - before[1]) / elapsed
-            values["tokens_per_second"] = (tokens - before[2]) / elapsed
-        before = now, state.samples, tokens
+        metrics = {name: value for name, value in tick.metrics.items() if is_wanted(name, asked)}
+        values = {name: _scalar(name, value) for name, value in metrics.items()} | dict(tick.results)
+        now = Count(clock(), state.samples, int(state.tokens))
+        values |= throughput(before, now) if before is not None else {}
+        before = now
         row = Row(
             step=state.step,
             samples=state.samples,
             epoch=tick.run.epoch(state.samples),
             started=tick.run.started,
             horizon=tick.run.horizon,
-            seconds=now - begun,
+            seconds=now.seconds - begun,
             values=values,
         )
         for sink in lifted:
@@ -93,7 +97,7 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
             for sink in reversed(lifted):
                 stack.callback(sink.close)
 
-    return Observer(observe, wants=frozenset(wants), open=opened, close=close)
+    return Observer(observe, wants=asked, open=opened, close=close)
 
 
 def _scalar(name: str, value: Any) -> float:

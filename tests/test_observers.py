@@ -76,6 +76,20 @@ class TestReport:
             "grad_norm/0.bias", "grad_norm/0.weight", "grad_norm/2.bias", "grad_norm/2.weight",
         ]  # fmt: skip
 
+    def test_what_others_asked_for_is_not_written(self):
+        rows = []
+        other = ff.Observer(lambda tick: None, wants=frozenset({"gradient_norms", "gradients"}))
+        reported(ff.every(3, other), ff.every(3, ff.report(rows.append, wants=["parameter_norms"])), rows=rows)
+        assert {name.partition("/")[0] for name in rows[0].values if "/" in name} == {"param_norm"}
+
+    @pytest.mark.parametrize(
+        ("wants", "message"),
+        [("update_norm", r"it can give \['update_norms'"), ("gradients", "are tensors, and a row has numbers")],
+    )
+    def test_what_cannot_be_written_is_refused_when_the_report_is_made(self, wants, message):
+        with pytest.raises(ValueError, match=message):
+            ff.report(print, wants=[wants])
+
     def test_sinks_are_closed_at_the_end_and_on_exceptions(self):
         for failing in (False, True):
             closed = []
