@@ -50,11 +50,11 @@ def converted(
     new: Program,
     /,
     *,
-    dropping: Collection[str] = (),
-    without: Collection[str] = (),
-    tell: Callable[[Conversion], object] | None = None,
+    dropping: Collection[str],
+    without: Collection[str],
+    tell: Callable[[Conversion], object] | None,
 ) -> TrainState:
-    """Make the state of another program from a state; see :class:`~forgather_fn.plan.Convert`."""
+    """Make the state of another program from a state; see :meth:`~forgather_fn.plan.Program.convert`."""
     _check(old, new, without)
     arrays = state.read()
     fresh = new.init(state.seed)

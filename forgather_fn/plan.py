@@ -305,39 +305,21 @@ class Export(Protocol):
         ...
 
 
-class Convert(Protocol):
-    """Carry a state into another program."""
+class Carry(Protocol):
+    """Carry a state from one program into another; see :meth:`Program.convert`."""
 
     def __call__(
         self,
+        old: "Program",
         state: TrainState,
-        program: "Program",
+        new: "Program",
         /,
         *,
-        dropping: Collection[str] = (),
-        without: Collection[str] = (),
-        tell: "Callable[[Conversion], object] | None" = None,
+        dropping: Collection[str],
+        without: Collection[str],
+        tell: "Callable[[Conversion], object] | None",
     ) -> TrainState:
-        """Make the state of another program that goes on where this one is; this one is not consumed.
-
-        Parameters and buffers are carried by name, whatever their groups and data types are, and whether they are
-        trained or not; so are the optimizer's slots, the average, and what else has the same name and shape on both
-        sides: in this library a slot's name says what it is. What the other program has besides is as its ``init``
-        makes it, an average as the parameters. Slots that an optimizer of torch makes at its first update are carried
-        to an equal one only; the state of a transform to one of the same kind at the same place. The step, samples,
-        seed, and counters go on.
-
-        Args:
-            state: Of this program.
-            program: The other; it is initialised under the state's seed, and its module is bound to the result.
-            dropping: Patterns of the names of parameters that are left behind. Any other that the other program lacks,
-                or has in another shape, is an error.
-            without: What starts fresh, as in :class:`Restore`.
-            tell: Called with an account of what was carried, is fresh, or was dropped: ``tell=print``.
-
-        Raises:
-            ValueError: A parameter has no place, a pattern matches none, or processes have parts of the states only.
-        """
+        """Make the state of the new program; the old one's is not consumed."""
         ...
 
 
@@ -394,7 +376,7 @@ class Program:
     evaluate: Evaluate
     apply: Apply
     export: Export
-    convert: Convert
+    carry: Carry
     batches: OpenBatches
     open_steps: OpenSteps
     world: World = ALONE
@@ -405,6 +387,38 @@ class Program:
     def steps(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":
         """Give the ticks over a data stream, from where the state left it, or over any iterable of batches."""
         return self.open_steps(self, state, data)
+
+    def convert(
+        self,
+        state: TrainState,
+        program: "Program",
+        /,
+        *,
+        dropping: Collection[str] = (),
+        without: Collection[str] = (),
+        tell: "Callable[[Conversion], object] | None" = None,
+    ) -> TrainState:
+        """Make the state of another program that goes on where one of this program is, which is not consumed.
+
+        Parameters and buffers are carried by name, whatever their groups and data types are, and whether they are
+        trained or not; so are the optimizer's slots, the average, and what else has the same name and shape on both
+        sides: in this library a slot's name says what it is. What the other program has besides is as its ``init``
+        makes it, an average as the parameters. Slots that an optimizer of torch makes at its first update are carried
+        to an equal one only; the state of a transform to one of the same kind at the same place. The step, samples,
+        seed, and counters go on.
+
+        Args:
+            state: Of this program.
+            program: The other; it is initialised under the state's seed, and its module is bound to the result.
+            dropping: Patterns of the names of parameters that are left behind. Any other that the other program lacks,
+                or has in another shape, is an error.
+            without: What starts fresh, as in :class:`Restore`.
+            tell: Called with an account of what was carried, is fresh, or was dropped: ``tell=print``.
+
+        Raises:
+            ValueError: A parameter has no place, a pattern matches none, or processes have parts of the states only.
+        """
+        return self.carry(self, state, program, dropping=dropping, without=without, tell=tell)
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}={text}" for name, text in self.plan.describe().items())

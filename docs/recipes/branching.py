@@ -16,7 +16,9 @@ plan = ff.Plan(
     schedule=3e-3,
 )
 program = ff.single(plan)
-trunk = toolz.pipe(program.steps(program.init(seed=0), data), ff.until(steps=100), ff.every(100, ff.saved("trunk")), ff.last)
+trunk = toolz.pipe(
+    program.steps(program.init(seed=0), data), ff.until(steps=100), ff.every(100, ff.saved("trunk")), ff.last
+)
 
 for name, schedule in {"constant": 3e-3, "decay": ff.schedules.linear(peak=6e-3, total=200)}.items():
     branch = ff.single(attrs.evolve(plan, schedule=schedule))

@@ -192,16 +192,13 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
         return storage.export(built(), state, params)
 
-    def convert(state: TrainState, program: Program, /, **options: Any) -> TrainState:
-        return converted(own, state, program, **options)
-
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:
             assert strategy.share is not None
             return dispatched(strategy.world, strategy.share, state, data)
         return opened(data, state, strategy.share)
 
-    own = Program(
+    return Program(
         plan=plan,
         init=init,
         restore=restore,
@@ -212,7 +209,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
-        convert=convert,
+        carry=converted,
         batches=batches,
         open_steps=open_steps,
         world=strategy.world,
@@ -220,7 +217,6 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         part=strategy.part,
         whole=storage.whole,
     )
-    return own
 
 
 def prepared(plan: Plan, seed: int) -> nn.Module:
