@@ -3,9 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from forgather_fn import adapters as adapters
 from forgather_fn import losses as losses
 from forgather_fn import schedules as schedules
 from forgather_fn import transforms as transforms
+from forgather_fn.adapters import lora as lora
 from forgather_fn.average import ema as ema
 from forgather_fn.compiler import CompileError as CompileError
 from forgather_fn.data import Batch as Batch

@@ -200,7 +200,8 @@ def initialise_by_name(module: nn.Module, seed: int, among: Collection[str] | No
 
     The values then depend on names alone, not on the order of construction, so that any part of a model, built alone,
     starts as it does in the whole. Each module's own ``reset_parameters`` is used (``_reset_parameters`` for
-    attention), or, in Hugging Face models, the model's ``_init_weights``.
+    attention), or, in Hugging Face models, the model's ``_init_weights``, but for modules that are not Hugging Face's
+    and say so (``initialises_itself = True``).
 
     Args:
         module: Changed in place.
@@ -224,7 +225,7 @@ def initialise_by_name(module: nn.Module, seed: int, among: Collection[str] | No
                     "reset_parameters(); give it one that draws their values"
                 )
             with seeded(key(seed, "init", name), device):
-                if callable(initialise):
+                if callable(initialise) and not getattr(child, "initialises_itself", False):
                     initialise(child)
                 elif reset is not None:
                     reset()

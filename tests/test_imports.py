@@ -30,6 +30,7 @@ RECIPE = {
 }
 DATA = {"data", "share"}
 STEP = {
+    "adapters",
     "agreement",
     "batch",
     "binding",
