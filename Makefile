@@ -4,7 +4,7 @@
 #   make test     everything that must pass     (ARGS="-k resume" go to pytest)
 #   make lint     format, lint and types only
 #   make format   rewrite the code in the one format
-#   make docs     run the code in README.md and docs/
+#   make docs     run the code in README.md and docs/, and build the site of them into site/
 #   make soak     the tests that take minutes
 #   make bench    side-by-side timings
 #   make clean    remove what was built and cached; distclean: .venv as well
@@ -35,8 +35,10 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-docs: .venv/.dev
-	$(BIN)/pytest tests/test_documents.py $(ARGS)
+docs: .venv/.docs
+	$(BIN)/pytest tests/test_documents.py tests/website $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'site/index.html'
 
 soak: .venv/.dev
 	$(BIN)/pytest -m soak --timeout=3600 $(ARGS)
@@ -45,7 +47,7 @@ bench: .venv/.bench
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
 
 clean:
-	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
@@ -55,7 +57,8 @@ distclean: clean
 .venv/.run: EXTRAS :=
 .venv/.dev: EXTRAS := [dev]
 .venv/.bench: EXTRAS := [bench]
-.venv/.run .venv/.dev .venv/.bench: pyproject.toml constraints.txt | .venv/bin/python
+.venv/.docs: EXTRAS := [dev,docs]
+.venv/.run .venv/.dev .venv/.bench .venv/.docs: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	@touch .venv/.run $@
 

@@ -36,11 +36,11 @@ class PipelineTrainer(BaseTrainer):
     modules, in which those of others are stand-ins without memory. Every process reads the same batches;
     ``per_device_train_batch_size`` is the whole batch, of which ``n_microbatches`` equal parts go through the stages.
 
+    It takes what :class:`~forgather.ml.trainer.base_trainer.BaseTrainer` takes; its ``loss_fn`` is
+    ``(logits, labels) -> mean``, whose weight is the number of labels that are not -100.
+
     Args:
         args: :class:`PipelineTrainingArguments`, with ``split_spec`` and ``n_microbatches``.
-        loss_fn: ``(logits, labels) -> mean``; its weight is the number of labels that are not -100.
-
-    The others are those of :class:`~forgather.ml.trainer.base_trainer.BaseTrainer`.
 
     Raises:
         ValueError: There is no ``split_spec``, or something is asked for that cannot be done on stages.

@@ -1,0 +1,1 @@
+"""What makes the site of the documentation: `make docs`. Its pages are in `docs/`."""

@@ -1,0 +1,57 @@
+"""How docstrings become pages: attrs classes have their signatures, and roles of Sphinx become links."""
+
+import inspect
+from typing import Any
+
+import attrs
+import griffe
+
+from website.roles import as_markdown
+
+
+class Docstrings(griffe.Extension):
+    """What the static reading of sources does not know."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Link what a docstring refers to."""
+        if obj.docstring:
+            module = obj.module
+            obj.docstring.value = as_markdown(obj.docstring.value, module.path, module.members)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Give attrs classes the signatures that they have when they are imported."""
+        _sign(pkg)
+
+
+def _sign(parent: griffe.Module | griffe.Class) -> None:
+    for member in list(parent.members.values()):
+        if member.is_alias:
+            continue
+        if isinstance(member, griffe.Class) and any("attrs." in str(one.value) for one in member.decorators):
+            member.set_member("__init__", _initialiser(member))
+        if isinstance(member, griffe.Module | griffe.Class):
+            _sign(member)
+
+
+def _initialiser(record: griffe.Class) -> griffe.Function:
+    """Make the constructor's signature: kinds and defaults as imported, annotations as written."""
+    found = griffe.dynamic_import(record.path)
+    written = {attribute.alias: attribute.name for attribute in attrs.fields(found)}
+    parameters = []
+    for parameter in inspect.signature(found.__init__).parameters.values():
+        member = record.all_members.get(written.get(parameter.name, ""))
+        parameters.append(
+            griffe.Parameter(
+                parameter.name,
+                annotation=member.annotation if isinstance(member, griffe.Attribute) else None,
+                kind=griffe.ParameterKind[parameter.kind.name.lower()],
+                default=None if parameter.default is inspect.Parameter.empty else _shown(parameter.default),
+            )
+        )
+    return griffe.Function("__init__", parameters=griffe.Parameters(*parameters), returns="None", parent=record)
+
+
+def _shown(default: object) -> str:
+    if default is attrs.NOTHING:
+        return "..."  # made anew for each
+    return getattr(default, "__name__", None) or repr(default)

@@ -1,0 +1,69 @@
+"""Pages of the site that are files of the repository's root, and the rewriting that fits Markdown to the site.
+
+On a code host the same files are read as they are, so nothing here may be needed to understand them.
+"""
+
+import posixpath
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parent.parent
+
+PAGES: Final = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Files of the root that are pages as they are, and where."""
+
+LANDING: Final = ("A loop of your own", "A step is a function, so its test is a call", "Where to read on")
+"""Sections of the README that the landing page has, below its beginning and the picture."""
+
+_PICTURE: Final = re.compile(r"^!\[[^\]]*\]\([^)]+\)\n", re.MULTILINE)
+_LINK: Final = re.compile(r"(?<=\]\()(?!#|https?:|mailto:)(?P<path>[^)#\s]+)")
+_CONTENTS: Final = re.compile(r"^(?:- \[[^\]]+\]\(#[^)]+\)\n)+\n?", re.MULTILINE)
+_INFO: Final = re.compile(r"^( *`{3,}[a-z]+) .*$", re.MULTILINE)
+
+
+def landing(readme: str) -> str:
+    """Make the landing page of the README: its beginning, its picture, and some of its sections.
+
+    Raises:
+        ValueError: The README has no picture, or lacks one of the sections.
+    """
+    beginning, *rest = re.split(r"^## ", readme, flags=re.MULTILINE)
+    sections = {text.partition("\n")[0]: text for text in rest}
+    missing = [title for title in LANDING if title not in sections]
+    picture = _PICTURE.search(readme)
+    if missing or picture is None:
+        raise ValueError(f"README.md has no {'picture' if picture is None else f'section {missing[0]!r}'}")
+    body = "".join(f"## {sections[title]}" for title in LANDING).replace(picture.group(), "")
+    return f"---\nhide: [navigation]\n---\n{beginning.rstrip()}\n\n{picture.group()}\n{body}"
+
+
+def relinked(text: str, source: str, moved: dict[str, str]) -> str:
+    """Point links at where files lie on the site.
+
+    Args:
+        text: Markdown.
+        source: Where it lies in the repository, such as ``"docs/checkpointing.md"`` or ``"README.md"``.
+        moved: Where pages lie on the site, by their path in the repository, relative to ``docs/``.
+    """
+    folder = posixpath.dirname(source)
+    here = posixpath.dirname(moved.get(source, posixpath.relpath(source, "docs")))
+
+    def link(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match["path"]))
+        place = moved.get(target, posixpath.relpath(target, "docs"))
+        return posixpath.relpath(place, here or ".")
+
+    return _outside_fences(text, lambda part: _LINK.sub(link, part))
+
+
+def fitted(text: str) -> str:
+    """Leave out what the site has by itself: a page's table of contents, and the words behind a fence's language."""
+    return _outside_fences(_INFO.sub(r"\1", text), lambda part: _CONTENTS.sub("", part))
+
+
+def _outside_fences(text: str, change: Callable[[str], str]) -> str:
+    parts = re.split(r"(^ *(`{3,})[^\n]*\n.*?^ *\2 *$)", text, flags=re.MULTILINE | re.DOTALL)
+    # re.split gives, in turn, what is outside, a fenced block, and its fence.
+    return "".join(change(part) if place % 3 == 0 else part for place, part in enumerate(parts) if place % 3 != 2)
