@@ -254,13 +254,13 @@ def _manifest(session: Session, snapshot: Snapshot, files: dict[str, Written], p
 
 def _move_in(directory: Path, temporary: Path, home: Path, token: str) -> None:
     aside = directory / f".replaced-{home.name}-{token}"
-    replaces = home.exists()
+    replaces = home.is_dir() or home.is_symlink()  # a file that someone put there is refused by the rename
     try:
         if replaces:
             system.rename(home, aside)
         system.rename(temporary, home)
     except OSError:  # which may come although the entry was moved
-        if replaces and not home.exists():
+        if replaces and not os.path.lexists(home):
             system.rename(aside, home)
         raise
     system.sync_directory(directory)

@@ -38,10 +38,10 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises:
         RunLockedError: Another process holds it; which one, is said.
-        OSError: The directory cannot be made or written to.
+        OSError: The directory cannot be made or written to, or the lock is a link, which could lead to any file.
     """
     system.make_path(run)
-    file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     _held.add(file)
     try:
         try:

@@ -10,6 +10,7 @@ from typing import Final
 
 import attrs
 
+from forgather_fn.checkpoint import system
 from forgather_fn.checkpoint.safe import Written
 
 NAME: Final = "manifest.json"
@@ -105,7 +106,7 @@ def read(directory: Path) -> Manifest | None:
     """
     path = directory / NAME
     try:
-        with path.open("rb") as file:
+        with system.read_file(path) as file:
             text = file.read(LIMIT + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -146,7 +147,7 @@ def hash_faults(directory: Path, manifest: Manifest) -> list[str]:
 
 def sha256(path: Path) -> str:
     """Hash a file's content."""
-    with path.open("rb") as file:
+    with system.read_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

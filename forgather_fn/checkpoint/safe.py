@@ -7,6 +7,7 @@ https://huggingface.co/docs/safetensors.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -105,8 +106,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 def fault(path: Path) -> str | None:
     """Say what is wrong with a safetensors file as far as its header and size tell; None if nothing is."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with system.read_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > min(size, HEADER_LIMIT):
                 return f"{path.name} is cut short or has no header"

@@ -5,8 +5,10 @@ Everything that a checkpoint writes, moves or removes goes through here, so that
 
 import contextlib
 import errno
+import io
 import os
 import shutil
+import stat
 from pathlib import Path
 
 CHUNK = 1 << 24
@@ -31,6 +33,19 @@ def make_path(path: Path) -> None:
 def create(path: Path) -> int:
     """Open a new file for writing; one that exists is an error."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def read_file(path: Path) -> io.BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        OSError: It cannot be read, or is no file: a pipe, say, would hold up whoever opens it.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return open(file, "rb")
 
 
 def write(file: int, data: memoryview) -> int:
@@ -87,13 +102,19 @@ def write_all(file: int, data: memoryview) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and what is in it, file by file; what is gone already is no error."""
+    """Remove a directory and what is in it, file by file; what is gone already is no error.
+
+    Of a link the link is removed: what it leads to is not the run's, or is what something else leads to as well.
+    """
+    if path.is_symlink():
+        unlink(path)
+        return
     try:
         entries = sorted(path.iterdir())
     except FileNotFoundError:
         return
     for entry in entries:
-        if entry.is_dir() and not entry.is_symlink():
+        if entry.is_symlink() or entry.is_dir():
             remove_tree(entry)
         else:
             unlink(entry)
