@@ -11,4 +11,6 @@ from forgather_fn.optim.base import OptimizerUpdate as OptimizerUpdate
 from forgather_fn.optim.base import OptState as OptState
 from forgather_fn.optim.base import slots_like as slots_like
 from forgather_fn.optim.from_torch import from_torch as from_torch
+from forgather_fn.optim.lion import lion as lion
+from forgather_fn.optim.schedule_free import schedule_free_adamw as schedule_free_adamw
 from forgather_fn.optim.sgd import sgd as sgd

@@ -19,6 +19,12 @@ PIECES = {
         }
     ),
     "sgd/scheduled": Piece(fields=lambda: {"optimizer": ff.sgd(momentum=falling, weight_decay=falling)}),
+    "optim.lion": Piece(
+        fields=lambda: {"optimizer": ff.optim.lion(weight_decay=0.1, betas=(falling, 0.9))},
+    ),
+    "optim.schedule_free_adamw": Piece(
+        fields=lambda: {"optimizer": ff.optim.schedule_free_adamw(weight_decay=falling)},
+    ),
     "from_torch": Piece(
         fields=lambda: {"optimizer": ff.from_torch(lambda groups: torch.optim.RMSprop(groups, momentum=0.5))},
         outside={"compiled": "it works on the host, and is refused"},
