@@ -5,6 +5,7 @@ collective is then one call a buffer, whatever the depth of the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import attrs
@@ -125,8 +126,7 @@ def layout_of(tensors: Mapping[str, Tensor], hypers: Mapping[str, Hyper] | None 
             All alike if not given.
     """
     given = [hypers[name] if hypers else Hyper() for name in tensors]
-    parts = tuple(dict.fromkeys(hyper.part for hyper in given))
-    groups = tuple(sorted(dict.fromkeys(given), key=lambda hyper: parts.index(hyper.part)))
+    groups = _ordered(tuple(dict.fromkeys(given)))
     dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors.values()))
     ends = [0] * len(dtypes)
     leaves: dict[str, Leaf] = {}
@@ -154,6 +154,13 @@ def layout_of(tensors: Mapping[str, Tensor], hypers: Mapping[str, Hyper] | None 
         index={name: i for i, name in enumerate(tensors)},
         elements=sum(tensor.numel() for tensor in tensors.values()),
     )
+
+
+def _ordered(hypers: tuple[Hyper, ...]) -> tuple[Hyper, ...]:
+    """Bring those of one part together, and of one part of a part, in the order in which they first come."""
+    paths = {hyper: tuple(accumulate(hyper.part.split("/"), "{}/{}".format)) for hyper in hypers}
+    first = {path: i for i, path in reversed(list(enumerate(path for hyper in hypers for path in paths[hyper])))}
+    return tuple(sorted(hypers, key=lambda hyper: [first[path] for path in paths[hyper]]))
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ class Hyper:
         learning_rate: Factor on the scheduled learning rate.
         weight_decay: The coefficient, as the optimizer understands it; None for whatever it does by itself.
         frozen: Not trained: kept out of the flat storage, and shared rather than copied.
-        part: Which optimizer of a composed one updates them.
+        part: Which optimizer of a composed one updates them; ``"outer/inner"`` where that is composed again.
     """
 
     learning_rate: Number = 1.0

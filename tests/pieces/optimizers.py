@@ -19,6 +19,28 @@ PIECES = {
         }
     ),
     "sgd/scheduled": Piece(fields=lambda: {"optimizer": ff.sgd(momentum=falling, weight_decay=falling)}),
+    "optim.lion": Piece(
+        fields=lambda: {"optimizer": ff.optim.lion(weight_decay=0.1, betas=(falling, 0.9))},
+    ),
+    "optim.schedule_free_adamw": Piece(
+        fields=lambda: {"optimizer": ff.optim.schedule_free_adamw(weight_decay=falling)},
+    ),
+    "optim.adafactor": Piece(
+        fields=lambda: {"optimizer": ff.optim.adafactor(weight_decay=falling, beta1=falling, relative_step=True)},
+    ),
+    "optim.muon": Piece(
+        fields=lambda: {"optimizer": ff.optim.muon(match="*.weight", momentum=falling, weight_decay=0.1)},
+    ),
+    "optim.partitioned": Piece(
+        fields=lambda: {
+            "optimizer": ff.optim.partitioned(
+                {
+                    "first": ("0.*", ff.sgd(momentum=0.9, groups=[ff.group("0.bias", learning_rate=falling)])),
+                    "rest": ("*", ff.optim.schedule_free_adamw(weight_decay=0.1)),
+                }
+            )
+        },
+    ),
     "from_torch": Piece(
         fields=lambda: {"optimizer": ff.from_torch(lambda groups: torch.optim.RMSprop(groups, momentum=0.5))},
         outside={"compiled": "it works on the host, and is refused"},
