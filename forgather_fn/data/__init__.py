@@ -4,6 +4,9 @@ from forgather_fn.data.batch import Batch as Batch
 from forgather_fn.data.batching import batches as batches
 from forgather_fn.data.indexed import IndexedStream as IndexedStream
 from forgather_fn.data.iterated import IteratedStream as IteratedStream
+from forgather_fn.data.lengths import by_length as by_length
+from forgather_fn.data.mixing import Mixture as Mixture
+from forgather_fn.data.mixing import mixture as mixture
 from forgather_fn.data.resumable import Reader as Reader
 from forgather_fn.data.resumable import Resumable as Resumable
 from forgather_fn.data.resumable import counted as counted

@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 from forgather_fn.data.fetch import Collate, source
 from forgather_fn.data.indexed import IndexedStream
 from forgather_fn.data.iterated import IteratedStream
+from forgather_fn.data.mixing import Mixture
 from forgather_fn.data.order import Order, Ordering
 from forgather_fn.data.resumable import resumable
 from forgather_fn.data.sizes import BatchSize, Sizes, sizes
@@ -90,11 +91,14 @@ def batches(
     each = batch_size if isinstance(batch_size, int) else sizes(batch_size)
     common: dict[str, Any] = {"batch_size": each, "last": last, "epochs": epochs, "threads": threads, "seed": seed}
     common |= {"prefetch": prefetch, "pin_memory": pin_memory, "random": random}
-    iterated = resumable(dataset)
+    iterated = None if isinstance(dataset, Mixture) else resumable(dataset)
     if iterated is not None:
         _check_iterated(dataset, order, workers, threads)
         return IteratedStream(source=iterated, collate=collate or default_collate, **common)
-    found = source(dataset, collate)
+    if isinstance(dataset, Mixture):
+        found, order = dataset.source(collate), dataset.ordering(order)
+    else:
+        found = source(dataset, collate)
     length = len(found.sized)
     if length == 0:
         raise ValueError(f"the dataset (a {type(dataset).__name__}) is empty: there is no batch to make of it")

@@ -88,17 +88,41 @@ def source(dataset: Any, collate: Collate | None) -> Source:
         ValueError: The dataset can be iterated only, or its columns are not tensors or arrays of one length.
     """
     columns = _columns(dataset)
+    if columns is not None and collate is None:
+        return Source(partial(sliced, columns), next(iter(_checked(columns).values()), ()), joint=False)
+    given = samples_of(dataset)
+    chosen = default_collate if collate is None else collate
+    return Source(partial(collated, given.samples, chosen), given.sized, joint=given.joint or collate is not None)
+
+
+@attrs.frozen(eq=False)
+class Given:
+    """How the samples of a dataset are read.
+
+    Attributes:
+        samples: Fetches some.
+        sized: Has the dataset's length, now.
+        joint: Whether they are fetched together, so that what is drawn at random depends on the batch.
+    """
+
+    samples: Samples
+    sized: Sized
+    joint: bool
+
+
+def samples_of(dataset: Any) -> Given:
+    """Find out how single samples of a dataset are read.
+
+    Raises:
+        ValueError: As :func:`source`.
+    """
+    columns = _columns(dataset)
     if columns is not None:
-        first = next(iter(_checked(columns).values()), ())
-        if collate is None:
-            return Source(partial(sliced, columns), first, joint=False)
-        return Source(partial(collated, partial(rows, columns), collate), first, joint=True)
+        return Given(partial(rows, columns), next(iter(_checked(columns).values()), ()), joint=False)
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, MapDataset):
         raise ValueError(MSG_NOT_INDEXED.format(kind=type(dataset).__name__))
     joint = _fetches_together(dataset)
-    samples = partial(together if joint else one_by_one, dataset)
-    chosen = default_collate if collate is None else collate
-    return Source(partial(collated, samples, chosen), dataset, joint=joint or collate is not None)
+    return Given(partial(together if joint else one_by_one, dataset), dataset, joint)
 
 
 def sliced(columns: Columns, indices: Indices, reseed: Reseed, /) -> Any:

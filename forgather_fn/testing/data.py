@@ -30,7 +30,8 @@ _BY_IDENTITY: Final[Any] = object.__eq__
 def check_data(stream: IndexedStream, *, plan: Plan | None = None, batches: int = 5, seed: int = 0) -> None:
     """Check that each epoch is a permutation, and that nothing but the seed decides which samples come when.
 
-    The first two epochs are looked up in whole (one byte a sample). The first batches are fetched: once more, with
+    The first two epochs are looked up in whole (eight bytes a sample); where parts of the dataset have epochs of their
+    own, as the sources of a mixture, each of these is. The first batches are fetched: once more, with
     other numbers in the global random generators, another ``RANK`` in the environment and another date; with workers
     (or without, if the stream has them); started again at every batch; and at other batch sizes, unless the stream's
     fingerprint says that the batch size counts. At other batch sizes the indices of the samples are compared, and their
@@ -55,8 +56,7 @@ def check_data(stream: IndexedStream, *, plan: Plan | None = None, batches: int 
         raise ValueError(
             f"data: expected a stream as ff.batches(dataset, batch_size=...) makes it, got a {type(stream).__name__}"
         )
-    for epoch in (0, 1):
-        _check_permutation(stream, epoch, seed)
+    _check_permutations(stream, seed)
     with drawing_nothing("data: fetching"):
         expected = _fetched(stream, seed, 0, batches)
     _check_indices(stream, expected, seed)
@@ -73,23 +73,35 @@ def check_data(stream: IndexedStream, *, plan: Plan | None = None, batches: int 
         _check_steps(plan, stream, expected, seed)
 
 
-def _check_permutation(stream: IndexedStream, epoch: int, seed: int) -> None:
-    start, stop = epoch * stream.epoch_length, (epoch + 1) * stream.epoch_length
-    seen = np.zeros(stream.length, dtype=bool)
-    for block in range(start, stop, _BLOCK):
+def _check_permutations(stream: IndexedStream, seed: int) -> None:
+    """Look up two epochs, and check that no part of the dataset gives a sample twice before it has given all."""
+    stop, length = 2 * stream.epoch_length, stream.length
+    parts = [range(length)] if isinstance(stream.order, str) else stream.order.parts(length)
+    sizes = [stream.epoch_length] if len(parts) == 1 else [len(part) for part in parts]
+    last, given = np.full(length, -1), [0] * len(parts)
+    for block in range(0, stop, _BLOCK):
         epochs, indices = stream.indices(seed, block, min(block + _BLOCK, stop))
-        where = f"data: with {stream.length} samples and seed={seed}, epoch {epoch}"
-        if (epochs != epoch).any():
-            raise AssertionError(
-                f"{where} (samples {start} to {stop - 1} of the job) is looked up as {set(epochs.tolist())}"
-            )
-        if indices.min() < 0 or indices.max() >= stream.length:
-            raise AssertionError(f"{where} has indices from {indices.min()} to {indices.max()}")
-        values, counts = np.unique(indices, return_counts=True)
-        twice = values[(counts > 1) | seen[values]]
-        if twice.size:
-            raise AssertionError(f"{where} is not a permutation: it gives sample {twice[0]} more than once")
-        seen[values] = True
+        where = f"data: with {length} samples and seed={seed}, samples {block} to {block + len(epochs) - 1} of the job"
+        if indices.min() < 0 or indices.max() >= length:
+            raise AssertionError(f"{where} have indices from {indices.min()} to {indices.max()}")
+        for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            own = np.flatnonzero((indices >= part.start) & (indices < part.stop))
+            expected = (given[number] + np.arange(own.size)) // size
+            given[number] += own.size
+            wrong = np.flatnonzero(epochs[own] != expected)
+            if wrong.size:
+                raise AssertionError(
+                    f"{where}: sample {block + own[wrong[0]]} of the job is of epoch {expected[wrong[0]]}, "
+                    f"but looked up as {epochs[own[wrong[0]]]}"
+                )
+            for epoch in np.unique(expected):
+                values, counts = np.unique(indices[own[expected == epoch]], return_counts=True)
+                twice = values[(counts > 1) | (last[values] >= epoch)]
+                if twice.size:
+                    raise AssertionError(
+                        f"{where}: epoch {epoch} is not a permutation: it gives sample {twice[0]} more than once"
+                    )
+                last[values] = epoch
 
 
 def _fetched(stream: IndexedStream, seed: int, position: int, count: int) -> list[Batch]:

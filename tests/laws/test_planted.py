@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import forgather_fn as ff
-from forgather_fn import evaluation, fetch, order, step, testing
+from forgather_fn import evaluation, step, testing
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.binding import Binding
+from forgather_fn.data import fetch, order
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.model import Modes
