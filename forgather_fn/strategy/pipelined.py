@@ -11,7 +11,9 @@ from forgather_fn import evaluation
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
+from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
+from forgather_fn.metrics import Measure
 from forgather_fn.model import build, call_arguments
 from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
@@ -99,11 +101,16 @@ def pipelined(
 _WHY: Final = {
     "compile": "a stage is left in the middle of the model's forward, which a graph cannot be",
     'update="in_backward"': "gradients of several microbatches, and of tied parameters, are added before the update",
+    "loss": "it changes the model's head, which some stages have not; take a loss that is not chunked",
 }
 
 
 def _check(plan: Plan) -> None:
-    given = {"compile": bool(plan.compile), 'update="in_backward"': plan.update == "in_backward"}
+    given = {
+        "compile": bool(plan.compile),
+        'update="in_backward"': plan.update == "in_backward",
+        "loss": isinstance(plan.loss, Objective) and plan.loss.around is not None,
+    }
     for name, reason in _WHY.items():
         if given[name]:
             raise ValueError(f"pipelined: Plan({name if '=' in name else name + '=...'}) cannot be: {reason}")
@@ -235,9 +242,11 @@ class _Standing:
                         f"  rank {rank}: {other[name]}"
                     )
 
-    def evaluate(self, built: Built, state: TrainState, data: Any, params: evaluation.Which) -> dict[str, float]:
+    def evaluate(
+        self, built: Built, state: TrainState, data: Any, params: evaluation.Which, metrics: Sequence[Measure]
+    ) -> dict[str, float]:
         """Measure a state; see :func:`~forgather_fn.pipeline.looking.evaluate`."""
-        return looking.evaluate(self._running(), built, state, data, params)
+        return looking.evaluate(self._running(), built, state, data, params, metrics)
 
     def apply(
         self,

@@ -21,7 +21,9 @@ from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, open_steps
+from forgather_fn.losses import Objective
 from forgather_fn.meta import initialise_from_meta, on_meta
+from forgather_fn.metrics import Measure
 from forgather_fn.model import (
     Anatomy,
     buffer_names,
@@ -31,6 +33,7 @@ from forgather_fn.model import (
     enter_training,
     initialise_by_name,
     parameter_anatomy,
+    surrounded,
 )
 from forgather_fn.part import Part
 from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
@@ -89,11 +92,11 @@ class Looking:
     """How a program runs a model besides training it; see :class:`~forgather_fn.plan.Program`.
 
     Attributes:
-        evaluate: ``(built, state, data, params) -> means``.
+        evaluate: ``(built, state, data, params, metrics) -> numbers``.
         apply: ``(built, state, inputs, named, params) -> outputs``.
     """
 
-    evaluate: Callable[[Built, TrainState, Any, evaluation.Which], dict[str, float]]
+    evaluate: Callable[[Built, TrainState, Any, evaluation.Which, Sequence[Measure]], dict[str, float]]
     apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], evaluation.Which], Any]
 
 
@@ -211,7 +214,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         step=step,
         gradients=gradients,
         update=update,
-        evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
+        evaluate=lambda state, data, /, *, params="params", metrics=(): looking.evaluate(
+            built(), state, data, params, metrics
+        ),
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
         carry=converted,
@@ -301,7 +306,15 @@ def check_can_be_scaled(plan: Plan, layout: Layout) -> None:
 
 def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
     """Give the module as it is called outside of a compiled step; in evaluation, compiled as well."""
-    return torch.compile(module, backend=plan.backend) if plan.compile else module
+    call = torch.compile(module, backend=plan.backend) if plan.compile else module
+    if not (isinstance(plan.loss, Objective) and plan.loss.around):
+        return call
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with surrounded(module, plan.loss):
+            return call(*args, **kwargs)
+
+    return within
 
 
 def held_whole(agree: Agree) -> Storage:
