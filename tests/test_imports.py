@@ -99,13 +99,17 @@ BELOW: Final[Mapping[str, set[str]]] = {
 HEAVY = {
     "accelerate",
     "lightning",
+    "matplotlib",
+    "mlflow",
     "tensorboard",
     "torch._dynamo",
     "torch._inductor",
     "torch.distributed.pipelining",
     "torch.utils.tensorboard",
     "tqdm",
+    "trackio",
     "transformers",
+    "wandb",
 }
 
 
