@@ -5,6 +5,7 @@ from forgather_fn.report.console import console as console
 from forgather_fn.report.curve import curve as curve
 from forgather_fn.report.jsonl import jsonl as jsonl
 from forgather_fn.report.jsonl import read as read
+from forgather_fn.report.plot import plot as plot
 from forgather_fn.report.row import Row as Row
 from forgather_fn.report.row import Sink as Sink
 from forgather_fn.report.row import opened as opened
@@ -31,6 +32,7 @@ __all__ = [
     "mlflow",
     "opened",
     "peak",
+    "plot",
     "read",
     "remaining",
     "sink",
