@@ -94,20 +94,24 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "config", "control", "demo", "distributed", "pipeline"},
+    "command": {"checkpoint", "config", "control", "demo", "distributed", "pipeline", "report"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 
 HEAVY = {
     "accelerate",
     "lightning",
+    "matplotlib",
+    "mlflow",
     "tensorboard",
     "torch._dynamo",
     "torch._inductor",
     "torch.distributed.pipelining",
     "torch.utils.tensorboard",
     "tqdm",
+    "trackio",
     "transformers",
+    "wandb",
 }
 
 

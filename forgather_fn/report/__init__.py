@@ -5,23 +5,39 @@ from forgather_fn.report.console import console as console
 from forgather_fn.report.curve import curve as curve
 from forgather_fn.report.jsonl import jsonl as jsonl
 from forgather_fn.report.jsonl import read as read
+from forgather_fn.report.plot import plot as plot
 from forgather_fn.report.row import Row as Row
 from forgather_fn.report.row import Sink as Sink
 from forgather_fn.report.row import opened as opened
 from forgather_fn.report.row import remaining as remaining
 from forgather_fn.report.row import sink as sink
 from forgather_fn.report.tensorboard import tensorboard as tensorboard
+from forgather_fn.report.throughput import Count as Count
+from forgather_fn.report.throughput import flops_per_token as flops_per_token
+from forgather_fn.report.throughput import peak as peak
+from forgather_fn.report.throughput import throughput as throughput
+from forgather_fn.report.trackers import mlflow as mlflow
+from forgather_fn.report.trackers import trackio as trackio
+from forgather_fn.report.trackers import wandb as wandb
 
 __all__ = [
+    "Count",
     "Row",
     "Sink",
     "bar",
     "console",
     "curve",
+    "flops_per_token",
     "jsonl",
+    "mlflow",
     "opened",
+    "peak",
+    "plot",
     "read",
     "remaining",
     "sink",
     "tensorboard",
+    "throughput",
+    "trackio",
+    "wandb",
 ]
