@@ -18,9 +18,11 @@ from forgather_fn.data import batches as batches
 from forgather_fn.endings import early_stopped as early_stopped
 from forgather_fn.endings import stopped_by as stopped_by
 from forgather_fn.endings import until as until
+from forgather_fn.functional import frozen as frozen
 from forgather_fn.gradient import Gradients as Gradients
 from forgather_fn.groups import group as group
 from forgather_fn.interrupt import Preempted as Preempted
+from forgather_fn.joining import parts as parts
 from forgather_fn.loop import Steps as Steps
 from forgather_fn.loop import Tick as Tick
 from forgather_fn.loop import fold as fold
@@ -44,6 +46,7 @@ from forgather_fn.state import ConsumedStateError as ConsumedStateError
 from forgather_fn.state import NonFiniteError as NonFiniteError
 from forgather_fn.state import TrainState as TrainState
 from forgather_fn.state import difference as difference
+from forgather_fn.strategy.joined import joined as joined
 from forgather_fn.strategy.pipelined import pipelined as pipelined
 from forgather_fn.strategy.single import single as single
 from forgather_fn.transforms import Transform as Transform

@@ -14,7 +14,7 @@ from forgather_fn.describe import describe
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.model import buffer_slots
 from forgather_fn.plan import Program, itself
-from forgather_fn.state import Arrays, TrainState
+from forgather_fn.state import Arrays, Ownership, TrainState
 from forgather_fn.tree import copied, rebuilt, walk
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,9 @@ def converted(
     logger.info("a state was converted:\n%s", account)
     if tell is not None:
         tell(account)
-    fresh = attrs.evolve(fresh, arrays=made)
     if "progress" in without:
-        return fresh
-    kept = {name: getattr(state, name) for name in ("step", "samples", "data", "batch_size")}
-    return attrs.evolve(fresh, **kept)
+        return attrs.evolve(fresh, arrays=made)
+    return attrs.evolve(state, arrays=made, ownership=Ownership())
 
 
 def _check(old: Program, new: Program, without: Collection[str]) -> None:

@@ -1,0 +1,265 @@
+"""Several models and optimizers in one state: a program of programs, whose step is the user's composition of theirs."""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import attrs
+from torch import nn
+
+from forgather_fn import joining
+from forgather_fn.batch import as_batch
+from forgather_fn.data import Stream
+from forgather_fn.describe import describe
+from forgather_fn.dispatch import opened
+from forgather_fn.evaluation import Which
+from forgather_fn.flat import listed
+from forgather_fn.joining import parts, seed_of
+from forgather_fn.loop import open_steps
+from forgather_fn.optim import Optimizer
+from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.random import key, seeded
+from forgather_fn.state import Ownership, TrainState
+from forgather_fn.step import following
+from forgather_fn.strategy.single import single
+
+Programs = Mapping[str, Program]
+States = Mapping[str, TrainState]
+
+
+class JointStep(Protocol):
+    """Make one step of several models."""
+
+    def __call__(self, programs: Programs, states: dict[str, TrainState], batch: Any, /) -> tuple[States, Metrics]:
+        """Step some of the parts, each by its program, and give the states of all of them, and metrics.
+
+        It is a function of what it is given: what it draws from torch's generators is derived from the joint state.
+        """
+        ...
+
+
+class JointEvaluate(Protocol):
+    """Measure several models together."""
+
+    def __call__(self, programs: Programs, states: States, data: Any, /) -> Mapping[str, float]:
+        """Give named results."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Joint:
+    """In the plan of a joint program, whatever belongs to its parts: it prints as theirs, and is called through them.
+
+    Attributes:
+        programs: Of the parts.
+        description: How it prints.
+    """
+
+    programs: Programs
+    description: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"a joint program has no model, loss or schedule of its own; those of its parts are called through its "
+            f"programs, {listed(list(self.programs))}, on ff.parts(state)"
+        )
+
+
+_OURS: Final = ("loss", "transforms", "average", "precision", "on_nonfinite", "init", "microbatches")
+
+
+def joined(parts: Mapping[str, Plan | Program], step: JointStep, *, evaluate: JointEvaluate | None = None) -> Program:
+    """Make one program of several, whose state has the state of each: a GAN, an actor and its critic.
+
+    The program goes through loops, observers and checkpoints as any other. ``ff.parts(state)`` gives the states of the
+    parts. Names in the joint state begin with the part's: ``critic.0.weight``. Each part has a seed that is derived
+    from the joint one, and counts its own steps: its schedule and keys read that number.
+
+    The joint state is consumed when a step ends, or when it fails after it has updated a part: that update is made. A
+    step that fails before leaves it readable. ``Plan(donate=False)`` in any part keeps it in every case.
+
+    Args:
+        parts: A plan for each, trained on one device, or its program.
+        step: ``(programs, states, batch) -> (states, metrics)``.
+        evaluate: ``(programs, states, data) -> results``, for ``program.evaluate``.
+
+    Returns:
+        The program. ``gradients``, ``update`` and ``apply`` are of the parts' programs only.
+
+    Raises:
+        ValueError: A name is not an identifier, or the parts are on several devices or run by several processes.
+    """
+    programs = {name: single(part) if isinstance(part, Plan) else part for name, part in parts.items()}
+    _check(programs)
+    plan = _plan(programs, step)
+    modules: list[nn.ModuleDict] = []
+
+    def init(seed: int = 0) -> TrainState:
+        states = {name: program.init(seed_of(seed, name)) for name, program in programs.items()}
+        if not modules:
+            modules.append(nn.ModuleDict({name: program.module() for name, program in programs.items()}))
+        return TrainState(step=0, samples=0, seed=seed, arrays=joining.joined(states))
+
+    def module() -> nn.Module:
+        if not modules:
+            raise ValueError("this program has no model yet: call program.init(seed) before anything else")
+        return modules[0]
+
+    def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
+        from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
+
+        if isinstance(without, str) or set(without) - {"optimizer", "progress"}:
+            raise ValueError(f"restore: without={without!r}: a joint program takes only 'optimizer' and 'progress'")
+        # What the parts have counted is in the joint state's controls.
+        left = {*without, "controls"} if "progress" in without else without
+        return restored(plan, init, plan_world, lambda: None, path, allow, left)
+
+    def take(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
+        return _step(programs, step, plan, state if plan.donate else state.copy(), batch, wants)
+
+    def measure(state: TrainState, data: Any, /, *, params: Which = "params") -> dict[str, float]:
+        if evaluate is None or params != "params":
+            raise ValueError(
+                "a joint program is evaluated by the function that it was made with: ff.joined(parts, step, "
+                "evaluate=...), which chooses the parameters by itself"
+            )
+        return dict(evaluate(programs, joining.parts(state), data))
+
+    def export(state: TrainState, /, *, params: Which = "params") -> nn.Module:
+        states = joining.parts(state)
+        return nn.ModuleDict({name: one.export(states[name], params=params) for name, one in programs.items()})
+
+    def batches(state: TrainState, data: Iterable[Any] | Stream, /) -> Any:
+        return opened(data, state, None)
+
+    plan_world = next(iter(programs.values())).world
+    refused: Any = plan.loss
+    return Program(
+        plan=plan,
+        init=init,
+        restore=restore,
+        module=module,
+        step=take,
+        gradients=refused,
+        update=refused,
+        evaluate=measure,
+        apply=refused,
+        export=export,
+        carry=_carry,
+        batches=batches,
+        open_steps=open_steps,
+        world=plan_world,
+    )
+
+
+def _step(
+    programs: Programs, step: JointStep, plan: Plan, state: TrainState, batch: Any, wants: frozenset[str]
+) -> tuple[TrainState, Metrics]:
+    batch = as_batch(batch)
+    before = joining.parts(state)
+    state.settle()  # whoever reads the whole in the background knows nothing of its parts
+    if wants:
+        programs = {name: _wanting(program, wants) for name, program in programs.items()}
+    try:
+        with seeded(key(state.seed, state.step, "joined"), plan.device):
+            after, metrics = step(programs, dict(before), batch.data)
+        _check_states(before, after)
+    except BaseException:
+        updated = [name for name, part in before.items() if part.consumed]
+        if updated:
+            state.consume(f"step {state.step}, which failed when it had updated {listed(updated)}")
+        raise
+    ordered = {name: after[name] for name in before}
+    arrays = joining.joined(ordered, state.read())
+    state.consume(f"step {state.step}")
+    return following(state, arrays, batch.samples), metrics
+
+
+def _wanting(program: Program, wants: frozenset[str]) -> Program:
+    def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = wants) -> tuple[TrainState, Metrics]:
+        return program.step(state, batch, wants=wants)
+
+    return attrs.evolve(program, step=step)
+
+
+def _check_states(before: States, after: States) -> None:
+    if not isinstance(after, Mapping) or set(after) != set(before):
+        found = listed(list(after)) if isinstance(after, Mapping) else type(after).__name__
+        raise ValueError(f"joined: the step must give the states of {listed(list(before))}, and gave {found}")
+    stale = [name for name, part in after.items() if part.consumed]
+    if stale:
+        raise ValueError(
+            f"joined: the step gave the state of {listed(stale)} from before it was updated; give the one that the "
+            "part's step returned: states[name], metrics = programs[name].step(states[name], batch)"
+        )
+
+
+def _check(programs: Programs) -> None:
+    if not programs:
+        raise ValueError("joined: there are no parts")
+    for name, program in programs.items():
+        if not name.isidentifier():
+            raise ValueError(f"joined: a part's name begins those of its tensors, and must be an identifier: {name!r}")
+        if program.world.size > 1 or isinstance(program.plan.model, Joint):
+            raise ValueError(f"joined: {name} is run by several processes, or joint itself; use plans or ff.single")
+    devices = sorted({str(program.plan.device) for program in programs.values()})
+    if len(devices) > 1:
+        raise ValueError(f"joined: the parts are on several devices, {', '.join(devices)}; a state is on one")
+
+
+def _plan(programs: Programs, step: JointStep) -> Plan:
+    """Make a plan that says what the parts are."""
+    told = {name: program.plan.describe() for name, program in programs.items()}
+
+    def said(*fields: str) -> str:
+        return "; ".join(
+            f"{name}: {', '.join(f'{field}={text[field]}' for field in fields)}" for name, text in told.items()
+        )
+
+    def start(params: Any) -> dict[str, Any]:
+        separate = joining.apart(params, tuple(programs))
+        return {name: program.plan.optimizer.init(separate[name]) for name, program in programs.items()}
+
+    refused: Any = Joint(programs, said("optimizer"))
+    return Plan(
+        model=Joint(programs, said("model")),
+        loss=Joint(programs, f"{describe(step)}; {said(*_OURS)}"),
+        optimizer=Optimizer(start, refused, refused, description=said("optimizer"), compiles=False),
+        schedule=Joint(programs, said("schedule")),
+        device=next(iter(programs.values())).plan.device,
+        donate=all(program.plan.donate for program in programs.values()),
+    )
+
+
+def _carry(
+    old: Program, state: TrainState, new: Program, /, *, dropping: Collection[str], without: Collection[str], tell: Any
+) -> TrainState:
+    """Carry the parts of a joint state into those of another, by name."""
+    ours, theirs = old.plan.model, new.plan.model
+    if not (isinstance(ours, Joint) and isinstance(theirs, Joint) and ours.programs.keys() == theirs.programs.keys()):
+        raise ValueError("convert: the parts of a joint program are carried to those of another with the same names")
+    odd = [pattern for pattern in dropping if pattern.partition(".")[0] not in ours.programs]
+    if odd:
+        raise ValueError(
+            f"convert: dropping={odd[0]!r} begins with no part's name; they are {listed(list(ours.programs))}"
+        )
+    new.init(state.seed)
+    states = {
+        name: ours.programs[name].convert(
+            part,
+            theirs.programs[name],
+            dropping=[p.removeprefix(f"{name}.") for p in dropping if p.startswith(f"{name}.")],
+            without=without,
+            tell=tell,
+        )
+        for name, part in parts(state).items()
+    }
+    arrays = joining.joined(states)
+    if "progress" in without:
+        return TrainState(step=0, samples=0, seed=state.seed, arrays=arrays)
+    return attrs.evolve(state, arrays=arrays, ownership=Ownership())
