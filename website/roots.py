@@ -14,7 +14,7 @@ ROOT: Final = Path(__file__).parent.parent
 PAGES: Final = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the root that are pages as they are, and where."""
 
-LANDING: Final = ("A loop of your own", "A step is a function, so its test is a call", "Where to read on")
+LANDING: Final = ("A loop of your own", "A loop of stages", "Where to read on")
 """Sections of the README that the landing page has, below its beginning and the picture."""
 
 _PICTURE: Final = re.compile(r"^!\[[^\]]*\]\([^)]+\)\n", re.MULTILINE)

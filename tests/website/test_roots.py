@@ -20,7 +20,7 @@ of two lines.](docs/picture.svg)
 
 ## Left out
 
-## A step is a function, so its test is a call
+## A loop of stages
 
 TWO
 
