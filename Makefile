@@ -5,6 +5,7 @@
 #   make lint     format, lint and types only
 #   make format   rewrite the code in the one format
 #   make docs     run the code in README.md and docs/, and build the site of them into site/
+#   make pictures  draw the pictures in docs/pictures/ again
 #   make soak     the tests that take minutes
 #   make bench    side-by-side timings
 #   make clean    remove what was built and cached; distclean: .venv as well
@@ -17,7 +18,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test lint format docs soak bench clean distclean
+.PHONY: demo test lint format docs pictures soak bench clean distclean
 
 # Threads that wait by spinning slow each other down where the machine has other work to do.
 demo: .venv/.run
@@ -39,6 +40,9 @@ docs: .venv/.docs
 	$(BIN)/pytest tests/test_documents.py tests/website $(ARGS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'site/index.html'
+
+pictures: .venv/.dev
+	$(BIN)/python -m website.pictures
 
 soak: .venv/.dev
 	$(BIN)/pytest -m soak --timeout=3600 $(ARGS)

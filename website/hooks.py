@@ -33,7 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Fit a page to the site."""
     source = _SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    return roots.relinked(roots.fitted(markdown), source, _MOVED)
+    shown = roots.unfolded(roots.fitted(markdown), (roots.ROOT / source).parent)
+    return roots.relinked(shown, source, _MOVED)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

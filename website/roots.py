@@ -14,13 +14,15 @@ ROOT: Final = Path(__file__).parent.parent
 PAGES: Final = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the root that are pages as they are, and where."""
 
-LANDING: Final = ("A loop of your own", "A step is a function, so its test is a call", "Where to read on")
+LANDING: Final = ("A loop of your own", "A loop of stages", "Where to read on")
 """Sections of the README that the landing page has, below its beginning and the picture."""
 
 _PICTURE: Final = re.compile(r"^!\[[^\]]*\]\([^)]+\)\n", re.MULTILINE)
 _LINK: Final = re.compile(r"(?<=\]\()(?!#|https?:|mailto:)(?P<path>[^)#\s]+)")
 _CONTENTS: Final = re.compile(r"^(?:- \[[^\]]+\]\(#[^)]+\)\n)+\n?", re.MULTILINE)
 _INFO: Final = re.compile(r"^( *`{3,}[a-z]+) .*$", re.MULTILINE)
+
+_SCRIPT: Final = re.compile(r"\]\((\w+)\.py\)")
 
 
 def landing(readme: str) -> str:
@@ -61,6 +63,21 @@ def relinked(text: str, source: str, moved: dict[str, str]) -> str:
 def fitted(text: str) -> str:
     """Leave out what the site has by itself: a page's table of contents, and the words behind a fence's language."""
     return _outside_fences(_INFO.sub(r"\1", text), lambda part: _CONTENTS.sub("", part))
+
+
+def unfolded(text: str, folder: Path) -> str:
+    """Show the scripts that a page links to on the page itself, below its text.
+
+    Args:
+        text: Markdown.
+        folder: Where its scripts lie.
+    """
+    names = list(dict.fromkeys(_SCRIPT.findall(text)))
+    shown = [
+        f"## {name}.py {{ #{name} }}\n\n```python\n{(folder / f'{name}.py').read_text(encoding='utf-8')}```\n"
+        for name in names
+    ]
+    return "\n".join([_SCRIPT.sub(r"](#\1)", text), *shown])
 
 
 def _outside_fences(text: str, change: Callable[[str], str]) -> str:

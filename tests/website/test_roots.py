@@ -1,5 +1,7 @@
 """What is rewritten on the way from the repository to the site, and what is not."""
 
+from pathlib import Path
+
 import pytest
 
 from website import roots
@@ -18,7 +20,7 @@ of two lines.](docs/picture.svg)
 
 ## Left out
 
-## A step is a function, so its test is a call
+## A loop of stages
 
 TWO
 
@@ -78,6 +80,12 @@ def test_contents_and_reasons_are_left_out() -> None:
         "# Title\n\n- [One](#one)\n- [Two](#two)\n\nText [one](#one).\n\n```python no-run: needs two machines\nx\n```\n"
     )
     assert roots.fitted(text) == "# Title\n\nText [one](#one).\n\n```python\nx\n```\n"
+
+
+def test_scripts_are_shown_on_the_page_that_links_to_them(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("x = 1\n")
+    text = roots.unfolded("[one](one.py), [again](one.py), [other](../one.py)\n", tmp_path)
+    assert text == ("[one](#one), [again](#one), [other](../one.py)\n\n## one.py { #one }\n\n```python\nx = 1\n```\n")
 
 
 def test_docstring_becomes_markdown() -> None:
