@@ -26,6 +26,7 @@ BASE = {
     "part",
     "random",
     "state",
+    "terminal",
     "tree",
     "world",
 }
@@ -91,7 +92,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "config", "control", "demo", "distributed", "pipeline"},
+    "command": {"base", "checkpoint", "config", "control", "demo", "distributed", "pipeline"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 
