@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
+from forgather_fn.terminal import lines_of
+
 
 class Command(Protocol):
     """A subcommand."""
@@ -59,7 +61,8 @@ _EXIT_CODES: Final = """exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
-    What a user can set right (``ValueError``) is told in one line on the standard error.
+    What a user can set right (``ValueError``), and what the system refuses (``OSError``), is told in one line on the
+    standard error.
 
     Args:
         argv: The arguments; None for those of the process.
@@ -77,17 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parsed(_command_parser(chosen.command), arguments)
         options.command_line = ["forgather", *(sys.argv[1:] if argv is None else argv)]
         code: int = options.execute(options)
-    except ValueError as error:
-        if "--debug" in arguments:
-            raise
-        print(f"forgather: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read the output has read enough; nothing is left to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         print("forgather: interrupted", file=sys.stderr)
         return 130
+    except (ValueError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(lines_of(f"forgather: error: {error}"), file=sys.stderr)
+        return 2
     return code
 
 

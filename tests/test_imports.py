@@ -26,6 +26,7 @@ BASE = {
     "part",
     "random",
     "state",
+    "terminal",
     "tree",
     "world",
 }
@@ -97,6 +98,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},
     "command": {"checkpoint", "config", "control", "demo", "distributed", "pipeline", "report"},
+    "command": {"base", "checkpoint", "config", "control", "demo", "distributed", "pipeline"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 

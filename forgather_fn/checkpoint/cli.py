@@ -2,18 +2,17 @@
 
 import argparse
 import importlib
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forgather_fn.checkpoint import state_file
 from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, verify
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.replaying import Replay, replay
-from forgather_fn.checkpoint.snapshot import STATE
 from forgather_fn.data import Stream
 from forgather_fn.plan import Program
+from forgather_fn.terminal import instant, printable
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
@@ -41,11 +40,11 @@ def _list(entries: list[Entry]) -> int:
     for entry in entries:
         manifest = entry.manifest
         samples = manifest.samples if manifest else "?"
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.time)) if manifest else "?"
+        when = instant(manifest.time) if manifest else "?"
         size = sum(file.size for file in manifest.files.values()) / 1e6 if manifest else 0.0
         results = " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()) if manifest else ""
         state = "; ".join(entry.faults) or ("pinned" if manifest and manifest.pinned else "whole")
-        print(f"{entry.step:>10} {samples:>12} {when:19} {size:>7.1f}MB  {state} {results}".rstrip())
+        print(printable(f"{entry.step:>10} {samples:>12} {when:19} {size:>7.1f}MB  {state} {results}".rstrip()))
     return 0
 
 
@@ -56,7 +55,7 @@ def _verify(entries: list[Entry]) -> int:
         faults = verify(entry.path) if entry.manifest or entry.faults else []
         wrong += bool(faults)
         others = f" (files that are not its own: {', '.join(added(entry))})" if entry.manifest and added(entry) else ""
-        print(f"{entry.path.name}: {'; '.join(faults) or 'whole'}{others}")
+        print(printable(f"{entry.path.name}: {'; '.join(faults) or 'whole'}{others}"))
     return 1 if wrong else 0
 
 
@@ -66,14 +65,15 @@ def _show(entries: list[Entry]) -> int:
     if not whole:
         raise CheckpointError(f"{entries[-1].path}: {'; '.join(entries[-1].faults)}")
     entry = whole[-1]
-    record = json.loads((entry.path / STATE).read_bytes())
-    print(entry.path)
+    record = state_file.read(entry.path)
+    print(printable(str(entry.path)))
     for name in ("step", "samples", "seed", "data", "batch_size", "stream"):
-        print(f"  {name}: {record[name]}")
+        print(printable(f"  {name}: {record.get(name)}"))
     for group in ("counters", "plan", "versions", "metrics"):
         print(f"  {group}:")
-        for name, value in record[group].items():
-            print(f"    {name}: {value}")
+        held = record.get(group)
+        for name, value in held.items() if isinstance(held, dict) else ():
+            print(printable(f"    {name}: {value}"))
     assert entry.manifest is not None
     for name, file in entry.manifest.files.items():
         print(f"  {name}: {file.size:,} bytes, sha256 {file.sha256}")

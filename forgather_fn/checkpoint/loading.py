@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn.checkpoint import catalog
+from forgather_fn.checkpoint import catalog, state_file
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.reading import UNREADABLE, read_tensors, rows_of
 from forgather_fn.checkpoint.record import decode, fill
-from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
+from forgather_fn.checkpoint.snapshot import COUNTERS, STATE
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.part import Part
 from forgather_fn.plan import Plan
@@ -100,10 +99,8 @@ def _read(path: Path, rows: Rows | None) -> Loaded:
         raise CheckpointError(f"{path}: its manifest names no {STATE}")
     if manifests.sha256(path / STATE) != manifest.files[STATE].sha256:
         raise CheckpointError(_CHANGED.format(path=path, files=STATE))
-    record = json.loads((path / STATE).read_bytes())
-    if record["version"] > VERSION:
-        raise CheckpointError(f"{path}: {STATE} is of version {record['version']}; this library reads up to {VERSION}")
-    tensors: dict[str, dict[str, Tensor]] = {}
+    record = state_file.read(path)
+    tensors: dict[str, dict[str, Tensor]] = {"model": {}}
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint") as pool:
         hashes = {name: pool.submit(manifests.sha256, path / name) for name in manifest.files}
         for name in manifest.files:
@@ -221,7 +218,7 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
     if "ema" not in without and fresh.ema is not None:
         if not record["ema"]:
             raise CheckpointError(f"{loaded.path} holds no average of the parameters; leave it out: without={{'ema'}}")
-        fill(fresh.ema, loaded.tensors["ema"], f"{loaded.path}: ema")
+        fill(fresh.ema, loaded.tensors.get("ema", {}), f"{loaded.path}: ema")
     _check_model(fresh, model, loaded.path)
     if "progress" not in without:
         for name in COUNTERS:
@@ -255,7 +252,11 @@ def _both_scaled(fresh: Arrays, record: Mapping[str, Any]) -> bool:
 def _buffer_values(loaded: Loaded, model: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take the buffers out of what was read; persistent ones lie beside the weights."""
     aside = loaded.tensors.get("buffers", {})
-    return {name: model.pop(name) if name in model else aside[name] for name in loaded.record["buffers"]}
+    names = dict.fromkeys(loaded.record["buffers"])
+    missing = [name for name in names if name not in model and name not in aside]
+    if missing:
+        raise CheckpointError(f"{loaded.path}: its files lack the buffers {listed(missing)}")
+    return {name: model.pop(name) if name in model else aside[name] for name in names}
 
 
 def _buffers(fresh: Flat, values: Mapping[str, Tensor], device: torch.device) -> Flat:

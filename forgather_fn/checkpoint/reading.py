@@ -51,6 +51,8 @@ def _read_rows(file: Any, name: str, rows: Rows | None) -> Tensor:
         tensor: Tensor = file.get_tensor(name)
         return tensor
     held = file.get_slice(name)
+    if not held.get_shape():
+        raise ValueError(f"{name} is one number, and has no rows")
     own = rows(held.get_shape()[0])
     found: Tensor = held[own] if own.stop > own.start else held[:1][:0]  # it reads no empty slice
     return found

@@ -1,7 +1,6 @@
 """``forgather control``: which runs go on, where they are, and what they are to do."""
 
 import argparse
-import datetime as dt
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +11,8 @@ from forgather_fn.control import jobs
 from forgather_fn.control.client import RefusedError, Target, ask, ask_status, target, target_at
 from forgather_fn.control.command import Command, ControlError
 from forgather_fn.control.process import alive
-from forgather_fn.control.watch import printable, watch
+from forgather_fn.control.watch import watch
+from forgather_fn.terminal import instant, printable, span
 
 _ABOUT_JOBS = {"list": "list", "cleanup": "cleanup"}
 
@@ -148,11 +148,11 @@ def _status_lines(status: Mapping[str, Any]) -> list[str]:
 
 def _shown(name: str, value: Any) -> str:
     if name in ("since", "estimated_end"):
-        return f"{dt.datetime.fromtimestamp(value):%Y-%m-%d %H:%M:%S}"
+        return instant(value)
     if name == "remaining":
-        return str(dt.timedelta(seconds=round(value)))
+        return span(value)
     if name == "checkpoint":
-        return f"{value['path']}, {dt.timedelta(seconds=round(value['age']))} ago"
+        return f"{value['path']}, {span(value['age'])} ago"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

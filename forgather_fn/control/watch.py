@@ -1,10 +1,8 @@
 """A live view of a job in the terminal: what its status says, drawn again and again."""
 
 import contextlib
-import datetime as dt
 import math
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +11,7 @@ from typing import Any, Final, TextIO
 
 from forgather_fn.control.client import SilentError, UnreachableError
 from forgather_fn.report.jsonl import read
+from forgather_fn.terminal import printable, span
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
@@ -74,7 +73,7 @@ def view(status: Mapping[str, Any], losses: "deque[float]") -> list[str]:
     pace = [
         f"{rate:.3g} steps/s" if rate else "",
         f"{status['samples_per_second']:.3g} samples/s" if status.get("samples_per_second") else "",
-        f"{_span(remaining)} left" if remaining is not None else "",
+        f"{span(remaining)} left" if remaining is not None else "",
     ]
     loss = [f"loss {_number(status.get('loss'))}", f"learning rate {_number(status.get('learning_rate'))}"]
     lines = [
@@ -91,7 +90,7 @@ def view(status: Mapping[str, Any], losses: "deque[float]") -> list[str]:
 def one_line(status: Mapping[str, Any]) -> str:
     """Tell a status in one line, for files and pipes."""
     remaining = status.get("remaining")
-    left = f"  {_span(remaining)} left" if remaining is not None else ""
+    left = f"  {span(remaining)} left" if remaining is not None else ""
     return printable(f"{status['job']}  step {status.get('step')}  loss {_number(status.get('loss'))}{left}")
 
 
@@ -147,22 +146,8 @@ def _logged(run: str | None) -> list[float]:
 
 def _checkpoint(status: Mapping[str, Any]) -> str:
     found = status.get("checkpoint")
-    return f"checkpoint at step {found['step']}, {_span(found['age'])} ago" if found else "no checkpoint yet"
+    return f"checkpoint at step {found['step']}, {span(found['age'])} ago" if found else "no checkpoint yet"
 
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _span(seconds: float) -> str:
-    return str(dt.timedelta(seconds=round(seconds)))
-
-
-def printable(text: str) -> str:
-    """Show what a terminal would act on as an escape, and what it cannot show as a question mark.
-
-    Names of metrics, paths and errors may hold anything.
-    """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    return shown.encode(encoding, "replace").decode(encoding)
