@@ -97,8 +97,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
     "control": {"base", "report", "step", "loop", "checkpoint"},
     "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"checkpoint", "config", "control", "demo", "distributed", "pipeline", "report"},
-    "command": {"base", "checkpoint", "config", "control", "demo", "distributed", "pipeline"},
+    "command": {"base", "checkpoint", "config", "control", "demo", "distributed", "pipeline", "report"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 

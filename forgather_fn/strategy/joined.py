@@ -1,6 +1,6 @@
 """Several models and optimizers in one state: a program of programs, whose step is the user's composition of theirs."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -122,11 +122,13 @@ def joined(parts: Mapping[str, Plan | Program], step: JointStep, *, evaluate: Jo
     def take(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         return _step(programs, step, plan, state if plan.donate else state.copy(), batch, wants)
 
-    def measure(state: TrainState, data: Any, /, *, params: Which = "params") -> dict[str, float]:
-        if evaluate is None or params != "params":
+    def measure(
+        state: TrainState, data: Any, /, *, params: Which = "params", metrics: Sequence[Any] = ()
+    ) -> dict[str, float]:
+        if evaluate is None or params != "params" or metrics:
             raise ValueError(
                 "a joint program is evaluated by the function that it was made with: ff.joined(parts, step, "
-                "evaluate=...), which chooses the parameters by itself"
+                "evaluate=...), which chooses the parameters and the metrics by itself"
             )
         return dict(evaluate(programs, joining.parts(state), data))
 
