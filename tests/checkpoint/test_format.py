@@ -67,7 +67,7 @@ class TestFiles:
         record = json.loads((home / "state.json").read_bytes())
         state = trajectory()[3]
         assert set(record) == {
-            *("version", "step", "samples", "seed", "data", "batch_size", "counters", "structure"),
+            *("version", "step", "samples", "seed", "data", "batch_size", "cursor", "counters", "structure"),
             *("buffers", "ema", "plan", "stream", "versions", "world", "metrics"),
         }
         assert (record["version"], record["step"], record["samples"], record["seed"]) == (1, 3, 12, 0)
