@@ -4,6 +4,7 @@ Parameters, optimizer slots, gradients and averages of one model share a :class:
 collective is then one call a buffer, whatever the depth of the model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -116,6 +117,18 @@ class Layout:
         return tuple(chunks)
 
 
+def shaped(leaf: Leaf, piece: Tensor) -> Tensor:
+    """Shape a leaf's range of the buffer, as a compiler understands it best: by permuting, not by strides."""
+    order = memory_order(leaf)
+    line = piece[: math.prod(leaf.shape)].view([leaf.shape[i] for i in order])
+    return line.permute([order.index(i) for i in range(len(order))])
+
+
+def memory_order(leaf: Leaf) -> list[int]:
+    """Give the dimensions in the order in which they lie in memory."""
+    return sorted(range(len(leaf.shape)), key=lambda i: (-leaf.stride[i], i))
+
+
 def layout_of(tensors: Mapping[str, Tensor], hypers: Mapping[str, Hyper] | None = None) -> Layout:
     """Plan the flat storage of named tensors.
 
@@ -189,7 +202,10 @@ class Flat(Mapping[str, Tensor]):
         if view is None:
             leaf = self.layout.leaves[self.layout.index[name]]
             buffer = self.buffers[leaf.buffer]
-            view = buffer.as_strided(leaf.shape, leaf.stride, buffer.storage_offset() + leaf.offset)
+            if torch.compiler.is_compiling():
+                view = shaped(leaf, buffer[leaf.offset : leaf.offset + leaf.extent])
+            else:
+                view = buffer.as_strided(leaf.shape, leaf.stride, buffer.storage_offset() + leaf.offset)
             self._views[name] = view
         return view
 

@@ -8,7 +8,6 @@ so that nothing of it has to be checked again at each step.
 
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -19,7 +18,7 @@ from torch import Tensor
 from forgather_fn import tree
 from forgather_fn.built import Built
 from forgather_fn.finite import flag_on_device
-from forgather_fn.flat import Flat, Layout, Leaf
+from forgather_fn.flat import Flat, Layout, Leaf, memory_order, shaped
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
@@ -219,7 +218,7 @@ def concatenated(layout: Layout, tensors: list[Tensor], active: Active) -> list[
 def _piece(leaf: Leaf, tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     if tensor is None:
         return torch.zeros(leaf.extent, dtype=dtype, device=device)
-    line = tensor.permute(_order(leaf)).reshape(-1)
+    line = tensor.permute(memory_order(leaf)).reshape(-1)
     return line if line.numel() == leaf.extent else torch.nn.functional.pad(line, (0, leaf.extent - line.numel()))
 
 
@@ -229,24 +228,12 @@ def views(layout: Layout, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
     for number, buffer in enumerate(buffers):
         own = _of_buffer(layout, number)
         for leaf, piece in zip(own, torch.split(buffer, [leaf.extent for leaf in own]), strict=True):
-            found[leaf.name] = _shaped(leaf, piece)
+            found[leaf.name] = shaped(leaf, piece)
     return {name: found[name] for name in layout.index}
 
 
 def _of_buffer(layout: Layout, number: int) -> list[Leaf]:
     return sorted((leaf for leaf in layout.leaves if leaf.buffer == number), key=lambda leaf: leaf.offset)
-
-
-def _shaped(leaf: Leaf, piece: Tensor) -> Tensor:
-    """Shape a leaf's range of the buffer; other strides than the usual ones are those of a transposed tensor."""
-    order = _order(leaf)
-    line = piece[: math.prod(leaf.shape)].view([leaf.shape[i] for i in order])
-    return line.permute([order.index(i) for i in range(len(order))])
-
-
-def _order(leaf: Leaf) -> list[int]:
-    """Give the dimensions in the order in which they lie in memory."""
-    return sorted(range(len(leaf.shape)), key=lambda i: (-leaf.stride[i], i))
 
 
 def accumulate(layout: Layout, total: list[Tensor], gradient: list[Tensor], active: Active) -> list[Tensor]:
