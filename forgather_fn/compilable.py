@@ -11,6 +11,7 @@ from forgather_fn import tree
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
 from forgather_fn.losses import leading_dimension
+from forgather_fn.model import surrounded
 from forgather_fn.random import generators
 from forgather_fn.state import TrainState
 from forgather_fn.step import take_gradients
@@ -48,7 +49,8 @@ def try_once(built: Built, state: TrainState, part: Any) -> None:
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         before = [generator.get_state() for generator in generators(built.device)]
-        outputs = built.module(*args, **kwargs)
+        with surrounded(built.module, built.plan.loss):
+            outputs = built.module(*args, **kwargs)
         after = [generator.get_state() for generator in generators(built.device)]
         drawn.append(any(not torch.equal(*pair) for pair in zip(before, after, strict=True)))
         return outputs

@@ -25,6 +25,7 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.graphs import FLAG, Sums
 from forgather_fn.losses import leading_dimension
 from forgather_fn.mean import Mean
+from forgather_fn.model import surrounded
 from forgather_fn.optim.base import Rates, rates_at
 from forgather_fn.plan import Metrics
 from forgather_fn.random import key, reseed, seeded
@@ -74,7 +75,7 @@ class Compiled:
         run = self._graphs(state, parts).whole(wants)
         rates = rates_at(plan.schedule, plan.optimizer, state.step)
         state.settle()
-        with seeded(key(state.seed, state.step, 0, "forward"), built.device):
+        with seeded(key(state.seed, state.step, 0, "forward"), built.device), surrounded(built.module, built.plan.loss):
             reports, sums = run(
                 _tensors(arrays),
                 dict(arrays.frozen),
@@ -128,7 +129,7 @@ class Compiled:
         own = self._graphs(state, [part for _, part in parts])
         scale = [held for name, held in arrays.loss_scale.items() if name == "scale"]
         held = list(buffers.buffers)
-        with seeded(key(state.seed, state.step, 0, "forward"), built.device):
+        with seeded(key(state.seed, state.step, 0, "forward"), built.device), surrounded(built.module, built.plan.loss):
             for number, part in parts:
                 reseed(key(state.seed, state.step, number, "forward"), built.device)
                 has, held, sums = own.gradient(

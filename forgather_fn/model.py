@@ -1,5 +1,6 @@
 """What a module is made of: its parameters and buffers by name, which are tied, and how it is called."""
 
+import contextlib
 import inspect
 import itertools
 import sys
@@ -266,6 +267,13 @@ def evaluation_mode(module: nn.Module) -> Modes:
     modes = Modes(tuple((child, child.training) for child in module.modules()))
     module.eval()
     return modes
+
+
+def surrounded(module: nn.Module, loss: Loss) -> contextlib.AbstractContextManager[None]:
+    """Give the context in which a module is called for a loss."""
+    if isinstance(loss, Objective) and loss.around is not None:
+        return loss.around(module)
+    return contextlib.nullcontext()
 
 
 def call_arguments(module: nn.Module, loss: Loss) -> Arguments:

@@ -12,7 +12,7 @@ from forgather_fn.average import Average
 from forgather_fn.data import Stream
 from forgather_fn.describe import describe
 from forgather_fn.gradient import Gradients
-from forgather_fn.losses import Loss
+from forgather_fn.losses import Loss, Objective
 from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
 from forgather_fn.part import Part
@@ -84,6 +84,13 @@ def _check_compiles(plan: "Plan") -> None:
                 f"Plan: {part!r} works on the host and cannot be a part of a compiled step; use "
                 'compile="model", which compiles the model alone'
             )
+
+
+def _check_couples(plan: "Plan") -> None:
+    if plan.microbatches > 1 and isinstance(plan.loss, Objective) and plan.loss.couples:
+        raise ValueError(
+            f"Plan: microbatches={plan.microbatches}, but {plan.loss!r} cannot be taken apart: {plan.loss.couples}"
+        )
 
 
 def _check_in_backward(plan: "Plan") -> None:
@@ -171,6 +178,7 @@ class Plan:
     unroll: bool = False
 
     def __attrs_post_init__(self) -> None:
+        _check_couples(self)
         if self.compile is True:
             _check_compiles(self)
         if self.update == "in_backward":

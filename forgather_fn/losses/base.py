@@ -1,14 +1,18 @@
 """What a loss is: a function of (outputs, batch) that gives a sum and its weight."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 from forgather_fn.describe import describe
 from forgather_fn.mean import Mean
+
+if TYPE_CHECKING:
+    from forgather_fn.losses.terms import Terms
 
 RESERVED = ("beta1", "beta2", "grad_norm", "learning_rate", "loss_scale", "momentum", "weight_decay")
 """Metrics that steps report themselves."""
@@ -31,30 +35,52 @@ class Loss(Protocol):
         ...
 
 
+class Total(Protocol):
+    """Sum up the losses of a (micro)batch."""
+
+    def __call__(self, outputs: Any, batch: Any, /) -> Tensor | Mapping[str, Tensor | Mean]:
+        """Give a scalar; or several by name, ``"loss"`` among them, where others are to be reported.
+
+        A scalar is a sum over what the objective is a sum over; a mean has a weight of its own.
+        """
+        ...
+
+
 @attrs.frozen(repr=False)
 class Objective:
     """A loss whose weight is known from the batch, before the forward pass.
 
     Attributes:
-        total: ``(outputs, batch) -> scalar tensor``, the sum of the losses.
+        total: ``(outputs, batch) -> scalar tensor``, the sum of the losses; or several sums, by name.
         weight: ``batch -> scalar tensor or number``, what it is a sum over.
         withheld: Keys of a dict batch that are for the loss alone and not passed to the model.
         passes_weight: Whether models of Hugging Face are given the weight as ``num_items_in_batch``.
         description: How it prints.
         arguments: ``batch -> (positional, keyword)``: how the model is called, where the loss knows better than the
             batch's form tells.
+        terms: What it is a sum of, where it is one over elements (tokens, samples): then it can be weighted, masked,
+            and added to, and metrics know which predictions belong to which targets.
+        couples: Why its samples cannot be taken apart; "" where each has a loss of its own. Such a batch is not cut
+            into microbatches.
+        around: ``module -> context`` in which the module is called for this loss, where it needs another output.
     """
 
-    total: Callable[[Any, Any], Tensor]
+    total: Total
     weight: Callable[[Any], Tensor | float]
     withheld: tuple[str, ...] = ()
     passes_weight: bool = False
     description: str = ""
     arguments: Arguments | None = None
+    terms: "Terms | None" = None
+    couples: str = ""
+    around: Callable[[nn.Module], AbstractContextManager[None]] | None = None
 
-    def __call__(self, outputs: Any, batch: Any) -> Mean:
-        """Give the sum of the losses and its weight."""
-        return Mean(self.total(outputs, batch), self.weight(batch))
+    def __call__(self, outputs: Any, batch: Any) -> Mean | dict[str, Mean]:
+        """Give the sum of the losses and its weight; or several, by name."""
+        total, weight = self.total(outputs, batch), self.weight(batch)
+        if isinstance(total, Tensor):
+            return Mean(total, weight)
+        return {name: one if isinstance(one, Mean) else Mean(one, weight) for name, one in total.items()}
 
     def __repr__(self) -> str:
         return self.description or f"Objective({describe(self.total)})"

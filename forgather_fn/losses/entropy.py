@@ -2,25 +2,42 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forgather_fn.describe import described
 from forgather_fn.losses.base import Objective
 from forgather_fn.losses.finding import TARGETS, labelled, logits_of, target_of
+from forgather_fn.losses.pairing import BY_CLASS, NEXT_TOKEN, Pairing, class_logits, next_labels
+from forgather_fn.losses.terms import Term, Terms, objective
 from forgather_fn.mean import Mean
 
 
+def element_entropies(logits: Tensor, targets: Tensor, beside: Tensor | None) -> Tensor:
+    """Compute the cross-entropy of each element; see :class:`~forgather_fn.losses.terms.ElementLosses`."""
+    del beside
+    rows = targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
+    return F.cross_entropy(logits.flatten(0, -2), rows, reduction="none").view(logits.shape[:-1])
+
+
+def _entropy_terms(pairing: Pairing) -> Terms:
+    return Terms(pairing=pairing, parts=(Term(losses=element_entropies),))
+
+
 def _causal_lm_total(outputs: Any, batch: Any) -> Tensor:
-    logits, labels = logits_of(outputs), target_of(batch)
-    shifted = logits[..., :-1, :].reshape(-1, logits.shape[-1])
+    logits = NEXT_TOKEN.predictions(outputs, batch)
+    shifted = logits.reshape(-1, logits.shape[-1])
     return F.cross_entropy(
-        shifted.float() if shifted.dtype.itemsize < 4 else shifted, labels[..., 1:].reshape(-1), reduction="sum"
+        shifted.float() if shifted.dtype.itemsize < 4 else shifted, next_labels(batch).reshape(-1), reduction="sum"
     )
 
 
 def _cross_entropy_total(outputs: Any, batch: Any) -> Tensor:
     logits, target = logits_of(outputs), target_of(batch)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    if logits.dim() != 2 or target.dim() != 1 or len(logits) != len(target) or target.is_floating_point():
+        class_logits(logits, batch)  # raises, where shapes do not fit
     if target.is_floating_point():
         return F.cross_entropy(logits, target, reduction="sum")
     if logits.dim() == target.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] == target.shape:
@@ -30,23 +47,59 @@ def _cross_entropy_total(outputs: Any, batch: Any) -> Tensor:
 
 def _class_weight(batch: Any) -> Tensor | float:
     target = target_of(batch)
-    return target.numel() // target.shape[1] if target.is_floating_point() else labelled(target)
+    return target.numel() // target.shape[1] if target.is_floating_point() and target.dim() > 1 else labelled(target)
 
 
 causal_lm = Objective(
     total=_causal_lm_total,
-    weight=lambda batch: labelled(target_of(batch)[..., 1:]),
+    weight=lambda batch: labelled(next_labels(batch)),
     withheld=TARGETS,
     description="causal_lm",
+    terms=_entropy_terms(NEXT_TOKEN),
 )
 """Next-token cross-entropy: logits ``[batch, time, words]`` against labels ``[batch, time]`` shifted by one; -100 is
 left out, of the sum and of the weight."""
 
 cross_entropy = Objective(
-    total=_cross_entropy_total, weight=_class_weight, withheld=TARGETS, description="cross_entropy"
+    total=_cross_entropy_total,
+    weight=_class_weight,
+    withheld=TARGETS,
+    description="cross_entropy",
+    terms=_entropy_terms(BY_CLASS),
 )
 """Classification: logits ``[batch, classes]`` (or ``[batch, ..., classes]``, or torch's ``[batch, classes, ...]``)
 against class indices, -100 left out, or against class probabilities."""
+
+
+@described
+def focal(*, gamma: float = 2.0) -> Objective:
+    """Take the focal loss: a cross-entropy in which elements that are predicted well count less.
+
+    An element's loss is ``(1 - p) ** gamma * -log(p)``, where p is the probability of its class.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002; its alpha is
+    :func:`~forgather_fn.losses.weighting.class_weighted`, which also divides by the weights.
+
+    Args:
+        gamma: How much less; 0 is the cross-entropy.
+
+    Raises:
+        ValueError: It is negative, or not finite; when called: targets are probabilities.
+
+    Example:
+        >>> float(focal(gamma=0.0)(torch.zeros(1, 4), (None, torch.tensor([1]))))
+        1.386
+    """
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"focal: gamma must be a number of at least 0, got {gamma}")
+
+    def losses(logits: Tensor, targets: Tensor, beside: Tensor | None) -> Tensor:
+        if targets.is_floating_point():
+            raise ValueError("focal: targets are probabilities of classes; it takes class indices")
+        entropies = element_entropies(logits, targets, beside)
+        return (-torch.expm1(-entropies)).clamp(min=0.0) ** gamma * entropies
+
+    return objective(Terms(pairing=BY_CLASS, parts=(Term(losses=losses),)))
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, epsilon: float) -> Mean:

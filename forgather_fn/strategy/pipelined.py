@@ -11,6 +11,7 @@ from forgather_fn import evaluation
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
+from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
 from forgather_fn.model import build, call_arguments
 from forgather_fn.part import Part
@@ -99,11 +100,16 @@ def pipelined(
 _WHY: Final = {
     "compile": "a stage is left in the middle of the model's forward, which a graph cannot be",
     'update="in_backward"': "gradients of several microbatches, and of tied parameters, are added before the update",
+    "loss": "it changes the model's head, which some stages have not; take a loss that is not chunked",
 }
 
 
 def _check(plan: Plan) -> None:
-    given = {"compile": bool(plan.compile), 'update="in_backward"': plan.update == "in_backward"}
+    given = {
+        "compile": bool(plan.compile),
+        'update="in_backward"': plan.update == "in_backward",
+        "loss": isinstance(plan.loss, Objective) and plan.loss.around is not None,
+    }
     for name, reason in _WHY.items():
         if given[name]:
             raise ValueError(f"pipelined: Plan({name if '=' in name else name + '=...'}) cannot be: {reason}")

@@ -21,6 +21,7 @@ from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Hyper, Layout, layout_of
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, open_steps
+from forgather_fn.losses import Objective
 from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.model import (
     Anatomy,
@@ -31,6 +32,7 @@ from forgather_fn.model import (
     enter_training,
     initialise_by_name,
     parameter_anatomy,
+    surrounded,
 )
 from forgather_fn.part import Part
 from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
@@ -301,7 +303,15 @@ def check_can_be_scaled(plan: Plan, layout: Layout) -> None:
 
 def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
     """Give the module as it is called outside of a compiled step; in evaluation, compiled as well."""
-    return torch.compile(module, backend=plan.backend) if plan.compile else module
+    call = torch.compile(module, backend=plan.backend) if plan.compile else module
+    if not (isinstance(plan.loss, Objective) and plan.loss.around):
+        return call
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with surrounded(module, plan.loss):
+            return call(*args, **kwargs)
+
+    return within
 
 
 def held_whole(agree: Agree) -> Storage:

@@ -17,6 +17,7 @@ from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout, filled, zeros
 from forgather_fn.fsdp import Fsdp, Ready, cut, parts_of, units_of
+from forgather_fn.losses import Objective
 from forgather_fn.meta import initialise_part, on_meta, separable
 from forgather_fn.model import (
     buffer_names,
@@ -294,6 +295,10 @@ def check_shards(plan: Plan, reduction: Reduction, overlap_bytes: int | None) ->
     refused = {
         "compile": (plan.compile is not False, "units are gathered by hooks, between which nothing can be one graph"),
         "overlap_bytes": (overlap_bytes is not None, "each unit's gradient is sent while the next is computed"),
+        repr(plan.loss): (
+            isinstance(plan.loss, Objective) and plan.loss.around is not None,
+            "it uses the head's weight when the model has run, and let go of it",
+        ),
         'reduction="tree"': (reduction == "tree", "gradients are added up unit by unit, by torch's reduce-scatter"),
     }
     for what, (given, reason) in refused.items():

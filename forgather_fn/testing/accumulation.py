@@ -15,7 +15,7 @@ from forgather_fn.data import Batch
 from forgather_fn.flat import listed
 from forgather_fn.losses import Objective, named_means
 from forgather_fn.mean import Mean
-from forgather_fn.model import call_arguments, enter_training, parameter_anatomy
+from forgather_fn.model import call_arguments, enter_training, parameter_anatomy, surrounded
 from forgather_fn.plan import Plan
 from forgather_fn.testing.compare import LEAST_SCALE, ROUNDING, TOLERANCE, beyond, largest, means_difference, plain
 from forgather_fn.testing.subject import Subject, in_float64, own_module, subject, tie, ties
@@ -127,7 +127,9 @@ def _by_hand(plan: Plan, batch: Batch, seed: int) -> Taken:
     enter_training(module)
     data = placed(batch.data, plan.device, torch.float64)
     args, kwargs = call_arguments(module, plan.loss)(data)
-    means = named_means(plan.loss(module(*args, **kwargs), data))
+    with surrounded(module, plan.loss):
+        outputs = module(*args, **kwargs)
+    means = named_means(plan.loss(outputs, data))
     (means["loss"].total * _inverse(means["loss"].weight)).backward()  # type: ignore[no-untyped-call]
     return Taken(_gradients_by_name(module, shared), {name: mean.detach() for name, mean in means.items()})
 
