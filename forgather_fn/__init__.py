@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgather_fn import adapters as adapters
 from forgather_fn import losses as losses
+from forgather_fn import metrics as metrics
 from forgather_fn import optim as optim
 from forgather_fn import schedules as schedules
 from forgather_fn import transforms as transforms

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -19,6 +19,8 @@ from forgather_fn.mean import Mean
 from forgather_fn.plan import Plan
 from forgather_fn.state import Arrays
 from forgather_fn.workspace import Workspace
+
+T = TypeVar("T")
 
 
 @attrs.frozen(eq=False)
@@ -90,9 +92,13 @@ class Built:
         The outputs are not given, so that nobody holds them through the backward pass: the logits of a large
         vocabulary are the largest tensor of all.
         """
+        return self.seen(data, lambda outputs, data: named_means(self.plan.loss(outputs, data)))
+
+    def seen(self, data: Any, look: Callable[[Any, Any], T]) -> T:
+        """Run the model on one microbatch, and give what a function of outputs and batch sees."""
         args, kwargs = self.arguments(data)
         with self.autocast():
-            return named_means(self.plan.loss(self.call(*args, **kwargs), data))
+            return look(self.call(*args, **kwargs), data)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which forward and loss run."""

@@ -2,8 +2,7 @@
 
 import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal
 
 import attrs
@@ -14,11 +13,12 @@ from forgather_fn.batch import as_batch
 from forgather_fn.built import Built
 from forgather_fn.data import Stream
 from forgather_fn.flat import Flat
-from forgather_fn.mean import Mean
+from forgather_fn.metrics import Measure
 from forgather_fn.model import evaluation_mode
 from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Arrays, TrainState, raise_if_nonfinite
+from forgather_fn.tally import Found, Tally, combined, look
 from forgather_fn.world import ALONE, World
 
 Which = Literal["params", "ema"]
@@ -61,53 +61,38 @@ middle of a transfer, so that there is no asking them: they are told by ``World.
 
 
 def evaluate(
-    built: Built, state: TrainState, data: Any, params: Which, world: World = ALONE, pace: Pace = UNPACED
+    built: Built,
+    state: TrainState,
+    data: Any,
+    params: Which,
+    metrics: Sequence[Measure] = (),
+    world: World = ALONE,
+    pace: Pace = UNPACED,
 ) -> dict[str, float]:
-    """Run the loss over every sample once and give each named mean; see :class:`~forgather_fn.plan.Evaluate`.
+    """Measure every sample once, by the loss and by metrics; see :class:`~forgather_fn.plan.Evaluate`.
 
-    Each process of a world takes one batch in turn. The sums of all batches are then added in their order, so that the
-    result has the same bits for any number of processes.
+    Each process of a world takes one batch in turn. What was found of all batches is then added in their order, so that
+    the result has the same bits for any number of processes.
 
     Raises:
-        ValueError: The data gave no batch, or the plan keeps no average.
+        ValueError: The data gave no batch, a metric cannot be measured, or the plan keeps no average.
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
+    measured = look(built.plan.loss, metrics, built.device)
     world.begin()
 
-    def found_here() -> Sums:
+    def found_here() -> Found:
+        tally = Tally(measured)
         with evaluating(built, state, params):
-            own = pace.batches(own_batches(data, world), world)
-            numbered = [(i, _measured(built, state, i, item)) for i, item in own]
-        found = {i: means for i, means in numbered if i is not None}
-        return {i: {name: (float(m.total), float(m.weight)) for name, m in means.items()} for i, means in found.items()}
+            for number, item in pace.batches(own_batches(data, world), world):
+                with seeded(key(state.seed, state.step, number or 0, "evaluate"), built.device):
+                    seen = built.seen(built.place(as_batch(item).data), measured)
+                if number is not None:
+                    tally.take(number, seen)
+        return tally.found()
 
-    return averaged(pace.told(world, found_here))
-
-
-Sums = dict[int, dict[str, tuple[float, float]]]
-"""For each batch by its number, the total and the weight of each mean."""
-
-
-def averaged(told: Iterable[Sums]) -> dict[str, float]:
-    """Add up what processes have found of the batches, in the order of the batches, and divide once.
-
-    Raises:
-        ValueError: There was no batch.
-    """
-    batches: Sums = {}
-    for found in told:
-        batches |= found
-    if not batches:
-        raise ValueError(
-            "the evaluation data gave no batch; an iterator can be used once only: pass a stream or a list"
-        )
-    totals: dict[str, tuple[float, float]] = {}
-    for _, means in sorted(batches.items()):
-        for name, (total, weight) in means.items():
-            before = totals.get(name, (0.0, 0.0))
-            totals[name] = before[0] + total, before[1] + weight
-    return {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
+    return combined(pace.told(world, found_here), measured.reducers)
 
 
 def own_batches(data: Any, world: World) -> Numbered:
@@ -122,12 +107,6 @@ def own_batches(data: Any, world: World) -> Numbered:
         if world.size == 1:  # several heed a signal together, after a step
             interrupt.check()
         yield numbered
-
-
-def _measured(built: Built, state: TrainState, number: int | None, item: Any) -> dict[str, Mean]:
-    with seeded(key(state.seed, state.step, number or 0, "evaluate"), built.device):
-        means = built.forward(built.place(as_batch(item).data))
-    return {name: mean.detach() for name, mean in means.items()}
 
 
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which) -> Any:

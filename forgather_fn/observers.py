@@ -2,11 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
 from forgather_fn.loop import Clock, Data, Steps, Tick
+from forgather_fn.plan import Measure
 from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
 from forgather_fn.report.throughput import Count, throughput
@@ -15,17 +16,24 @@ from forgather_fn.state import raise_if_nonfinite
 from forgather_fn.wanted import check_wants, is_wanted
 
 
-def evaluated(data: Data, *, params: Literal["params", "ema"] = "params", name: str = "eval") -> Observer:
+def evaluated(
+    data: Data,
+    *,
+    params: Literal["params", "ema"] = "params",
+    metrics: Sequence[Measure] = (),
+    name: str = "eval",
+) -> Observer:
     """Evaluate the state on data; results are named ``<name>_<metric>``: ``eval_loss``.
 
     Args:
         data: A stream, of which one ordered pass is made, or a list of batches.
         params: Which parameters: the trained ones, or their average.
+        metrics: What is measured besides the loss: ``(ff.metrics.accuracy, ff.metrics.f1(classes=10))``.
         name: What the results begin with.
     """
 
     def observe(tick: Tick) -> Mapping[str, float]:
-        found = tick.run.program.evaluate(tick.state, data, params=params)
+        found = tick.run.program.evaluate(tick.state, data, params=params, metrics=metrics)
         return {f"{name}_{metric}": value for metric, value in found.items()}
 
     def answer(tick: Tick) -> "Future[Mapping[str, Any]]":

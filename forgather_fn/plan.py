@@ -1,6 +1,6 @@
 """The recipe of a training run, and what a strategy makes of it."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ from forgather_fn.data import Stream
 from forgather_fn.describe import describe
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Loss, Objective
+from forgather_fn.metrics import Measure as Measure
 from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
 from forgather_fn.part import Part
@@ -284,9 +285,18 @@ class Evaluate(Protocol):
     """Measure a state on data."""
 
     def __call__(
-        self, state: TrainState, data: Any, /, *, params: Literal["params", "ema"] = "params"
+        self,
+        state: TrainState,
+        data: Any,
+        /,
+        *,
+        params: Literal["params", "ema"] = "params",
+        metrics: Sequence[Measure] = (),
     ) -> dict[str, float]:
         """Run the loss over every sample once, without gradients, in evaluation mode, and give each named mean.
+
+        ``metrics`` are measured of the same outputs: functions ``(outputs, batch) -> {name: Mean}`` and reducers, such
+        as those of :mod:`~forgather_fn.metrics`.
 
         Means are added over batches and divided once, so the result does not depend on the batch size. ``"params"`` are
         the parameters that are trained, or those that the optimizer has evaluated instead

@@ -35,6 +35,7 @@ RECIPE = {
     "gradient",
     "groups",
     "losses",
+    "metrics",
     "neftune",
     "optim",
     "scaling",
@@ -70,6 +71,7 @@ STEP = {
     "sharded",
     "shards",
     "step",
+    "tally",
     "wanted",
     "workspace",
 }

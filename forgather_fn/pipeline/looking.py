@@ -3,7 +3,7 @@
 import copy
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,30 +12,34 @@ from torch import Tensor, nn
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
-from forgather_fn.evaluation import Sums, Which, averaged, chosen, evaluating, own_batches
-from forgather_fn.losses import named_means
+from forgather_fn.evaluation import Which, chosen, evaluating, own_batches
+from forgather_fn.metrics import Measure
 from forgather_fn.pipeline.freeing import Freed, filled
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.tally import Tally, combined, look
 from forgather_fn.world import World
 
 
-def evaluate(machine: Machine, built: Built, state: TrainState, data: Any, params: Which) -> dict[str, float]:
-    """Run the loss over every sample once and give each named mean, on every process; of any schedule, any batches.
+def evaluate(
+    machine: Machine, built: Built, state: TrainState, data: Any, params: Which, metrics: Sequence[Measure] = ()
+) -> dict[str, float]:
+    """Measure every sample once, by the loss and by metrics, on every process; of any schedule, any batches.
 
     As many batches as there are stages are under way at a time.
 
     Raises:
-        ValueError: The data gave no batch, or the plan keeps no average.
+        ValueError: The data gave no batch, a metric cannot be measured, or the plan keeps no average.
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
+    measured = look(built.plan.loss, metrics, built.device)
+    tally = Tally(measured)
     line = machine.line
     line.world.begin()
     batches = own_batches(data, World(rank=line.number, size=line.pipelines))
-    found: Sums = {}
     with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
         while window := [(i, built.place(as_batch(item).data)) for i, item in itertools.islice(batches, line.stages)]:
             parts = {i: part for i, part in window if i is not None}
@@ -48,11 +52,11 @@ def evaluate(machine: Machine, built: Built, state: TrainState, data: Any, param
                 if stage < line.stages - 1:
                     return result
                 with built.autocast():
-                    means = named_means(built.plan.loss(result, parts[number]))
-                return {name: (float(mean.detach().total), float(mean.weight)) for name, mean in means.items()}
+                    return measured(result, parts[number])
 
-            found |= forward_only(line, list(parts), run, built.device)
-    return averaged(line.world.gather(found))
+            for number, seen in forward_only(line, list(parts), run, built.device).items():
+                tally.take(number, seen)
+    return combined(line.world.gather(tally.found()), measured.reducers)
 
 
 def apply(

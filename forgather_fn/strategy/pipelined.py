@@ -13,6 +13,7 @@ from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
 from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
+from forgather_fn.metrics import Measure
 from forgather_fn.model import build, call_arguments
 from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
@@ -241,9 +242,11 @@ class _Standing:
                         f"  rank {rank}: {other[name]}"
                     )
 
-    def evaluate(self, built: Built, state: TrainState, data: Any, params: evaluation.Which) -> dict[str, float]:
+    def evaluate(
+        self, built: Built, state: TrainState, data: Any, params: evaluation.Which, metrics: Sequence[Measure]
+    ) -> dict[str, float]:
         """Measure a state; see :func:`~forgather_fn.pipeline.looking.evaluate`."""
-        return looking.evaluate(self._running(), built, state, data, params)
+        return looking.evaluate(self._running(), built, state, data, params, metrics)
 
     def apply(
         self,

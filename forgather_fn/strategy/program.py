@@ -23,6 +23,7 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, open_steps
 from forgather_fn.losses import Objective
 from forgather_fn.meta import initialise_from_meta, on_meta
+from forgather_fn.metrics import Measure
 from forgather_fn.model import (
     Anatomy,
     buffer_names,
@@ -91,11 +92,11 @@ class Looking:
     """How a program runs a model besides training it; see :class:`~forgather_fn.plan.Program`.
 
     Attributes:
-        evaluate: ``(built, state, data, params) -> means``.
+        evaluate: ``(built, state, data, params, metrics) -> numbers``.
         apply: ``(built, state, inputs, named, params) -> outputs``.
     """
 
-    evaluate: Callable[[Built, TrainState, Any, evaluation.Which], dict[str, float]]
+    evaluate: Callable[[Built, TrainState, Any, evaluation.Which, Sequence[Measure]], dict[str, float]]
     apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], evaluation.Which], Any]
 
 
@@ -213,7 +214,9 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         step=step,
         gradients=gradients,
         update=update,
-        evaluate=lambda state, data, /, *, params="params": looking.evaluate(built(), state, data, params),
+        evaluate=lambda state, data, /, *, params="params", metrics=(): looking.evaluate(
+            built(), state, data, params, metrics
+        ),
         apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
         export=export,
         carry=converted,
