@@ -1,9 +1,7 @@
 """What a module is made of: its parameters and buffers by name, which are tied, and how it is called."""
 
 import contextlib
-import inspect
 import itertools
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +9,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from forgather_fn.flat import listed
-from forgather_fn.losses import Arguments, Loss, Objective
+from forgather_fn.losses import Loss, Objective
+from forgather_fn.losses.calling import call_arguments as call_arguments
+from forgather_fn.losses.calling import is_hugging_face
 from forgather_fn.random import key, seeded
 
 ModelFactory = Callable[[], nn.Module]
@@ -214,7 +213,7 @@ def initialise_by_name(module: nn.Module, seed: int, among: Collection[str] | No
     """
     chosen = [(name, child) for name, child in module.named_modules() if among is None or name in among]
     device = next((p.device for _, child in chosen for p in child.parameters(recurse=False)), torch.device("cpu"))
-    hugging_face = _is_hugging_face(module)
+    hugging_face = is_hugging_face(module)
     with torch.no_grad():
         for name, child in reversed(chosen):
             reset = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
@@ -236,12 +235,6 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     """Give the class of a module, as it was before torch's ``fully_shard`` put one of its own in front."""
     kind = type(module)
     return kind if not getattr(kind, "_orig_cls_mro_index", 0) else kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[attr-defined]
-
-
-def _is_hugging_face(module: nn.Module) -> bool:
-    """Tell models of transformers apart without importing it."""
-    library = sys.modules.get("transformers.modeling_utils")
-    return library is not None and isinstance(module, library.PreTrainedModel)
 
 
 def enter_training(module: nn.Module) -> None:
@@ -274,44 +267,3 @@ def surrounded(module: nn.Module, loss: Loss) -> contextlib.AbstractContextManag
     if isinstance(loss, Objective) and loss.around is not None:
         return loss.around(module)
     return contextlib.nullcontext()
-
-
-def call_arguments(module: nn.Module, loss: Loss) -> Arguments:
-    """Say how a module is called on a batch: ``batch -> (positional arguments, keyword arguments)``.
-
-    A dict batch goes by keyword: the keys that ``forward`` takes (all, if it takes any), less those that the loss
-    withholds, which are its targets. A tuple batch goes by position, less its last, the target; anything else is the
-    one argument. An objective that has ``arguments`` of its own decides by itself.
-
-    Raises:
-        ValueError: When called: no key of the batch is an argument of ``forward``.
-    """
-    parameters = inspect.signature(module.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    objective = loss if isinstance(loss, Objective) else None
-    if objective and objective.arguments:
-        return objective.arguments
-    withheld = objective.withheld if objective else ()
-    counts = bool(objective and objective.passes_weight) and (
-        "num_items_in_batch" in parameters or (takes_any and _is_hugging_face(module))
-    )
-
-    def arguments(batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-        if isinstance(batch, Mapping):
-            given = {
-                name: item for name, item in batch.items() if (takes_any or name in parameters) and name not in withheld
-            }
-            if not given:
-                raise ValueError(
-                    f"no key of the batch is an argument of {type(module).__name__}.forward: the batch has "
-                    f"{listed(sorted(map(str, batch)))}, forward takes {listed(sorted(parameters))}"
-                )
-            if counts and objective:
-                # At least one, since models divide by it, and nan times nothing is nan.
-                given["num_items_in_batch"] = torch.as_tensor(objective.weight(batch)).clamp(min=1)
-            return (), given
-        if isinstance(batch, tuple | list):
-            return (batch[:-1] if len(batch) > 1 else batch), {}
-        return (batch,), {}
-
-    return arguments

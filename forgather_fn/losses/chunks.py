@@ -48,7 +48,7 @@ def chunked(loss: Objective, *, tokens: int = 1024, head: str | None = None) -> 
     Example:
         >>> from forgather_fn.losses import causal_lm, with_z_loss
         >>> chunked(with_z_loss(causal_lm), tokens=512)
-        chunked(with_z_loss(causal_lm, coefficient=0.0001), tokens=512, head=None)
+        chunked(loss=with_z_loss(loss=causal_lm, coefficient=0.0001), tokens=512, head=None)
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"chunked: tokens must be an integer of at least 1, got {tokens!r}")

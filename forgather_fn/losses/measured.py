@@ -31,7 +31,7 @@ def with_metrics(loss: Objective, *metrics: Callable[[Any, Any], Mapping[str, Me
     Example:
         >>> import forgather_fn as ff
         >>> ff.losses.with_metrics(ff.losses.causal_lm, ff.metrics.accuracy)
-        with_metrics(causal_lm, accuracy)
+        with_metrics(loss=causal_lm, accuracy)
     """
     if not isinstance(loss, Objective):
         raise ValueError(

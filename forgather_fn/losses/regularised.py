@@ -40,7 +40,7 @@ def smoothed(loss: Objective, *, epsilon: float) -> Objective:
     Example:
         >>> from forgather_fn.losses import causal_lm
         >>> smoothed(causal_lm, epsilon=0.1)
-        smoothed(causal_lm, epsilon=0.1)
+        smoothed(loss=causal_lm, epsilon=0.1)
     """
     if not 0 <= epsilon <= 1:
         raise ValueError(f"smoothed: epsilon must be between 0 and 1, got {epsilon}")
