@@ -9,7 +9,7 @@ import torch
 from forgather_fn import tree
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.data import IndexedStream, Stream, batches
-from forgather_fn.plan import Plan
+from forgather_fn.plan import Measure, Plan
 from forgather_fn.testing.compare import LEAST_SCALE, ROUNDING, TOLERANCE, beyond, changed, snapshot
 from forgather_fn.testing.subject import Subject, in_float64, subject
 from forgather_fn.testing.surroundings import drawing_nothing, elsewhere
@@ -23,7 +23,13 @@ Cut: TypeAlias = Stream | Sequence[Any]
 
 
 def check_evaluation(
-    plan: Plan, data: Any, *, batch_sizes: Sequence[int] | None = None, tolerance: float = TOLERANCE, seed: int = 0
+    plan: Plan,
+    data: Any,
+    *,
+    metrics: Sequence[Measure] = (),
+    batch_sizes: Sequence[int] | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
 ) -> None:
     """Check that an evaluation does not depend on the batch size or on a ragged end, and that it changes nothing.
 
@@ -36,6 +42,7 @@ def check_evaluation(
         plan: Its loss and model are checked. A module in it is copied.
         data: A dataset as :func:`~forgather_fn.data.batches` takes it, or a stream made by that, for its ``collate``. A
             few dozen samples are enough: each is run several times.
+        metrics: What is measured besides the loss, as :class:`~forgather_fn.plan.Evaluate` takes it.
         batch_sizes: Others than these.
         tolerance: By how much a result may differ, relative to its value (at least a hundredth).
         seed: Of the state.
@@ -57,7 +64,7 @@ def check_evaluation(
     length = stream.length
     sizes = batch_sizes or sorted({length, 1, 2, _ragged(length)}, reverse=True)
     cuts = {f"batches of {size}": attrs.evolve(stream, batch_size=size) for size in sizes}
-    compare_cuts(plan, cuts, length, tolerance, seed)
+    compare_cuts(plan, cuts, length, tolerance, seed, metrics)
 
 
 def check_parts(plan: Plan, batch: Any, *, tolerance: float, seed: int) -> None:
@@ -77,12 +84,19 @@ def _ragged(length: int) -> int:
     return unequal[0]
 
 
-def compare_cuts(plan: Plan, cuts: Mapping[str, Cut], length: int, tolerance: float, seed: int) -> None:
+def compare_cuts(
+    plan: Plan,
+    cuts: Mapping[str, Cut],
+    length: int,
+    tolerance: float,
+    seed: int,
+    metrics: Sequence[Measure] = (),
+) -> None:
     """Evaluate the same samples, cut in several ways, and compare the results with the first."""
     with in_float64():
         made = subject(plan, seed, precision="float64")
         for params in ("params", "ema") if plan.average is not None else ("params",):
-            results = {name: _evaluated(made, data, params, name) for name, data in cuts.items()}
+            results = {name: _evaluated(made, data, params, name, metrics) for name, data in cuts.items()}
             first, expected = next(iter(results.items()))
             for name, result in results.items():
                 found = _difference(expected, result, tolerance)
@@ -93,19 +107,19 @@ def compare_cuts(plan: Plan, cuts: Mapping[str, Cut], length: int, tolerance: fl
                     )
 
 
-def _evaluated(made: Subject, data: Cut, params: Any, name: str) -> dict[str, float]:
+def _evaluated(made: Subject, data: Cut, params: Any, name: str, metrics: Sequence[Measure]) -> dict[str, float]:
     """Evaluate twice, and look at what is left behind."""
     kept = snapshot(made.first.as_tree())
     modes = [module.training for module in made.module.modules()]
     with drawing_nothing(f"evaluation: in {name}, it"):
-        result = made.program.evaluate(made.first, data, params=params)
+        result = made.program.evaluate(made.first, data, params=params, metrics=metrics)
     found = changed(kept, made.first.as_tree())
     if found:
         raise AssertionError(f"evaluation: in {name}, it changed the state: {found}")
     if modes != [module.training for module in made.module.modules()]:
         raise AssertionError(f"evaluation: in {name}, it left a module in another mode (training or evaluation)")
     with elsewhere():
-        again = made.program.evaluate(made.first, data, params=params)
+        again = made.program.evaluate(made.first, data, params=params, metrics=metrics)
     found = tree.difference(result, again)
     if found:
         raise AssertionError(f"evaluation: in {name}, done a second time, it gave other bits: {found}")

@@ -76,7 +76,7 @@ def test_accumulation(piece: Piece) -> None:
 
 @over("evaluation")
 def test_evaluation(piece: Piece) -> None:
-    testing.check_evaluation(piece.plan(), piece.batch(5))
+    testing.check_evaluation(piece.plan(), piece.batch(5), metrics=piece.metrics())
 
 
 @over("resume")

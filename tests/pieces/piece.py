@@ -7,7 +7,7 @@ import attrs
 
 import forgather_fn as ff
 from forgather_fn.loop import Stage
-from forgather_fn.plan import Plan
+from forgather_fn.plan import Measure, Plan
 from tests import specimens
 
 LAWS: Final = ("purity", "donation", "accumulation", "evaluation", "resume", "compiled", "worlds")
@@ -26,6 +26,7 @@ class Piece:
         batch: ``samples -> data``, always the same: any model's that ``fields`` has.
         stream: Makes what it is trained on, where that is the piece; otherwise ``batch`` in a stream.
         stages: Makes the stages that it needs in a loop, as a function of its data.
+        metrics: Makes what its evaluations measure besides the loss.
         outside: The laws that do not hold for it, with the reason. Such a law must really fail, or be refused.
         tolerance: What a compiled step may differ by, relative to the size, in float64.
     """
@@ -34,6 +35,7 @@ class Piece:
     batch: Callable[[int], Any] = specimens.ragged_classes
     stream: Callable[[], Any] | None = None
     stages: Callable[[], tuple[Stage, ...]] = tuple
+    metrics: Callable[[], tuple[Measure, ...]] = tuple
     outside: Mapping[str, str] = attrs.field(factory=dict, validator=_known)
     tolerance: float = 1e-10
 
