@@ -18,6 +18,7 @@ from forgather_fn.data import batches as batches
 from forgather_fn.endings import early_stopped as early_stopped
 from forgather_fn.endings import stopped_by as stopped_by
 from forgather_fn.endings import until as until
+from forgather_fn.estimate import memory as memory
 from forgather_fn.functional import frozen as frozen
 from forgather_fn.gradient import Gradients as Gradients
 from forgather_fn.groups import group as group

@@ -56,6 +56,7 @@ STEP = {
     "compiler",
     "conversion",
     "dispatch",
+    "estimate",
     "evaluation",
     "execution",
     "fsdp",
