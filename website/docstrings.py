@@ -1,6 +1,7 @@
 """How docstrings become pages: attrs classes have their signatures, and roles of Sphinx become links."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -19,8 +20,9 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = as_markdown(obj.docstring.value, module.path, module.members)
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Give attrs classes the signatures that they have when they are imported."""
+        """Give attrs classes the signatures that they have when they are imported, and functions their names."""
         _sign(pkg)
+        _uncover(pkg)
 
 
 def _sign(parent: griffe.Module | griffe.Class) -> None:
@@ -55,3 +57,25 @@ def _shown(default: object) -> str:
     if default is attrs.NOTHING:
         return "..."  # made anew for each
     return getattr(default, "__name__", None) or repr(default)
+
+
+def _uncover(package: griffe.Module) -> None:
+    """Let ``package.name`` be the function that is imported into it, and not the module in which it is written."""
+    modules = list(_modules(package))
+    covering = [
+        module
+        for module in modules
+        if module.parent and module.parent.imports.get(module.name) == f"{module.path}.{module.name}"
+    ]
+    written = {member.path: member for module in covering for member in module.members.values()}
+    for module in modules:
+        for name, path in module.imports.items():
+            if path in written:
+                module.set_member(name, griffe.Alias(name, written[path], parent=module))
+
+
+def _modules(parent: griffe.Module) -> Iterator[griffe.Module]:
+    yield parent
+    for member in parent.members.values():
+        if isinstance(member, griffe.Module):
+            yield from _modules(member)
