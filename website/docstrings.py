@@ -13,26 +13,21 @@ from website.roles import as_markdown
 class Docstrings(griffe.Extension):
     """What the static reading of sources does not know."""
 
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Link what a docstring refers to."""
-        if obj.docstring:
-            module = obj.module
-            obj.docstring.value = as_markdown(obj.docstring.value, module.path, module.members)
-
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Give attrs classes the signatures that they have when they are imported, and functions their names."""
-        _sign(pkg)
+        """Link what docstrings refer to, sign attrs classes, and give functions the names by which they are called."""
+        _prepare(pkg, pkg)
         _uncover(pkg)
 
 
-def _sign(parent: griffe.Module | griffe.Class) -> None:
-    for member in list(parent.members.values()):
-        if member.is_alias:
-            continue
-        if isinstance(member, griffe.Class) and any("attrs." in str(one.value) for one in member.decorators):
-            member.set_member("__init__", _initialiser(member))
-        if isinstance(member, griffe.Module | griffe.Class):
-            _sign(member)
+def _prepare(thing: griffe.Object, module: griffe.Module) -> None:
+    """Go through a module, or what is in it."""
+    if thing.docstring:
+        thing.docstring.value = as_markdown(thing.docstring.value, module.path, module.members)
+    if isinstance(thing, griffe.Class) and any("attrs." in str(one.value) for one in thing.decorators):
+        thing.set_member("__init__", _initialiser(thing))
+    for member in thing.members.values():
+        if isinstance(member, griffe.Object):
+            _prepare(member, member if isinstance(member, griffe.Module) else module)
 
 
 def _initialiser(record: griffe.Class) -> griffe.Function:
