@@ -1,6 +1,7 @@
 """How docstrings become pages: attrs classes have their signatures, and roles of Sphinx become links."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -12,25 +13,21 @@ from website.roles import as_markdown
 class Docstrings(griffe.Extension):
     """What the static reading of sources does not know."""
 
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Link what a docstring refers to."""
-        if obj.docstring:
-            module = obj.module
-            obj.docstring.value = as_markdown(obj.docstring.value, module.path, module.members)
-
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Give attrs classes the signatures that they have when they are imported."""
-        _sign(pkg)
+        """Link what docstrings refer to, sign attrs classes, and give functions the names by which they are called."""
+        _prepare(pkg, pkg)
+        _uncover(pkg)
 
 
-def _sign(parent: griffe.Module | griffe.Class) -> None:
-    for member in list(parent.members.values()):
-        if member.is_alias:
-            continue
-        if isinstance(member, griffe.Class) and any("attrs." in str(one.value) for one in member.decorators):
-            member.set_member("__init__", _initialiser(member))
-        if isinstance(member, griffe.Module | griffe.Class):
-            _sign(member)
+def _prepare(thing: griffe.Object, module: griffe.Module) -> None:
+    """Go through a module, or what is in it."""
+    if thing.docstring:
+        thing.docstring.value = as_markdown(thing.docstring.value, module.path, module.members)
+    if isinstance(thing, griffe.Class) and any("attrs." in str(one.value) for one in thing.decorators):
+        thing.set_member("__init__", _initialiser(thing))
+    for member in thing.members.values():
+        if isinstance(member, griffe.Object):
+            _prepare(member, member if isinstance(member, griffe.Module) else module)
 
 
 def _initialiser(record: griffe.Class) -> griffe.Function:
@@ -55,3 +52,25 @@ def _shown(default: object) -> str:
     if default is attrs.NOTHING:
         return "..."  # made anew for each
     return getattr(default, "__name__", None) or repr(default)
+
+
+def _uncover(package: griffe.Module) -> None:
+    """Let ``package.name`` be the function that is imported into it, and not the module in which it is written."""
+    modules = list(_modules(package))
+    covering = [
+        module
+        for module in modules
+        if module.parent and module.parent.imports.get(module.name) == f"{module.path}.{module.name}"
+    ]
+    written = {member.path: member for module in covering for member in module.members.values()}
+    for module in modules:
+        for name, path in module.imports.items():
+            if path in written:
+                module.set_member(name, griffe.Alias(name, written[path], parent=module))
+
+
+def _modules(parent: griffe.Module) -> Iterator[griffe.Module]:
+    yield parent
+    for member in parent.members.values():
+        if isinstance(member, griffe.Module):
+            yield from _modules(member)

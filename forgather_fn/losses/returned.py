@@ -15,6 +15,7 @@ WEIGHTS: Mapping[str, Callable[[Any], Tensor | float]] = {
     "tokens": lambda batch: labelled(target_of(batch)),
     "next_tokens": lambda batch: labelled(target_of(batch)[..., 1:]),
 }
+"""What a model's own loss may be a mean over, by name: the weight of a batch."""
 
 
 @described
