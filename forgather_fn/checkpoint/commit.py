@@ -227,10 +227,17 @@ def _in_threads(tasks: Mapping[str, Callable[[], Written]]) -> dict[str, Written
                     errors[name] = error
 
     threads = [threading.Thread(target=work, name=f"checkpoint {i}") for i in range(min(WRITERS, len(tasks)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C, or no thread can be started: nothing is written any more when it is told
+        waiting.clear()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        raise
     for name in tasks:
         if name in errors:
             raise errors[name]

@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +15,14 @@ from forgather_fn.checkpoint import system
 
 NAME = ".lock"
 
-_held: set[int] = set()
+_held: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
+"""Files, and no numbers of files: one that Ctrl-C lets nobody close is closed when nothing refers to it any more."""
 
 
 def _let_go() -> None:
     """Close, in a child that was just forked, the locks of its parent: a worker must not outlive it as their holder."""
-    while _held:
-        os.close(_held.pop())
+    for file in list(_held):
+        file.close()
 
 
 os.register_at_fork(after_in_child=_let_go)
@@ -41,27 +44,26 @@ def locked(run: Path) -> Iterator[None]:
         OSError: The directory cannot be made or written to, or the lock is a link, which could lead to any file.
     """
     system.make_path(run)
-    file = os.open(run / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    _held.add(file)
-    try:
+    with io.FileIO(str(run / NAME), "r+", opener=_opened) as file:
+        _held.add(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunLockedError(f"{run} is being written to by {_holder(file)}; use another run directory") from None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(holder).encode("utf-8"), 0)
+        file.truncate(0)
+        os.pwrite(file.fileno(), json.dumps(holder).encode("utf-8"), 0)
         yield
-    finally:
-        if file in _held:
-            _held.remove(file)
-            os.close(file)
 
 
-def _holder(file: int) -> str:
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _holder(file: io.FileIO) -> str:
     try:
-        record = json.loads(os.pread(file, 4096, 0))
+        record = json.loads(os.pread(file.fileno(), 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(record["since"])))
         return f"process {int(record['pid'])} on {record['host']} since {since}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):  # it says something else
         return "another process"

@@ -203,10 +203,11 @@ class _Writer:
         assert whole is not None
         memory = self.memory if whole is state else None
         taken, copy = snapshot(whole, tick.run.program, tick.run.data, tick.results, memory)
-        copied = threading.Event()
-        state.lend(copied.wait)
+        copied, claim = threading.Event(), threading.Lock()
 
         def work() -> None:
+            if not claim.acquire(blocking=False):
+                return  # the start of this thread was interrupted
             try:
                 try:
                     copy()
@@ -217,8 +218,22 @@ class _Writer:
                 self.errors.append(error)
                 done.set_exception(error)
 
-        self.thread = threading.Thread(target=work, name="checkpoint writer")
-        self.thread.start()
+        thread = threading.Thread(target=work, name="checkpoint writer")
+        try:
+            self.thread = thread
+            state.lend(copied.wait)
+            self._start(thread, done)
+        finally:
+            if thread.ident is None and claim.acquire(blocking=False):
+                self.thread = None  # it does not run, and never will: nobody may wait for it
+                copied.set()
+
+    def _start(self, thread: threading.Thread, done: "Future[Mapping[str, Any]]") -> None:
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread to give: a save that failed, as any other may
+            self.errors.append(error)
+            done.set_exception(error)
 
     def _save_part(self, tick: Tick, part: Part, done: "Future[Mapping[str, Any]]") -> None:
         """Save at once what all processes have together; a failure that all know of is one of this save."""
