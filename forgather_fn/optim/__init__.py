@@ -13,6 +13,8 @@ from forgather_fn.optim.base import OptState as OptState
 from forgather_fn.optim.base import slots_like as slots_like
 from forgather_fn.optim.from_torch import from_torch as from_torch
 from forgather_fn.optim.lion import lion as lion
+from forgather_fn.optim.lookahead import lookahead as lookahead
+from forgather_fn.optim.master import master_weights as master_weights
 from forgather_fn.optim.muon import hidden_matrices as hidden_matrices
 from forgather_fn.optim.muon import muon as muon
 from forgather_fn.optim.muon import orthogonal as orthogonal

@@ -3,6 +3,7 @@
 import torch
 
 import forgather_fn as ff
+from tests import specimens
 from tests.pieces.piece import Piece, falling
 
 PIECES = {
@@ -39,6 +40,15 @@ PIECES = {
                     "rest": ("*", ff.optim.schedule_free_adamw(weight_decay=0.1)),
                 }
             )
+        },
+    ),
+    "optim.lookahead": Piece(
+        fields=lambda: {"optimizer": ff.optim.lookahead(ff.adamw(weight_decay=falling), steps=2)},
+    ),
+    "optim.master_weights": Piece(
+        fields=lambda: {
+            "model": specimens.Half,
+            "optimizer": ff.optim.master_weights(ff.adamw(weight_decay=falling, betas=(falling, 0.9))),
         },
     ),
     "from_torch": Piece(

@@ -1,0 +1,92 @@
+"""Lookahead: slow weights that follow the fast ones of another optimizer."""
+
+import attrs
+import torch
+from torch import Tensor
+
+from forgather_fn.describe import described
+from forgather_fn.finite import BAD, applied
+from forgather_fn.flat import Flat
+from forgather_fn.gradient import Gradients
+from forgather_fn.hyper import NO_VALUES, Values
+from forgather_fn.optim.base import Optimizer, OptState, Rates, apply
+from forgather_fn.state import counter
+
+
+@described
+def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> Optimizer:
+    """Let another optimizer go some steps ahead, then go a part of the way behind it, and let it begin there again.
+
+    Its slots go on as they are. The slow weights are what is evaluated and exported.
+
+    Source: Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", arXiv 1907.08610.
+
+    Args:
+        optimizer: Of the fast weights, which the parameters of a state are.
+        steps: After how many of its updates the slow weights follow.
+        alpha: The part of the way, in (0, 1].
+
+    Raises:
+        ValueError: A number is out of its range, or the optimizer evaluates other parameters than it trains.
+    """
+    if steps < 1 or not 0 < alpha <= 1:
+        raise ValueError(f"lookahead: steps must be at least 1, and alpha in (0, 1]; got steps={steps}, alpha={alpha}")
+    if optimizer.evaluated is not None:
+        raise ValueError(
+            f"lookahead: {optimizer!r} trains one point and evaluates another, and setting back the one would tear "
+            "them apart; use it as it is"
+        )
+
+    def init(params: Flat) -> OptState:
+        device = params.buffers[0].device
+        return {"fast": optimizer.init(params), "slow": params.copy(), "count": counter(0, device)}
+
+    def update(
+        gradients: Gradients,
+        state: OptState,
+        params: Flat,
+        *,
+        learning_rate: float | Tensor,
+        found_inf: Tensor,
+        scheduled: Values = NO_VALUES,
+        step: int | Tensor = 0,
+        seed: int | Tensor = 0,
+    ) -> OptState:
+        fast = apply(
+            optimizer,
+            gradients,
+            state["fast"],
+            params,
+            rates=Rates(learning_rate, scheduled),
+            found_inf=found_inf,
+            step=step,
+            seed=seed,
+        )
+        good = applied(found_inf)
+        state["count"].add_(good.long() if isinstance(good, Tensor) else int(good))
+        _follow(state["slow"], params, state["count"] % steps == 0, alpha, found_inf)
+        return state if fast is state["fast"] else {**state, "fast": fast}
+
+    return attrs.evolve(
+        optimizer,
+        init=init,
+        update=update,
+        separable=False,
+        evaluated=lambda state, params: state["slow"],
+        description="",
+    )
+
+
+def _follow(slow: Flat, fast: Flat, now: Tensor, alpha: float, found_inf: Tensor) -> None:
+    """Let the slow weights follow where it is time, and the fast ones begin there."""
+    if now.device.type == "cpu" and not torch.compiler.is_compiling():  # looking is free here
+        if found_inf is BAD or not now.item():
+            return
+        for mine, ahead in zip(slow.buffers, fast.buffers, strict=True):
+            ahead.copy_(mine.lerp_(ahead, alpha))
+        return
+    moves = now & (found_inf == 0)
+    for mine, ahead in zip(slow.buffers, fast.buffers, strict=True):
+        new = torch.where(moves, mine.lerp(ahead, alpha), mine)
+        ahead.copy_(torch.where(moves, new, ahead))
+        mine.copy_(new)
