@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
+from forgather_fn.data.tables import ReadTable, Texts, frame_columns, is_table
+
 Indices: TypeAlias = npt.NDArray[np.int64]
-Column: TypeAlias = Tensor | npt.NDArray[Any]
+Column: TypeAlias = Tensor | npt.NDArray[Any] | Texts
 Columns: TypeAlias = Column | dict[str, Column] | tuple[Column, ...]
 
 MSG_NOT_INDEXED: Final = (
@@ -79,14 +81,17 @@ def source(dataset: Any, collate: Collate | None) -> Source:
     """Find out how a dataset is read.
 
     Args:
-        dataset: A tensor or a numpy array; a mapping, a tuple or a ``TensorDataset`` of them, of one length; or any
-            :class:`MapDataset`, whose ``__getitems__(list of indices)`` is used if it has one.
+        dataset: A tensor or a numpy array; a mapping, a tuple or a ``TensorDataset`` of them, of one length; a pandas
+            ``DataFrame``; a ``Dataset`` of Hugging Face, whose columns come as tensors if it has no format of its own;
+            or any :class:`MapDataset`, whose ``__getitems__(list of indices)`` is used if it has one.
         collate: Makes a batch of a list of samples. None slices tensors and arrays without a Python loop, and gives the
             samples of other datasets to ``torch.utils.data.default_collate``.
 
     Raises:
         ValueError: The dataset can be iterated only, or its columns are not tensors or arrays of one length.
     """
+    if collate is None and is_table(dataset):
+        return Source(ReadTable(dataset), dataset, joint=False)
     columns = _columns(dataset)
     if columns is not None and collate is None:
         return Source(partial(sliced, columns), next(iter(_checked(columns).values()), ()), joint=False)
@@ -176,6 +181,9 @@ def _columns(dataset: Any) -> Columns | None:
     """Give the columns of a dataset that is made of them, and None for any other."""
     if isinstance(dataset, Tensor | np.ndarray):
         return dataset
+    frame = frame_columns(dataset)
+    if frame is not None:
+        return frame
     if isinstance(dataset, Mapping):
         return dict(dataset.items())
     if type(dataset) is TensorDataset:  # a subclass may read its tensors in a way of its own
@@ -192,7 +200,7 @@ def _checked(columns: Columns) -> dict[str, Column]:
     else:
         named = {str(i): column for i, column in enumerate(columns if isinstance(columns, tuple) else [columns])}
     for name, column in named.items():
-        if not isinstance(column, Tensor | np.ndarray):
+        if not isinstance(column, Tensor | np.ndarray | Texts):
             raise ValueError(
                 f"column {name} of the dataset is a {type(column).__name__}: expected a tensor or a numpy array. For "
                 "other samples, give a list of them, or a dataset that has __len__ and __getitem__."
@@ -215,10 +223,13 @@ def _checked(columns: Columns) -> dict[str, Column]:
     return named
 
 
-def _taken(column: Column, index: Tensor) -> Tensor:
+def _taken(column: Column, index: Tensor) -> Tensor | list[str]:
     """Copy rows. A view could be changed by the step, and a worker would share all of the storage behind it."""
     if isinstance(column, Tensor):
         return column.index_select(0, index if column.device.type == "cpu" else index.to(column.device))
+    if isinstance(column, Texts):
+        texts: list[str] = column.values[index.numpy()].tolist()
+        return texts
     return torch.from_numpy(column[index.numpy()])
 
 

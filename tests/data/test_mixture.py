@@ -85,21 +85,26 @@ def places_by_start(self: Any, start: int, stop: int, seed: int) -> Any:
     return RIGHT(self, start, stop, seed + start % 3)
 
 
-def numbers_anew(self: Any, start: int, stop: int, seed: int) -> Any:
-    """Plant: each window counts the samples of a source from its first one."""
-    for first, sources, numbers in RIGHT(self, start, stop, seed):
-        yield first, sources, numbers % WINDOW if first else numbers
-
-
 RIGHT = module.Mixed._windows
 
 
-@pytest.mark.parametrize("plant", [places_by_start, numbers_anew])
-def test_the_laws_catch_a_mixture_that_is_wrong(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Mixed, "_windows", plant)
-    stream = ff.batches(ff.data.mixture({"a": range(3000), "b": range(50)}), batch_size=8)
+def test_the_laws_catch_places_that_depend_on_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Mixed, "_windows", places_by_start)
     with pytest.raises(AssertionError):
-        check_data(stream, seed=0)
+        check_data(mixed(), seed=0)
+
+
+def test_the_laws_catch_a_source_that_repeats_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    def repeating(order: Any, start: int, stop: int, *, n: int, **given: Any) -> Any:
+        epochs, indices = RIGHT_LOOK_UP(order, start, stop, n=n, **given)
+        return epochs, np.minimum(indices, n - 2)
+
+    monkeypatch.setattr(module, "look_up", repeating)
+    with pytest.raises(AssertionError, match="is not a permutation: it gives sample 5 more than once"):
+        check_data(mixed(), seed=0)
+
+
+RIGHT_LOOK_UP = module.look_up
 
 
 def test_a_curriculum_of_pieces_is_exact() -> None:
