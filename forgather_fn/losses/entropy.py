@@ -21,7 +21,8 @@ def element_entropies(logits: Tensor, targets: Tensor, beside: Tensor | None) ->
     return F.cross_entropy(logits.flatten(0, -2), rows, reduction="none").view(logits.shape[:-1])
 
 
-def _entropy_terms(pairing: Pairing) -> Terms:
+def entropy_terms(pairing: Pairing) -> Terms:
+    """Take a plain cross-entropy apart."""
     return Terms(pairing=pairing, parts=(Term(losses=element_entropies),))
 
 
@@ -55,7 +56,7 @@ causal_lm = Objective(
     weight=lambda batch: labelled(next_labels(batch)),
     withheld=TARGETS,
     description="causal_lm",
-    terms=_entropy_terms(NEXT_TOKEN),
+    terms=entropy_terms(NEXT_TOKEN),
 )
 """Next-token cross-entropy: logits ``[batch, time, words]`` against labels ``[batch, time]`` shifted by one; -100 is
 left out, of the sum and of the weight."""
@@ -65,7 +66,7 @@ cross_entropy = Objective(
     weight=_class_weight,
     withheld=TARGETS,
     description="cross_entropy",
-    terms=_entropy_terms(BY_CLASS),
+    terms=entropy_terms(BY_CLASS),
 )
 """Classification: logits ``[batch, classes]`` (or ``[batch, ..., classes]``, or torch's ``[batch, classes, ...]``)
 against class indices, -100 left out, or against class probabilities."""

@@ -8,27 +8,31 @@ import torch
 from torch import Tensor
 
 from forgather_fn.describe import described
-from forgather_fn.losses.entropy import element_entropies
+from forgather_fn.losses.entropy import entropy_terms
 from forgather_fn.losses.pairing import Paired, Pairing
-from forgather_fn.losses.terms import Term, Terms
+from forgather_fn.losses.terms import Terms
 from forgather_fn.losses.weighting import beside
 from forgather_fn.mean import Mean
 from forgather_fn.metrics.reducer import Metric, Partial, Reducer
 
 
-def _entropy(what: str, pairing: Pairing, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """Give the sum of the cross-entropies in nats, and of how many elements."""
+def _entropy(what: str, pairing: Pairing) -> Terms:
     if not pairing.classes:
         raise ValueError(f"{what}: it is of classes, and the loss is one of values")
-    terms = Terms(pairing=pairing, parts=(Term(losses=element_entropies),))
-    (total,) = terms.sums(pairing.predictions(outputs, batch), *terms.prepared(batch))
-    return total, pairing.keep(batch).sum()
+    return entropy_terms(pairing)
+
+
+def _nats(terms: Terms, outputs: Any, batch: Any) -> Tensor:
+    (total,) = terms.sums(terms.pairing.predictions(outputs, batch), *terms.prepared(batch))
+    return total
 
 
 def _perplexity(pairing: Pairing) -> Reducer:
+    terms = _entropy("perplexity", pairing)
+
     def add(partial: Partial, outputs: Any, batch: Any, /) -> Partial:
-        total, count = _entropy("perplexity", pairing, outputs, batch)
-        return {"nats": partial["nats"] + total, "tokens": partial["tokens"] + count}
+        nats, tokens = _nats(terms, outputs, batch), pairing.keep(batch).sum()
+        return {"nats": partial["nats"] + nats, "tokens": partial["tokens"] + tokens}
 
     def result(partial: Partial) -> Mapping[str, float]:
         tokens = int(partial["tokens"])
@@ -70,9 +74,10 @@ def bits_per_byte(*, bytes: str | Callable[[Any], Tensor]) -> Paired:
         return beside(batch, bytes, "bits_per_byte") if isinstance(bytes, str) else bytes(batch)
 
     def make(pairing: Pairing) -> Metric:
+        terms = _entropy("bits_per_byte", pairing)
+
         def measure(outputs: Any, batch: Any, /) -> Mapping[str, Mean]:
-            total, _ = _entropy("bits_per_byte", pairing, outputs, batch)
-            return {"bits_per_byte": Mean(total / math.log(2), counted(batch).sum())}
+            return {"bits_per_byte": Mean(_nats(terms, outputs, batch) / math.log(2), counted(batch).sum())}
 
         return measure
 

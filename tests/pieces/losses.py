@@ -20,7 +20,6 @@ def named_classes(samples: int) -> dict[str, Tensor]:
         "labels": y,
         "importance": torch.rand(samples, generator=draw),
         "mask": torch.arange(samples) % 4 != 2,
-        "teacher_logits": torch.randn(samples, 3, generator=draw),
     }
 
 
@@ -74,25 +73,18 @@ def composed() -> Objective:
 
 entropy, tokens = ff.losses.cross_entropy, ff.losses.causal_lm
 PIECES = {
-    "mse": of_values(ff.losses.mse),
     "l1": of_values(ff.losses.l1),
     "huber": of_values(ff.losses.huber(delta=0.5)),
     "binary_cross_entropy": Piece(fields=lambda: {"loss": ff.losses.binary_cross_entropy}, batch=answers),
-    "causal_lm": of_words(tokens),
     "focal": of_classes(ff.losses.focal(gamma=2.0)),
     "smoothed": of_classes(ff.losses.smoothed(entropy, epsilon=0.1)),
     "with_z_loss": of_classes(ff.losses.with_z_loss(entropy, coefficient=0.1)),
     "weighted": of_classes(ff.losses.weighted(entropy, by="importance")),
-    "weighted/tokens": of_words(ff.losses.weighted(tokens, by="importance")),
     "class_weighted": of_classes(ff.losses.class_weighted(entropy, (0.5, 2.0, 1.0))),
     "masked": of_classes(ff.losses.masked(entropy, by="mask")),
     "ignoring": of_words(ff.losses.ignoring(tokens, index=2)),
-    "chunked": of_classes(ff.losses.chunked(entropy, tokens=2, head="2")),
-    "chunked_causal_lm": of_words(ff.losses.chunked_causal_lm(tokens=7, head="2")),
-    "chunked/composed": of_words(ff.losses.chunked(composed(), tokens=7, head="2")),
-    "composed": of_words(composed()),
+    "chunked/all that goes with a cross-entropy": of_words(ff.losses.chunked(composed(), tokens=11, head="2")),
     "distilled": Piece(fields=lambda: {"loss": ff.losses.distilled(entropy, teacher=teacher())}, batch=named_classes),
-    "distilled/logits": of_classes(ff.losses.distilled(entropy, teacher="teacher_logits", share=0.9)),
     "contrastive": Piece(
         fields=lambda: {"model": Twins, "loss": ff.losses.contrastive(negatives="microbatch")},
         batch=specimens.values,

@@ -14,26 +14,30 @@ def beside(*metrics: Measure) -> Piece:
     return Piece(fields=lambda: {"loss": loss, "model": specimens.tied_by_object}, batch=words)
 
 
-def reduced(measure: Measure) -> Piece:
+def reduced(*measures: Measure) -> Piece:
     """Measure in evaluations, also of a run."""
 
     def stages() -> tuple[Stage, ...]:
-        return (ff.every(2, ff.evaluated(ff.batches(words(7), batch_size=3), metrics=(measure,))),)
+        return (ff.every(2, ff.evaluated(ff.batches(words(7), batch_size=3), metrics=measures)),)
 
     return Piece(
         fields=lambda: {"loss": ff.losses.causal_lm, "model": specimens.tied_by_object},
         batch=words,
         stages=stages,
-        metrics=lambda: (measure,),
+        metrics=lambda: measures,
     )
 
 
 PIECES = {
-    "with_metrics": beside(ff.metrics.accuracy),
-    "top_k": beside(ff.metrics.top_k(3)),
-    "bits_per_byte": beside(ff.metrics.bits_per_byte(bytes=lambda batch: batch["bytes"][:, 1:])),
-    "accuracy": reduced(ff.metrics.accuracy),
-    "perplexity": reduced(ff.metrics.perplexity),
-    "f1": reduced(ff.metrics.f1(classes=specimens.WORDS)),
-    "confusion": reduced(ff.metrics.confusion(classes=specimens.WORDS)),
+    "with_metrics/accuracy, top_k, bits_per_byte": beside(
+        ff.metrics.accuracy,
+        ff.metrics.top_k(3),
+        ff.metrics.bits_per_byte(bytes=lambda batch: batch["bytes"][:, 1:]),
+    ),
+    "evaluated/accuracy, perplexity, f1, confusion": reduced(
+        ff.metrics.accuracy,
+        ff.metrics.perplexity,
+        ff.metrics.f1(classes=specimens.WORDS),
+        ff.metrics.confusion(classes=specimens.WORDS),
+    ),
 }
