@@ -8,8 +8,8 @@ from torch.nn.functional import softplus
 import forgather_fn as ff
 
 
-def plan(outputs: int, loss, act=nn.LeakyReLU(0.2)) -> ff.Plan:
-    model = lambda: nn.Sequential(nn.Linear(2, 128), act, nn.Linear(128, 128), act, nn.Linear(128, outputs))  # noqa: E731
+def plan(outputs: int, loss, act=nn.LeakyReLU) -> ff.Plan:
+    model = lambda: nn.Sequential(nn.Linear(2, 128), act(), nn.Linear(128, 128), act(), nn.Linear(128, outputs))  # noqa: E731
     return ff.Plan(model=model, loss=loss, optimizer=ff.adam(betas=(0.5, 0.99)), schedule=2e-3)
 
 
