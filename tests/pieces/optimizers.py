@@ -51,6 +51,9 @@ PIECES = {
             "optimizer": ff.optim.master_weights(ff.adamw(weight_decay=falling, betas=(falling, 0.9))),
         },
     ),
+    "optim.adamw_bfloat16": Piece(
+        fields=lambda: {"optimizer": ff.optim.adamw_bfloat16(weight_decay=falling, betas=(falling, 0.9))},
+    ),
     "from_torch": Piece(
         fields=lambda: {"optimizer": ff.from_torch(lambda groups: torch.optim.RMSprop(groups, momentum=0.5))},
         outside={"compiled": "it works on the host, and is refused"},
