@@ -22,3 +22,5 @@ from forgather_fn.optim.muon import orthogonal as orthogonal
 from forgather_fn.optim.partition import partitioned as partitioned
 from forgather_fn.optim.schedule_free import schedule_free_adamw as schedule_free_adamw
 from forgather_fn.optim.sgd import sgd as sgd
+from forgather_fn.optim.table import Table as Table
+from forgather_fn.optim.table import describe as describe

@@ -75,6 +75,7 @@ class Optimizer:
         random: Whether ``update`` draws random numbers.
         evaluated: ``(state, params) -> params``: which parameters are evaluated and exported, where those that are
             trained are others; None for the same.
+        parts: The optimizers that it is composed of, where each has parameters of its own.
     """
 
     init: OptimizerInit
@@ -87,6 +88,7 @@ class Optimizer:
     schedules: Mapping[str, Schedule] = attrs.field(factory=dict)
     random: bool = False
     evaluated: Evaluated | None = None
+    parts: "Mapping[str, Optimizer]" = attrs.field(factory=dict)
 
     def __repr__(self) -> str:
         return self.description or f"Optimizer({describe(self.update)})"

@@ -109,6 +109,7 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
         separable=all(one.separable for one in every),
         schedules=schedules,
         random=any(one.random for one in every),
+        parts=optimizers,
         evaluated=evaluated if any(one.evaluated for one in every) else None,
     )
 
