@@ -108,7 +108,10 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "samples": (_is_count, "number of samples"),
     "seed": (lambda value: type(value) is int, "seed"),
     "data": (_or_none(_is_text), "fingerprint of a stream, or null"),
-    "batch_size": (_or_none(_is_count), "number of samples, or null"),
+    "batch_size": (
+        lambda value: value is None or _is_text(value) or _is_count(value),
+        "number of samples, or null, or text of a schedule",
+    ),
     "counters": (_holds(*COUNTERS, each=_is_integer), f"mapping with numbers for {', '.join(COUNTERS)}"),
     "structure": (_holds("opt", "transforms", "controls", each=_is_tree), "description of trees of tensors"),
     "buffers": (_is_names, "list of names"),

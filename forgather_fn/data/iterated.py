@@ -68,6 +68,11 @@ class IteratedStream(Stream):
         """Samples in the smallest batch, but for one that ends an epoch or the stream; None if it is not known."""
         return self.batch_size if isinstance(self.batch_size, int) else self.batch_size.least
 
+    @property
+    def varies(self) -> bool:
+        """Whether batches are of several sizes; that the last is smaller is not known before, if there is a last."""
+        return self.last == "ragged" or self.epochs is not None or isinstance(self.batch_size, Sizes)
+
     def start(
         self, seed: int, samples: int, share: Share | None = None, *, cursor: str | None = None
     ) -> Generator[Batch, None, None]:
@@ -224,7 +229,7 @@ class Reading:
             len(samples),
             None,
             ragged=ragged,
-            varies=True,
+            varies=self.stream.varies,
             cursor=_cursor(attrs.evolve(place, state=state), self.stream.source.name),
         )
 
@@ -261,8 +266,12 @@ def _place(cursor: str | None, samples: int, source: str) -> Place:
                 "anew: attrs.evolve(state, data=None, samples=0)."
             )
         return Place()
-    held = json.loads(cursor)
-    if (held.pop("format"), held.pop("source")) != (FORMAT, source):
+    try:
+        held = json.loads(cursor)
+        written = held.pop("format"), held.pop("source")
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ValueError(f"this is no cursor: {cursor!r}; expected that of a batch, or of a state") from None
+    if written != (FORMAT, source):
         raise ValueError(
             f"this cursor was written by another source, or another version of it:\n  the cursor: {cursor}\n"
             f"  the source: {source}, cursors of format {FORMAT}"

@@ -26,6 +26,7 @@ from forgather_fn.losses.regularised import smoothed as smoothed
 from forgather_fn.losses.regularised import with_z_loss as with_z_loss
 from forgather_fn.losses.returned import WEIGHTS as WEIGHTS
 from forgather_fn.losses.returned import from_output as from_output
+from forgather_fn.losses.sources import by_source as by_source
 from forgather_fn.losses.weighting import class_weighted as class_weighted
 from forgather_fn.losses.weighting import ignoring as ignoring
 from forgather_fn.losses.weighting import masked as masked

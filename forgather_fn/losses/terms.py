@@ -66,7 +66,13 @@ class Terms:
         return safe_targets(self.pairing, batch), self.weights(batch), beside
 
     def sums(self, predictions: Tensor, targets: Tensor, weights: Tensor, beside: list[Tensor | None]) -> list[Tensor]:
-        """Sum up each part over elements that count, as multiplied by its share.
+        """Sum up each part over elements that count, as multiplied by its share."""
+        return [losses.sum() for losses in self.elements(predictions, targets, weights, beside)]
+
+    def elements(
+        self, predictions: Tensor, targets: Tensor, weights: Tensor, beside: list[Tensor | None]
+    ) -> list[Tensor]:
+        """Give what each element adds to each part: its loss times its weight and the part's share.
 
         Elements that do not count give no gradient, whatever lies in them.
         """
@@ -77,7 +83,7 @@ class Terms:
         found = []
         for part, own in zip(self.parts, beside, strict=True):
             losses = part.losses(wide, targets, own)
-            found.append(part.share * torch.where(keep, losses * weights.to(losses.dtype), 0.0).sum())
+            found.append(part.share * torch.where(keep, losses * weights.to(losses.dtype), 0.0))
         return found
 
     def named(self, sums: list[Tensor]) -> Tensor | dict[str, Tensor | Mean]:

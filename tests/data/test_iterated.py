@@ -228,6 +228,9 @@ def test_a_state_keeps_the_cursor_and_refuses_others() -> None:
         stream.start(0, 6, cursor=following.cursor)
     with pytest.raises(ValueError, match="written by another source"):
         ff.batches(Own(), batch_size=3, order="sequential").start(0, 9, cursor=following.cursor)
+    for wrong in ("", "[]", "{}", 3):
+        with pytest.raises(ValueError, match="this is no cursor"):
+            stream.start(0, 9, cursor=wrong)
     with pytest.raises(ValueError, match="a cursor belongs to a source"):
         ff.batches(range(9), batch_size=3).start(0, 9, cursor=following.cursor)
 
