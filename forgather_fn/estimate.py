@@ -273,7 +273,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
                     gradients,
                     state,
                     params,
-                    rates=rates_at(plan.schedule, plan.optimizer, 0),
+                    rates=rates_at(plan.schedule, plan.optimizer, 0, plan.first_controls()),
                     found_inf=torch.tensor(0.0),
                     step=0,
                     seed=0,
