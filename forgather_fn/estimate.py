@@ -24,6 +24,7 @@ from forgather_fn.model import (
     call_arguments,
     enter_training,
     outline,
+    parameter_sites,
 )
 from forgather_fn.optim.base import apply, rates_at
 from forgather_fn.plan import Plan
@@ -88,7 +89,7 @@ def memory(plan: Plan, batch: Any) -> Memory:
     """
     subject = _subject(plan)
     layout = subject.layout
-    slots, passing_update = _update(plan, layout)
+    slots, updating = _update(plan, layout)
     changing = {
         "parameters": layout.bytes,
         "buffers": sum(map(_size, subject.buffers)),
@@ -103,10 +104,11 @@ def memory(plan: Plan, batch: Any) -> Memory:
     gradients = (max(sizes) if plan.update == "in_backward" else sum(sizes)) if owned else layout.bytes
     activations, passing = _passes(plan, subject, microbatches(data, plan.microbatches)[:2], owned)
     always = sum(changing.values()) * (1 if plan.donate else 2) + frozen + held
-    # Buffers are copied before the passes, and once more after them; the model as it was built is let go after `init`.
-    first = sum(changing.values()) + changing["parameters"] + changing["buffers"] + frozen
     viewed = 0 if owned else gradients
-    peak = max(first, always + viewed + 2 * changing["buffers"] + max(passing, gradients - viewed + passing_update))
+    # The model as it was built is let go at the end of `init`; buffers are copied before the passes, and after them.
+    first = sum(changing.values()) + frozen + held + viewed + sum(sizes) + changing["buffers"]
+    step = always + viewed + 2 * changing["buffers"] + max(passing, gradients - viewed + updating)
+    peak = max(first, step)
     return Memory(**changing, frozen=frozen, gradients=gradients, batch=held, activations=activations, peak=peak)
 
 
@@ -171,10 +173,11 @@ def _without_values(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
                 f"memory: the model cannot be built on the meta device ({error}); give the plan a module instead of "
                 "its factory"
             ) from error
+    made: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = empty
+    for site, name in parameter_sites(model):  # one object for those that are tied by their memory only
+        empty = nn.Parameter(torch.empty_like(site.tensor, device=META), requires_grad=site.tensor.requires_grad)
+        memo[id(site.tensor)] = made.setdefault(name, empty)
     memo |= {id(buffer): torch.empty_like(buffer, device=META) for buffer in model.buffers()}
     return copy.deepcopy(model, memo)
 
