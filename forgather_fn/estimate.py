@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from forgather_fn import tree
+from forgather_fn.allocations import Allocations
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.flat import Layout, layout_of, zeros
 from forgather_fn.gradient import Gradients
@@ -182,44 +181,6 @@ def _without_values(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
-    """Adds up the memory of all tensors that are made while it is on, and takes off what is given back."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """Leave out what is there already."""
-        for tensor in tensors:
-            self._watch(tensor, counted=False)
-
-    def _watch(self, tensor: Tensor, counted: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        number = storage._cdata
-        if number in self._known:
-            return
-        size = storage.nbytes() if counted else 0
-
-        def gone(reference: Any) -> None:
-            del self._known[number]
-            self.now -= size
-
-        self._known[number] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **kwargs or {})
-        for tensor in tree.tensors([made]):
-            if tensor.device.type != "meta":
-                self._watch(tensor)
-        return made
-
-
 def _passes(plan: Plan, subject: _Subject, parts: Sequence[Any], owned: bool) -> tuple[int, int]:
     """Run forward and backward; give what is kept between them, and the most that is held beside the state."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -240,7 +201,7 @@ def _passes(plan: Plan, subject: _Subject, parts: Sequence[Any], owned: bool) ->
     for leaf in leaves if plan.update == "in_backward" else ():
         leaf.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
     kept = 0
-    counting = _Allocations()
+    counting = Allocations()
     counting.ignore([*values.values(), *buffers.values(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     counting.ignore(tree.tensors(parts))
     lowered = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(plan.precision)
@@ -261,7 +222,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
     An optimizer that looks at a value cannot be run: it keeps what it begins with. Fused ones do, which need nothing.
     """
-    counting = _Allocations()
+    counting = Allocations()
     active = (True,) * len(layout.leaves)
     with FakeTensorMode(), torch.no_grad():
         params, flat = (zeros(layout, plan.device) for _ in range(2))

@@ -48,6 +48,7 @@ DATA = {"data", "share"}
 STEP = {
     "adapters",
     "agreement",
+    "allocations",
     "batch",
     "binding",
     "blank",
