@@ -33,6 +33,7 @@ BASE = {
 }
 RECIPE = {
     "activation_checkpointing",
+    "activation_offloading",
     "average",
     "gradient",
     "groups",
