@@ -24,6 +24,7 @@ from forgather_fn.model import (
     enter_training,
     outline,
     parameter_sites,
+    surrounded,
 )
 from forgather_fn.optim.base import apply, rates_at
 from forgather_fn.plan import Plan
@@ -222,6 +223,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
     An optimizer that looks at a value cannot be run: it keeps what it begins with. Fused ones do, which need nothing.
     """
+    controls = {control.name: control.reducer.init() for control in plan.controls}
     counting = Allocations()
     active = (True,) * len(layout.leaves)
     with FakeTensorMode(), torch.no_grad():
@@ -237,7 +239,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
                     gradients,
                     state,
                     params,
-                    rates=rates_at(plan.schedule, plan.optimizer, 0),
+                    rates=rates_at(plan.schedule, plan.optimizer, 0, controls),
                     found_inf=torch.tensor(0.0),
                     step=0,
                     seed=0,
@@ -250,7 +252,9 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
 def _objective(plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any], part: Any) -> Tensor:
     """Run the model and the loss; nothing else is held after it, as in a step."""
-    return named_means(plan.loss(module(*args, **kwargs), part))["loss"].total
+    with surrounded(module, plan.loss):
+        outputs = module(*args, **kwargs)
+    return named_means(plan.loss(outputs, part))["loss"].total
 
 
 @contextlib.contextmanager
