@@ -53,14 +53,14 @@ def by_library(task: Task, clock: Clock, data: ff.Stream | Iterable[Batch]) -> n
 
 def plan_of(task: Task, clock: Callable[[], Clock], **fields: Any) -> ff.Plan:
     """Make the plan of a task, with what is not as usual."""
-    return ff.Plan(
-        model=task.model,
-        loss=ff.losses.causal_lm,
-        optimizer=ff.adamw(weight_decay=WEIGHT_DECAY),
-        schedule=lambda step: PEAK * clock()(step),
-        transforms=(ff.clipped(MAX_NORM),),
-        **fields,
-    )
+    plain: dict[str, Any] = {
+        "model": task.model,
+        "loss": ff.losses.causal_lm,
+        "optimizer": ff.adamw(weight_decay=WEIGHT_DECAY),
+        "schedule": lambda step: PEAK * clock()(step),
+        "transforms": (ff.clipped(MAX_NORM),),
+    }
+    return ff.Plan(**plain | fields)
 
 
 def by_program(program: ff.Program, task: Task, data: ff.Stream | Iterable[Batch]) -> nn.Module:

@@ -1,16 +1,20 @@
 """Measuring side by side: arms take turns in one process, and must end at the same loss."""
 
 import gc
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.task import Task
+
+T = TypeVar("T")
 
 TOLERANCE: Final = 1e-5
 """How far held-out losses may lie apart, relatively. Rounding gives 1e-7 here, no clipping, no weight decay, or a
@@ -128,3 +132,15 @@ def spread(times: Sequence[float], unit: float) -> str:
     """Write the median and, in brackets, the range."""
     low, middle, high = (value / unit for value in (min(times), statistics.median(times), max(times)))
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def most_held(run: Callable[[], T]) -> tuple[int, T]:
+    """Run a function, and give the largest number of bytes that were allocated at one time, and its result."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = run()
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events = enumerate(recorded.profiler.kineto_results.events())
+    changes = sorted((event.start_ns(), i, event.nbytes()) for i, event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, _, change in changes)), result

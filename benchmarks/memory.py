@@ -6,18 +6,15 @@ neither: it begins with 300 MB of libraries, and keeps what the C library does n
 pass through that allocator: Python's own objects, and scratch memory of kernels, which are the same in every arm.
 """
 
-import gc
-import itertools
 from collections.abc import Iterator
 from typing import Final
 
 import attrs
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import compiled
+from benchmarks import compiled, estimates
 from benchmarks.arms import LOADED, OURS, PEERS_LOADED, installed, left_out
-from benchmarks.measure import Arm, Clock, check_losses
+from benchmarks.measure import Arm, Clock, check_losses, most_held
 from benchmarks.overhead import DEEP, LARGE, SMALL
 from benchmarks.table import Reach, Table
 from benchmarks.task import Task
@@ -48,17 +45,12 @@ def run(quick: bool) -> Iterator[Table]:
             reach=tuple(Reach(f"{name}, peak memory", peaks[name] / base, LIMITS[task]) for name in goals),
             results=tuple({"arm": arm.name, "data": arm.data, "bytes": peak} for arm, peak, _ in held),
         )
+    yield estimates.table(quick)
 
 
 def peak(arm: Arm, task: Task) -> tuple[int, nn.Module]:
     """Train, and give the largest number of bytes that were allocated at one time, and the model."""
     shared = (task.batches, task.held_out)  # what all arms use is not counted
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = arm.train(task, Clock(task))
+    found = most_held(lambda: arm.train(task, Clock(task)))
     del shared
-    assert recorded.profiler is not None
-    assert recorded.profiler.kineto_results is not None
-    events = enumerate(recorded.profiler.kineto_results.events())
-    changes = sorted((event.start_ns(), i, event.nbytes()) for i, event in events if event.name() == "[memory]")
-    return max(itertools.accumulate(change for _, _, change in changes)), model
+    return found

@@ -1,7 +1,7 @@
 """Activation checkpointing: blocks of a model that are run again in the backward pass, instead of keeping all of it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -42,30 +42,43 @@ def activation_checkpointed(module: M, *blocks: str | type[nn.Module]) -> M:
         >>> model = activation_checkpointed(model, "1")
         >>> model(torch.ones(1, 2)).sum().backward()
     """
+    for block in blocks_of(module, blocks, "activation_checkpointed", "nothing would be saved"):
+        if not isinstance(vars(block).get("forward"), _Recomputed):
+            block.forward = _Recomputed(block, block.forward)
+    return module
+
+
+def blocks_of(
+    module: nn.Module, blocks: Sequence[str | type[nn.Module]], what: str, of_the_whole: str
+) -> list[nn.Module]:
+    """Choose modules by patterns of their names and by their classes, the outermost of those that lie in each other.
+
+    Args:
+        module: The model.
+        blocks: What chooses them.
+        what: Who asks, for messages.
+        of_the_whole: What would be wrong with the whole model as a block.
+
+    Raises:
+        ValueError: One of them chooses no module, or the whole model.
+    """
     named = dict(module.named_modules())
     chosen: list[str] = []
     for block in blocks:
         own = [name for name, child in named.items() if _matches(block, name, child)]
         if not own:
             raise ValueError(
-                f"activation_checkpointed: {block!r} chooses no module; there are "
-                f"{listed([name for name in named if name])}"
+                f"{what}: {block!r} chooses no module; there are {listed([name for name in named if name])}"
             )
         chosen += own
     if "" in chosen:
-        raise ValueError("activation_checkpointed: the block is the whole model, of which nothing would be saved")
-    for name in chosen:
-        if not any(name.startswith(f"{other}.") for other in chosen) and not _is_recomputed(named[name]):
-            named[name].forward = _Recomputed(named[name], named[name].forward)
-    return module
+        raise ValueError(f"{what}: the block is the whole model, of which {of_the_whole}")
+    outermost = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
+    return [named[name] for name in dict.fromkeys(outermost)]
 
 
 def _matches(block: str | type[nn.Module], name: str, module: nn.Module) -> bool:
     return fnmatchcase(name, block) and bool(name) if isinstance(block, str) else isinstance(module, block)
-
-
-def _is_recomputed(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("forward"), _Recomputed)
 
 
 @attrs.frozen(eq=False)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from forgather_fn import tree
+from forgather_fn.allocations import Allocations
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.flat import Layout, layout_of, zeros
 from forgather_fn.gradient import Gradients
@@ -24,6 +23,8 @@ from forgather_fn.model import (
     call_arguments,
     enter_training,
     outline,
+    parameter_sites,
+    surrounded,
 )
 from forgather_fn.optim.base import apply, rates_at
 from forgather_fn.plan import Plan
@@ -88,7 +89,7 @@ def memory(plan: Plan, batch: Any) -> Memory:
     """
     subject = _subject(plan)
     layout = subject.layout
-    slots, passing_update = _update(plan, layout)
+    slots, updating = _update(plan, layout)
     changing = {
         "parameters": layout.bytes,
         "buffers": sum(map(_size, subject.buffers)),
@@ -103,10 +104,11 @@ def memory(plan: Plan, batch: Any) -> Memory:
     gradients = (max(sizes) if plan.update == "in_backward" else sum(sizes)) if owned else layout.bytes
     activations, passing = _passes(plan, subject, microbatches(data, plan.microbatches)[:2], owned)
     always = sum(changing.values()) * (1 if plan.donate else 2) + frozen + held
-    # Buffers are copied before the passes, and once more after them; the model as it was built is let go after `init`.
-    first = sum(changing.values()) + changing["parameters"] + changing["buffers"] + frozen
     viewed = 0 if owned else gradients
-    peak = max(first, always + viewed + 2 * changing["buffers"] + max(passing, gradients - viewed + passing_update))
+    # The model as it was built is let go at the end of `init`; buffers are copied before the passes, and after them.
+    first = sum(changing.values()) + frozen + held + viewed + sum(sizes) + changing["buffers"]
+    step = always + viewed + 2 * changing["buffers"] + max(passing, gradients - viewed + updating)
+    peak = max(first, step)
     return Memory(**changing, frozen=frozen, gradients=gradients, batch=held, activations=activations, peak=peak)
 
 
@@ -171,50 +173,13 @@ def _without_values(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
                 f"memory: the model cannot be built on the meta device ({error}); give the plan a module instead of "
                 "its factory"
             ) from error
+    made: dict[str, Tensor] = {}
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = empty
+    for site, name in parameter_sites(model):  # one object for those that are tied by their memory only
+        empty = nn.Parameter(torch.empty_like(site.tensor, device=META), requires_grad=site.tensor.requires_grad)
+        memo[id(site.tensor)] = made.setdefault(name, empty)
     memo |= {id(buffer): torch.empty_like(buffer, device=META) for buffer in model.buffers()}
     return copy.deepcopy(model, memo)
-
-
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
-    """Adds up the memory of all tensors that are made while it is on, and takes off what is given back."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """Leave out what is there already."""
-        for tensor in tensors:
-            self._watch(tensor, counted=False)
-
-    def _watch(self, tensor: Tensor, counted: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        number = storage._cdata
-        if number in self._known:
-            return
-        size = storage.nbytes() if counted else 0
-
-        def gone(reference: Any) -> None:
-            del self._known[number]
-            self.now -= size
-
-        self._known[number] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **kwargs or {})
-        for tensor in tree.tensors([made]):
-            if tensor.device.type != "meta":
-                self._watch(tensor)
-        return made
 
 
 def _passes(plan: Plan, subject: _Subject, parts: Sequence[Any], owned: bool) -> tuple[int, int]:
@@ -237,7 +202,7 @@ def _passes(plan: Plan, subject: _Subject, parts: Sequence[Any], owned: bool) ->
     for leaf in leaves if plan.update == "in_backward" else ():
         leaf.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
     kept = 0
-    counting = _Allocations()
+    counting = Allocations()
     counting.ignore([*values.values(), *buffers.values(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     counting.ignore(tree.tensors(parts))
     lowered = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(plan.precision)
@@ -258,7 +223,8 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
     An optimizer that looks at a value cannot be run: it keeps what it begins with. Fused ones do, which need nothing.
     """
-    counting = _Allocations()
+    controls = plan.first_controls()
+    counting = Allocations()
     active = (True,) * len(layout.leaves)
     with FakeTensorMode(), torch.no_grad():
         params, flat = (zeros(layout, plan.device) for _ in range(2))
@@ -273,7 +239,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
                     gradients,
                     state,
                     params,
-                    rates=rates_at(plan.schedule, plan.optimizer, 0, plan.first_controls()),
+                    rates=rates_at(plan.schedule, plan.optimizer, 0, controls),
                     found_inf=torch.tensor(0.0),
                     step=0,
                     seed=0,
@@ -286,7 +252,9 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
 def _objective(plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any], part: Any) -> Tensor:
     """Run the model and the loss; nothing else is held after it, as in a step."""
-    return named_means(plan.loss(module(*args, **kwargs), part))["loss"].total
+    with surrounded(module, plan.loss):
+        outputs = module(*args, **kwargs)
+    return named_means(plan.loss(outputs, part))["loss"].total
 
 
 @contextlib.contextmanager

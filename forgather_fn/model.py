@@ -135,9 +135,10 @@ def _sites(module: nn.Module) -> Iterator[Site]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Identify a tensor by its memory, so that aliases are found; an empty one only by itself."""
-    if tensor.numel() == 0 or tensor.is_meta:
+    if tensor.numel() == 0:
         return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    start = (tensor.untyped_storage()._cdata, tensor.storage_offset()) if tensor.is_meta else (tensor.data_ptr(),)
+    return (tensor.device, *start, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _check_parameter(site: Site) -> None:

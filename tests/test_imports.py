@@ -33,6 +33,7 @@ BASE = {
 }
 RECIPE = {
     "activation_checkpointing",
+    "activation_offloading",
     "average",
     "gradient",
     "groups",
@@ -48,6 +49,7 @@ DATA = {"data", "share"}
 STEP = {
     "adapters",
     "agreement",
+    "allocations",
     "batch",
     "binding",
     "blank",

@@ -369,6 +369,10 @@ PLAN = GAN["critic"]
         ({}, "there are no parts"),
         ({"a.b": PLAN}, r"must be an identifier: 'a\.b'"),
         ({"a": PLAN, "b": attrs.evolve(PLAN, device="meta")}, "on several devices, cpu, meta"),
+        (
+            {"a": attrs.evolve(PLAN, schedule=ff.schedules.on_plateau(0.1))},
+            r"the schedule of a, on_plateau\(.* reacts to results",
+        ),
         ({"a": ff.joined({"b": PLAN}, gan_step)}, "a is run by several processes, or joint itself"),
     ],
 )

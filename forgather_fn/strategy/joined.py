@@ -179,7 +179,7 @@ def _step(
     ordered = {name: after[name] for name in before}
     arrays = joining.joined(ordered, state.read())
     state.consume(f"step {state.step}")
-    return following(state, arrays, batch.samples), metrics
+    return attrs.evolve(following(state, arrays, batch.samples), cursor=batch.cursor), metrics
 
 
 def _wanting(program: Program, wants: frozenset[str]) -> Program:
@@ -209,6 +209,11 @@ def _check(programs: Programs) -> None:
             raise ValueError(f"joined: a part's name begins those of its tensors, and must be an identifier: {name!r}")
         if program.world.size > 1 or isinstance(program.plan.model, Joint):
             raise ValueError(f"joined: {name} is run by several processes, or joint itself; use plans or ff.single")
+        if program.plan.controls:
+            raise ValueError(
+                f"joined: the schedule of {name}, {describe(program.plan.schedule)}, reacts to results, "
+                "and those of a joint program are not of one part; use a schedule of the step"
+            )
     devices = sorted({str(program.plan.device) for program in programs.values()})
     if len(devices) > 1:
         raise ValueError(f"joined: the parts are on several devices, {', '.join(devices)}; a state is on one")
