@@ -273,7 +273,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
                     gradients,
                     state,
                     params,
-                    rates=rates_at(plan.schedule, plan.optimizer, 0),
+                    rates=rates_at(0.0, plan.optimizer, 0, {}),
                     found_inf=torch.tensor(0.0),
                     step=0,
                     seed=0,
