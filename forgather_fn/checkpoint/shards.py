@@ -121,10 +121,9 @@ def _sharded(whole: Snapshot, part: Part) -> tuple[Snapshot, Told]:
     record = json.loads(whole.texts[STATE])
     optimizer = next((held for name, held in whole.tensors.items() if name.startswith("optimizer")), {})
     paths = _row_paths(record["structure"]["opt"], optimizer, part)
-    local = [name for name in part.order if name in part.own]
     rows = {
-        path: {name: row for name, row in zip(local, optimizer[path], strict=True) if name in part.named}
-        for path in paths
+        path: {name: row for name, row in zip(names, optimizer[path], strict=True) if name in part.named}
+        for path, names in paths.items()
     }
     tensors: dict[str, dict[str, Tensor]] = {}
     for file, held in whole.tensors.items():
@@ -151,14 +150,23 @@ def _written(group: str, name: str, part: Part) -> bool:
     return last in part.named if last in part.own else part.number == 0
 
 
-def _row_paths(structure: Any, tensors: Mapping[str, Tensor], part: Part) -> list[str]:
-    """Find the tensors that have a row for each parameter, such as the counts of updates."""
-    rows = sum(name in part.own for name in part.order)
-    return [
-        path
-        for path in _tensor_paths(structure)
-        if path in tensors and tensors[path].shape[:1] == (rows,) and path.rpartition("/")[2] not in part.own
-    ]
+def _row_paths(structure: Any, tensors: Mapping[str, Tensor], part: Part) -> dict[str, list[str]]:
+    """Find the tensors that have a row for each parameter, such as the counts of updates, and whose rows they are.
+
+    They are those of the parameters that the slots beside it have: one of several optimizers has not all.
+    """
+    beside: dict[str, set[str]] = {}
+    for path in tensors:
+        slot, _, name = path.rpartition("/")
+        beside.setdefault(slot.rpartition("/")[0], set()).add(name)
+    found = {}
+    for path in _tensor_paths(structure):
+        directory, _, last = path.rpartition("/")
+        own = [name for name in part.order if name in part.own]
+        names = [name for name in own if name in beside.get(directory, ())] or own
+        if path in tensors and tensors[path].shape[:1] == (len(names),) and last not in part.own:
+            found[path] = names
+    return found
 
 
 def _tensor_paths(structure: Any) -> list[str]:
@@ -175,8 +183,8 @@ def _whole_record(shard: Snapshot, told: list[Told], part: Part) -> Snapshot:
     for other in told[1:]:
         record["structure"] = {n: _merged(tree, other.structure[n]) for n, tree in record["structure"].items()}
     rows = {
-        path: torch.stack([next(one.rows[path][name] for one in told if name in one.rows[path]) for name in part.order])
-        for path in told[0].rows
+        path: torch.stack(_in_order(path, told, part))
+        for path in dict.fromkeys(path for one in told for path in one.rows)
     }
     places = {name: file for one in told for name, file in one.places.items()}
     index = {"metadata": {"total_size": sum(one.size for one in told)}, "weight_map": places}
@@ -186,6 +194,11 @@ def _whole_record(shard: Snapshot, told: list[Told], part: Part) -> Snapshot:
     texts = {**shard.texts, STATE: json.dumps(record, indent=1).encode("utf-8")}
     texts[INDEX] = json.dumps(index, indent=1).encode("utf-8")
     return attrs.evolve(shard, tensors=tensors, texts=texts)
+
+
+def _in_order(path: str, told: list[Told], part: Part) -> list[Tensor]:
+    found = {name: row for one in told for name, row in one.rows.get(path, {}).items()}
+    return [found[name] for name in part.order if name in found]
 
 
 def _merged(one: Any, other: Any) -> Any:
@@ -212,9 +225,11 @@ def part_of(loaded: Loaded, part: Part) -> Loaded:
     record = dict(loaded.record)
     buffers = set(record["buffers"])
     optimizer = loaded.tensors.get("optimizer", {})
-    chosen = [i for i, name in enumerate(part.order) if name in part.own]
     whole = attrs.evolve(part, own=frozenset(part.order))
-    rows = {path: optimizer[path][chosen] for path in _row_paths(record["structure"]["opt"], optimizer, whole)}
+    rows = {
+        path: optimizer[path][[i for i, name in enumerate(names) if name in part.own]]
+        for path, names in _row_paths(record["structure"]["opt"], optimizer, whole).items()
+    }
     tensors: dict[str, Mapping[str, Tensor]] = {}
     for group, held in loaded.tensors.items():
         if group == "model":

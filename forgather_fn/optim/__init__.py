@@ -7,6 +7,7 @@ from forgather_fn.optim.adafactor import adafactor as adafactor
 from forgather_fn.optim.adam import adam as adam
 from forgather_fn.optim.adam import adamw as adamw
 from forgather_fn.optim.adamw_bfloat16 import adamw_bfloat16 as adamw_bfloat16
+from forgather_fn.optim.base import Evaluated as Evaluated
 from forgather_fn.optim.base import Optimizer as Optimizer
 from forgather_fn.optim.base import OptimizerInit as OptimizerInit
 from forgather_fn.optim.base import OptimizerUpdate as OptimizerUpdate

@@ -11,8 +11,9 @@ from torch import distributed
 import forgather_fn as ff
 from forgather_fn.checkpoint import load, verify
 from forgather_fn.testing.processes import Processes, processes
-from tests.pipeline import runs
-from tests.pipeline.models import MODELS
+from tests.pipeline import models, runs
+
+MODELS = {**models.MODELS, "composed": models.MODELS["plain"]}
 
 PIPELINES: dict[str, tuple[str, int]] = {
     "1F1B on 2": ("1F1B", 2),
@@ -68,6 +69,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "plain": {"transforms": (), "average": ff.ema(0.9)},
     "gpt2": {"optimizer": ff.from_torch(lambda groups: torch.optim.RMSprop(groups, eps=1e-4)), "schedule": 1e-3},
     "llama": {"transforms": ()},
+    "composed": {
+        "transforms": (),
+        "optimizer": ff.optim.partitioned(
+            {
+                "matrices": (lambda name, tensor: tensor.dim() == 2, ff.adamw(weight_decay=0.1)),
+                "vectors": ("*", ff.optim.lookahead(ff.adam(), steps=2)),
+            }
+        ),
+    },
 }
 
 
@@ -78,6 +88,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         ("plain", "GPipe on 4", None),
         ("plain", None, "ZBV on 2"),
         ("llama", "ZBV on 2", "1F1B on 2"),
+        ("composed", "1F1B on 2", "GPipe on 4"),
+        ("composed", "GPipe on 4", None),
+        ("composed", None, "ZBV on 2"),
         ("gpt2", "1F1B on 2", "Interleaved on 4"),
         ("gpt2", "1F1B on 2", None),
     ],
