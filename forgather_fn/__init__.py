@@ -7,10 +7,14 @@ from forgather_fn import adapters as adapters
 from forgather_fn import losses as losses
 from forgather_fn import metrics as metrics
 from forgather_fn import optim as optim
+from forgather_fn import reducers as reducers
 from forgather_fn import schedules as schedules
 from forgather_fn import transforms as transforms
 from forgather_fn.adapters import lora as lora
 from forgather_fn.average import ema as ema
+from forgather_fn.changes import changing as changing
+from forgather_fn.changes import folded as folded
+from forgather_fn.changes import rollback as rollback
 from forgather_fn.compiler import CompileError as CompileError
 from forgather_fn.data import Batch as Batch
 from forgather_fn.data import Stream as Stream

@@ -19,7 +19,7 @@ from forgather_fn.step import take_gradients
 
 def check_tensors(like: Mapping[str, Any]) -> None:
     """Make sure that all that a step changes is tensors: a number would stay in a graph as it was when it was made."""
-    for path, leaf in tree.walk({name: like[name] for name in ("opt", "transforms", "controls")}):
+    for path, leaf in tree.walk({name: like[name] for name in ("opt", "transforms")}):
         if not isinstance(leaf, Tensor | None):
             raise ValueError(
                 f"{path} is {leaf!r}, which a compiled step cannot change: an optimizer or a transform keeps tensors, "

@@ -73,7 +73,7 @@ class Compiled:
             return self.advance(state, gradients, buffers, means, wants)
         arrays, parts = self._begun(state, batch)
         run = self._graphs(state, parts).whole(wants)
-        rates = rates_at(plan.schedule, plan.optimizer, state.step)
+        rates = rates_at(plan.schedule, plan.optimizer, state.step, arrays.controls)
         state.settle()
         with seeded(key(state.seed, state.step, 0, "forward"), built.device), surrounded(built.module, built.plan.loss):
             reports, sums = run(
@@ -152,7 +152,7 @@ class Compiled:
         built, arrays = self.built, state.read()
         check_layout("this gradient", gradients.layout, built.binding.layout)
         run = self._graphs(state, []).update(wants)
-        rates = rates_at(built.plan.schedule, built.plan.optimizer, state.step)
+        rates = rates_at(built.plan.schedule, built.plan.optimizer, state.step, arrays.controls)
         state.settle()
         reports = run(
             _tensors(arrays),

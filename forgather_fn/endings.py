@@ -1,6 +1,5 @@
 """Control: stages that end the stream."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,6 +7,7 @@ import attrs
 
 from forgather_fn.data import Stream
 from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick, closing
+from forgather_fn.reducers import Control, stale
 from forgather_fn.state import TrainState
 
 
@@ -84,6 +84,10 @@ def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
 def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater: bool = False) -> Stage:
     """End the stream when a result has not improved for ``patience`` looks in a row.
 
+    The best result and the count are ``state.controls["early_stopped/<metric>"]``, so that a run that goes on from a
+    checkpoint counts on. A state that is there already gives no tick, as with :func:`until`; to train it further,
+    restore it with ``without={"controls"}``.
+
     Args:
         metric: The name of a result of an observer upstream.
         patience: After how many looks without improvement in a row the stream ends.
@@ -96,19 +100,21 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
     if patience < 1 or not min_delta >= 0:
         raise ValueError(f"early_stopped: expected patience >= 1 and min_delta >= 0; got {patience} and {min_delta}")
 
+    control = Control(f"early_stopped/{metric}", metric, stale(min_delta=min_delta, greater=greater))
+
+    def over(state: TrainState) -> bool:
+        return control.reducer.result(control.kept(state.controls)) >= patience
+
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
-            best, poor = -math.inf, 0
-            ticks = steps.open(demand)
+            if over(steps.state):
+                return
+            ticks = steps.open(demand.keeping(control))
             with closing(ticks):
                 for tick in ticks:
+                    ended = over(tick.state)  # now: downstream the state may be consumed
                     yield tick
-                    if metric not in tick.results:
-                        continue
-                    value = tick.results[metric] * (1 if greater else -1)
-                    improved = value > best + min_delta
-                    best, poor = (value, 0) if improved else (best, poor + 1)
-                    if poor >= patience:
+                    if ended:
                         return
 
         return attrs.evolve(steps, open=opened)

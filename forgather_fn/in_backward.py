@@ -59,7 +59,7 @@ def updating_in_backward(built: Built) -> Execution:
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         _check_wants(wants)
-        rates = rates_at(plan.schedule, plan.optimizer, state.step)
+        rates = rates_at(plan.schedule, plan.optimizer, state.step, state.controls)
         updates = _Updates(built, state, look, rates, state.read().nonfinite, wants)
         watched = attrs.evolve(built, plan=attrs.evolve(plan, loss=updates.watched_loss))
         with updates.hooked(by_name):

@@ -1,7 +1,8 @@
 """The loop: a stream of ticks that stages are composed onto, and its two ends.
 
-A stage maps :class:`Steps` to :class:`Steps`. Observers (:mod:`forgather_fn.stages`) look at ticks and never change the
-state; control (:mod:`forgather_fn.endings`) ends the stream. They act in the order in which they are written. What
+A stage maps :class:`Steps` to :class:`Steps`. Observers (:mod:`forgather_fn.stages`) look at ticks; changes
+(:mod:`forgather_fn.changes`) put another state in the place of a tick's; control (:mod:`forgather_fn.endings`) ends the
+stream. They act in the order in which they are written. What
 observers want of a step is known before it runs, so that a step that nobody looks at never waits for the device.
 """
 
@@ -16,7 +17,8 @@ import attrs
 
 from forgather_fn import interrupt
 from forgather_fn.data import Stream
-from forgather_fn.plan import Metrics, Program
+from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.reducers import Control
 from forgather_fn.state import TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World
 
@@ -24,6 +26,21 @@ Clock = Callable[[], float]
 Data = Iterable[Any] | Stream
 """What a run is trained on: a stream, which starts anywhere, or any iterable of batches, which starts where it does."""
 Batch = TypeVar("Batch")
+
+
+@attrs.define(eq=False)
+class Course:
+    """Where an open stream stands: the one thing that stages may replace between two steps.
+
+    Attributes:
+        state: What the next step consumes.
+        controls: What is made of results as they are found; see :class:`~forgather_fn.reducers.Control`.
+        found: The names of all results so far.
+    """
+
+    state: TrainState
+    controls: tuple[Control, ...]
+    found: set[str] = attrs.field(factory=set)
 
 
 @attrs.frozen(eq=False)
@@ -35,12 +52,14 @@ class Run:
         data: What it is trained on.
         started: The step at which the stream began.
         horizon: The step at which the run ends, where a stage downstream knows it.
+        course: Where it stands.
     """
 
     program: Program
     data: Data
     started: int
     horizon: int | None
+    course: Course
 
     def epoch(self, samples: int) -> float | None:
         """Tell how many passes over the data a number of samples is; None where its length is not known."""
@@ -66,6 +85,51 @@ class Tick:
     run: Run
     results: Mapping[str, float] = attrs.field(factory=dict)
 
+    def changed(self, state: TrainState) -> "Tick":
+        """Put another state in the place of this one: what comes later sees it, and the next step consumes it.
+
+        Several processes change theirs alike, at the same tick.
+
+        Args:
+            state: It shares tensors with this tick's state, or has its own; this tick's is consumed then.
+
+        Raises:
+            ValueError: The position is another (step, samples, seed, data), which the open stream would not follow; or
+                this is not the tick that the stream stands at.
+        """
+        course, mine = self.run.course, self.state
+        if course.state is not mine:
+            raise ValueError(
+                f"the stream stands at step {course.state.step} and another state than this tick's, of step "
+                f"{mine.step}: a state is changed when its tick has just been made, by one stage after the other"
+            )
+        if _position(state) != _position(mine):
+            raise ValueError(
+                f"a change between two steps leaves the position as it is: {_position(mine)}; got {_position(state)}"
+            )
+        if not state.shares(mine) and not mine.consumed:
+            mine.consume(f"a change after step {mine.step}")
+        state.read()
+        course.state = state
+        return attrs.evolve(self, state=state)
+
+    def found(self, results: Mapping[str, float]) -> "Tick":
+        """Add results, and let what reacts to them do so: schedules of the plan, and stages downstream."""
+        tick = attrs.evolve(self, results={**self.results, **results})
+        course = self.run.course
+        course.found.update(results)
+        for control in course.controls:
+            if control.metric in results:
+                number = float(self.run.program.world.broadcast(float(results[control.metric])))
+                controls = tick.state.controls
+                kept = control.reducer.add(control.kept(controls), number)
+                tick = tick.changed(tick.state.controlled({**controls, control.name: kept}))
+        return tick
+
+
+def _position(state: TrainState) -> tuple[Any, ...]:
+    return state.step, state.samples, state.seed, state.data, state.batch_size, state.cursor
+
 
 @attrs.frozen(eq=False)
 class Demand:
@@ -74,10 +138,12 @@ class Demand:
     Attributes:
         wants: For each observer, ``step -> names``: what it wants of the step that leads to that number.
         horizon: The step at which the stream will end, if known.
+        controls: What is to be made of results where they are found, so that whatever saves after that saves it too.
     """
 
     wants: tuple[Callable[[int], frozenset[str]], ...] = ()
     horizon: int | None = None
+    controls: tuple[Control, ...] = ()
 
     def at(self, step: int) -> frozenset[str]:
         """Join what all observers want of the step that leads to this number."""
@@ -86,6 +152,16 @@ class Demand:
     def wanting(self, wants: Callable[[int], frozenset[str]]) -> "Demand":
         """Add an observer's wants."""
         return attrs.evolve(self, wants=(*self.wants, wants))
+
+    def keeping(self, control: Control) -> "Demand":
+        """Add what a stage makes of results.
+
+        Raises:
+            ValueError: Another stage keeps something under the same name.
+        """
+        if any(one.name == control.name for one in self.controls):
+            raise ValueError(f"two stages keep something under controls[{control.name!r}]; leave one of them out")
+        return attrs.evolve(self, controls=(*self.controls, control))
 
     def ending(self, step: int | None) -> "Demand":
         """Add an end; the earliest counts."""
@@ -114,6 +190,7 @@ class Steps(Iterable[Tick]):
         open: ``demand -> iterator``; stages pass the demands from below on to the source.
         world: The processes that run it together.
         answers: What the observers so far can be asked for at any tick, by name: ``"save"``, ``"evaluate"``.
+        plan: What its steps are made of; None for ticks from elsewhere.
     """
 
     state: TrainState
@@ -121,6 +198,7 @@ class Steps(Iterable[Tick]):
     open: Callable[[Demand], Iterator[Tick]]
     world: World = ALONE
     answers: Mapping[str, tuple[Answer, ...]] = attrs.field(factory=dict)
+    plan: Plan | None = None
 
     def __iter__(self) -> Iterator[Tick]:
         """Run the stream; signals that ask it to end are heeded while it runs."""
@@ -166,7 +244,7 @@ def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
                 "least one sample"
             )
         state = attrs.evolve(state, data=fingerprint, batch_size=batch_size)
-    return Steps(state, data, lambda demand: _ticks(program, state, data, demand), program.world)
+    return Steps(state, data, lambda demand: _ticks(program, state, data, demand), program.world, plan=program.plan)
 
 
 def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> Iterator[Tick]:
@@ -177,15 +255,16 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     if isinstance(data, Stream) and data.total_samples is not None:
         left = data.count(state.samples, data.total_samples)
         demand = demand.ending(None if left is None else state.step + left)
-    run = Run(program, data, state.step, demand.horizon)
+    course = Course(state, (*program.plan.controls, *demand.controls))
+    run = Run(program, data, state.step, demand.horizon, course)
     batches = program.batches(state, data)
     agreed = program.world.polled()
     with _telling(program.world), closing(batches), contextlib.suppress(interrupt.Interrupted):
         if program.world.size == 1:  # several heed a signal together, after a step
             interrupt.check()
         for batch in batches:
-            state, metrics = program.step(state, batch, wants=demand.at(state.step + 1))
-            yield Tick(state, metrics, batch, run)
+            course.state, metrics = program.step(course.state, batch, wants=demand.at(course.state.step + 1))
+            yield Tick(course.state, metrics, batch, run)
             if number := agreed(interrupt.requested()):
                 interrupt.adopt(number)
                 return

@@ -17,7 +17,8 @@ from forgather_fn.metrics import Measure as Measure
 from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
 from forgather_fn.part import Part
-from forgather_fn.schedules import Schedule
+from forgather_fn.reducers import Control
+from forgather_fn.schedules import Reactive, Schedule
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.transforms import Transform
@@ -129,7 +130,8 @@ class Plan:
         model: A module, which keeps its values, or a function that builds one.
         loss: ``(outputs, batch) -> Mean``, or a mapping of named ones with ``"loss"`` among them.
         optimizer: Such as :func:`~forgather_fn.optim.adamw`.
-        schedule: ``step -> learning rate``, or a constant.
+        schedule: ``step -> learning rate``, or a constant; or one that reacts to results, such as
+            :func:`~forgather_fn.schedules.on_plateau`.
         transforms: What gradients pass through, in order.
         average: A running average of the parameters, such as :func:`~forgather_fn.average.ema`.
         microbatches: Into how many parts a batch is cut; their gradients are added exactly.
@@ -159,7 +161,7 @@ class Plan:
     model: nn.Module | ModelFactory
     loss: Loss = attrs.field(validator=_is_loss)
     optimizer: Optimizer = attrs.field(validator=_is_optimizer)
-    schedule: Schedule | float
+    schedule: Schedule | Reactive | float
     transforms: tuple[Transform, ...] = attrs.field(default=(), converter=_transforms)
     average: Average | None = attrs.field(default=None, validator=_is_average)
     microbatches: int = attrs.field(default=1, validator=_at_least_one)
@@ -186,6 +188,11 @@ class Plan:
             _check_in_backward(self)
         if self.unroll and self.compile is not True:
             raise ValueError("Plan: unroll=True says how a whole step is compiled; it needs compile=True")
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """What the plan makes of results; the states of its program have what is kept of each in ``controls``."""
+        return (self.schedule.control,) if isinstance(self.schedule, Reactive) else ()
 
     def describe(self) -> dict[str, str]:
         """Say, part by part, what the run is made of; the part of a plan that goes into checkpoints."""

@@ -66,6 +66,8 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
     names = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
 
     def stage(steps: Steps) -> Steps:
+        saves = "save" in steps.answers
+
         def opened(demand: Demand) -> Iterator[Tick]:
             ticks = steps.open(demand.wanting(lambda step: names if wants(step) else frozenset()) if names else demand)
             last: Tick | None = None
@@ -77,7 +79,9 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
                 try:
                     for tick in ticks:
                         last = tick
-                        yield _observed(tick, lifted) if due(tick) else tick
+                        if due(tick):
+                            tick = _observed(tick, lifted, saves)
+                        yield tick
                 except GeneratorExit:
                     _ended(last, lifted)
                     raise
@@ -89,19 +93,38 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
 
 
 def _ended(last: Tick | None, observers: Iterable[Observer]) -> None:
-    if last is not None and not last.state.consumed:
+    """Let observers look at the last tick, with the state as stages downstream have left it."""
+    if last is None:
+        return
+    newest = last.run.course.state
+    if newest is not last.state and newest.step == last.state.step:
+        last = attrs.evolve(last, state=newest)
+    if not last.state.consumed:
         for observer in observers:
             observer.end(last)
 
 
-def _observed(tick: Tick, observers: Iterable[Observer]) -> Tick:
+def _observed(tick: Tick, observers: Iterable[Observer], saves: bool) -> Tick:
+    """Let observers look one after the other; ``saves`` says whether one before them has saved this tick."""
     for observer in observers:
         found = None
         with contextlib.suppress(interrupt.Interrupted):  # an evaluation that was cut short; the stream ends after it
             found = observer.observe(tick)
+        if found and saves:
+            _check_order(tick, found)
         if found:
-            tick = attrs.evolve(tick, results={**tick.results, **found})
+            tick = tick.found(found)
+        saves = saves or "save" in observer.answers
     return tick
+
+
+def _check_order(tick: Tick, found: Iterable[str]) -> None:
+    for control in tick.run.course.controls:
+        if control.metric in found:
+            raise ValueError(
+                f"the result {control.metric!r} changes the state (controls[{control.name!r}]), and is found after "
+                "what saves: a checkpoint would not have it. Write ff.saved(...) after the observer that finds it"
+            )
 
 
 def every(steps: int, *observers: Observer | Observe) -> Stage:
@@ -173,7 +196,9 @@ def at_end(*observers: Observer | Observe) -> Stage:
     lifted = [_as_observer(observer) for observer in observers]
 
     def look(tick: Tick) -> None:
-        _observed(tick, lifted)
+        for observer in lifted:
+            with contextlib.suppress(interrupt.Interrupted):
+                tick = attrs.evolve(tick, results={**tick.results, **(observer.observe(tick) or {})})
         _ended(tick, lifted)
 
     def opened(steps: Steps) -> None:

@@ -143,7 +143,7 @@ class TrainState:
 
     @property
     def controls(self) -> Mapping[str, Any]:
-        """What reactive schedules keep."""
+        """What reducers keep (:mod:`forgather_fn.reducers`): plain numbers, which a step carries along unchanged."""
         return self.read().controls
 
     @property
@@ -185,6 +185,14 @@ class TrainState:
         arrays = self.read()
         self._ownership.take(where)
         return arrays
+
+    def controlled(self, controls: Mapping[str, Any]) -> "TrainState":
+        """Give a state with other controls that shares everything else with this one."""
+        return attrs.evolve(self, arrays=attrs.evolve(self.read(), controls=controls))
+
+    def shares(self, other: "TrainState") -> bool:
+        """Tell whether the step that consumes one of these states consumes the other too."""
+        return self._ownership is other._ownership
 
     def lend(self, wait: Callable[[], object]) -> None:
         """Let somebody read this state in the background: the step that consumes it calls ``wait`` first."""

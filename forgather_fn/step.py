@@ -181,7 +181,7 @@ def advance(
     """
     plan, arrays = built.plan, state.read()
     check_layout("this gradient", gradients.layout, built.binding.layout)
-    rates = rates_at(plan.schedule, plan.optimizer, state.step)
+    rates = rates_at(plan.schedule, plan.optimizer, state.step, arrays.controls)
     arrays, reports, _ = update_arrays(
         plan,
         arrays,

@@ -25,6 +25,7 @@ BASE = {
     "mean",
     "part",
     "random",
+    "reducers",
     "state",
     "terminal",
     "tree",
@@ -79,7 +80,7 @@ STEP = {
     "wanted",
     "workspace",
 }
-LOOP = {"endings", "loop", "observers", "stages"}
+LOOP = {"changes", "endings", "loop", "observers", "stages"}
 
 BELOW: Final[Mapping[str, set[str]]] = {
     "base": set(),

@@ -70,7 +70,8 @@ def controlled(inbox: Inbox) -> Stage:
                 raise
             control.ended()
 
-        return attrs.evolve(steps, open=opened)
+        # It saves where it stands: a change of the state after it would come too late, as after ff.saved.
+        return attrs.evolve(steps, open=opened, answers={"save": (), **steps.answers})
 
     return stage
 
@@ -136,7 +137,7 @@ class _Control:
         return tick
 
     def _saves(self, tick: Tick) -> "list[Future[Mapping[str, Any]]]":
-        answers = self.answers.get("save", (self._save_to_run,))
+        answers = self.answers.get("save") or (self._save_to_run,)
         return [_begun(answer, tick) for answer in answers]
 
     def _save_to_run(self, tick: Tick) -> "Future[Mapping[str, Any]]":

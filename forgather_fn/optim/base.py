@@ -11,7 +11,7 @@ from forgather_fn.describe import describe
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.hyper import NO_VALUES, Hyper, Values
-from forgather_fn.schedules import Schedule, rate
+from forgather_fn.schedules import Reactive, Schedule, rate
 
 OptState = Mapping[str, Any]
 
@@ -109,13 +109,15 @@ class Rates(NamedTuple):
         return {"learning_rate": self.learning_rate, **values}
 
 
-def rates_at(schedule: Schedule | float, optimizer: Optimizer, step: int) -> Rates:
+def rates_at(
+    schedule: Schedule | Reactive | float, optimizer: Optimizer, step: int, controls: Mapping[str, Any]
+) -> Rates:
     """Read all schedules at a step.
 
     Raises:
         ValueError: A value is not a finite number of at least 0, or a decay rate is not below 1.
     """
-    learning_rate = rate(schedule, step)
+    learning_rate = rate(schedule, step, controls)
     if not optimizer.schedules:
         return Rates(learning_rate)
     values = {name: rate(own, step) for name, own in optimizer.schedules.items()}

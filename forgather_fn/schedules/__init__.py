@@ -13,6 +13,7 @@ References are those of torch 2.13 and transformers 5.23; "to rounding" means wi
 """
 
 from forgather_fn.schedules.base import Curve as Curve
+from forgather_fn.schedules.base import Reactive as Reactive
 from forgather_fn.schedules.base import Schedule as Schedule
 from forgather_fn.schedules.base import half_cosine as half_cosine
 from forgather_fn.schedules.base import one_minus_sqrt as one_minus_sqrt
@@ -33,3 +34,4 @@ from forgather_fn.schedules.pieces import along as along
 from forgather_fn.schedules.pieces import joined as joined
 from forgather_fn.schedules.pieces import piecewise as piecewise
 from forgather_fn.schedules.pieces import scaled as scaled
+from forgather_fn.schedules.reactive import on_plateau as on_plateau

@@ -1,11 +1,15 @@
 """What schedules are, and what they are made of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+import attrs
 
 from forgather_fn.describe import describe, described
+from forgather_fn.reducers import Control, Kept
 
 
 class Schedule(Protocol):
@@ -13,6 +17,33 @@ class Schedule(Protocol):
 
     def __call__(self, step: int, /) -> float:
         """Give the value at a step, counted in optimizer updates from 0."""
+
+
+class Reaction(Protocol):
+    """Change the value of a schedule by what a reducer has kept of the results so far."""
+
+    def __call__(self, value: float, kept: Kept, /) -> float:
+        """Give the value that is used."""
+
+
+@attrs.frozen(repr=False)
+class Reactive:
+    """A schedule whose values depend on results of the run as well as on the step.
+
+    Attributes:
+        base: What it changes.
+        control: What it makes of the results; kept in ``state.controls``.
+        reaction: ``(value, kept) -> value``.
+        description: How it prints.
+    """
+
+    base: Schedule | float
+    control: Control
+    reaction: Reaction
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return self.description or f"Reactive({describe(self.reaction)})"
 
 
 class Curve(Protocol):
@@ -54,17 +85,35 @@ def one_minus_sqrt(progress: float, /) -> float:
     return 1.0 - math.sqrt(progress)
 
 
-def rate(schedule: Schedule | float, step: int) -> float:
+NO_CONTROLS: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+def rate(schedule: Schedule | Reactive | float, step: int, controls: Mapping[str, Any] = NO_CONTROLS) -> float:
     """Evaluate a schedule, or a constant number, at a step.
 
+    Args:
+        schedule: Which.
+        step: Optimizer steps begun.
+        controls: Those of the state, which schedules that react read.
+
     Raises:
-        ValueError: The value is not one finite number of at least 0.
+        ValueError: The value is not one finite number of at least 0; or the schedule reacts, and there is nothing to
+            react to.
 
     Example:
         >>> from forgather_fn.schedules import linear
         >>> rate(0.1, 7), rate(linear(peak=1.0, total=4), 1)
         (0.1, 0.75)
     """
+    if isinstance(schedule, Reactive):
+        name = schedule.control.name
+        if name not in controls:
+            raise ValueError(
+                f"{describe(schedule)} reads controls[{name!r}] of the state, which is not there. A schedule that "
+                "reacts is that of the plan, and written around others, not inside them; a state from before it was in "
+                'the plan is restored with without={"controls"}'
+            )
+        return float(schedule.reaction(rate(schedule.base, step), controls[name]))
     value = schedule(step) if callable(schedule) else schedule
     try:
         if math.isfinite(value) and value >= 0:

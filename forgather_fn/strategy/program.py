@@ -356,6 +356,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
         opt=plan.optimizer.init(params),
         transforms=transforms,
         ema=params.copy() if plan.average is not None else None,
+        controls={control.name: control.reducer.init() for control in plan.controls},
         loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
     binding.release()
