@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forgather_fn import tree
+from forgather_fn import reducers, tree
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.flat import Layout, layout_of, zeros
 from forgather_fn.gradient import Gradients
@@ -273,7 +273,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
                     gradients,
                     state,
                     params,
-                    rates=rates_at(plan.schedule, plan.optimizer, 0),
+                    rates=rates_at(plan.schedule, plan.optimizer, 0, reducers.begun(plan.controls)),
                     found_inf=torch.tensor(0.0),
                     step=0,
                     seed=0,
