@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from forgather_fn import tree
+from forgather_fn import reducers, tree
 from forgather_fn.allocations import Allocations
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.flat import Layout, layout_of, zeros
@@ -223,7 +223,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
     An optimizer that looks at a value cannot be run: it keeps what it begins with. Fused ones do, which need nothing.
     """
-    controls = plan.first_controls()
+    controls = reducers.begun(plan.controls)
     counting = Allocations()
     active = (True,) * len(layout.leaves)
     with FakeTensorMode(), torch.no_grad():

@@ -1,6 +1,6 @@
 """Gradients as a value: what a step computes, transforms change, and an optimizer uses up."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
 
@@ -20,6 +20,21 @@ class Summed(Protocol):
         ...
 
 
+@attrs.frozen(eq=False)
+class Spread:
+    """How a gradient is spread over processes, for what is to be known of all of it.
+
+    Attributes:
+        summed: Adds numbers up over the processes.
+        shards: Whether each has a shard of every parameter's gradient; else they have those of other parameters.
+        foreign: Names of parameters here that another process has too, and counts.
+    """
+
+    summed: Summed
+    shards: bool
+    foreign: frozenset[str] = frozenset()
+
+
 @attrs.frozen(eq=False, repr=False)
 class Gradients(Mapping[str, Tensor]):
     """The gradient of one step, by the name of the parameter, before or after transforms.
@@ -37,8 +52,7 @@ class Gradients(Mapping[str, Tensor]):
         divisor: A scalar that every element is still to be divided by; fused optimizers do it on the way.
         known_norm: The 2-norm of the views, where it has been computed.
         reports: Named scalars that transforms report.
-        summed: Adds squares up over processes, where each has shards of every parameter's gradient.
-        measure: Computes the 2-norm, where each process has the gradients of other parameters.
+        spread: How it is spread over processes; None where each has all of it.
         cursor: Where the data goes on after their batch; see :class:`~forgather_fn.state.TrainState`.
     """
 
@@ -51,8 +65,7 @@ class Gradients(Mapping[str, Tensor]):
     divisor: Tensor | None = None
     known_norm: Tensor | None = None
     reports: Mapping[str, Tensor] = MappingProxyType({})
-    summed: Summed | None = None
-    measure: "Callable[[Gradients], Tensor] | None" = None
+    spread: Spread | None = None
     cursor: str | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -82,17 +95,30 @@ class Gradients(Mapping[str, Tensor]):
         """Compute the 2-norm of the views, a scalar in at least float32, and keep it as ``known_norm``."""
         if self.known_norm is not None:
             return self
-        if self.measure is not None:
-            return self._with(self.divisor, self.measure(self), self.reports)
         whole = self.whole()
-        if self.summed is not None:
-            widest = max((t.dtype for t in whole), key=lambda dtype: dtype.itemsize, default=torch.float32)
-            norm = self.summed(squares(whole).sum()).sqrt().to(widest if widest.itemsize > 4 else torch.float32)
+        if self.spread is not None:
+            wide = torch.float64 in self.layout.dtypes
+            norm = self.square_sums([self.views])[0].sqrt().to(torch.float64 if wide else torch.float32)
         elif len(whole) == 1:
             norm = torch.linalg.vector_norm(whole[0], dtype=torch.float32 if whole[0].dtype.itemsize < 4 else None)
         else:
             norm = get_total_norm([t.float() if t.dtype.itemsize < 4 else t for t in whole])
         return self._with(self.divisor, norm, self.reports)
+
+    def square_sums(self, groups: Sequence[Collection[str]]) -> Tensor:
+        """Add up the squares of the views of some groups of parameters, over all processes; float64, one to a group."""
+        foreign = self.spread.foreign if self.spread is not None else ()
+        sums = [self._square_sum([name for name in names if name not in foreign]) for names in groups]
+        here = torch.stack(sums)
+        return here if self.spread is None else self.spread.summed(here)
+
+    def _square_sum(self, names: Collection[str]) -> Tensor:
+        if self.flat is not None and len(names) == len(self.layout.leaves):
+            return squares(self.flat.buffers).sum()
+        if not names:
+            whole = self.whole()
+            return torch.zeros((), dtype=torch.float64, device=whole[0].device if whole else None)
+        return squares([self.views[name] for name in names]).sum()
 
     def unmeasured(self) -> "Gradients":
         """Forget the norm, because the values may be changed in place."""
@@ -143,8 +169,7 @@ class Gradients(Mapping[str, Tensor]):
             divisor,
             norm,
             reports,
-            self.summed,
-            self.measure,
+            self.spread,
             self.cursor,
         )
 
@@ -182,19 +207,19 @@ class Gradients(Mapping[str, Tensor]):
         return self._with(None, None, self.reports)
 
 
-def norms(tensors: Mapping[str, Tensor], summed: Summed | None = None) -> dict[str, Tensor]:
+def norms(tensors: Mapping[str, Tensor], spread: Spread | None = None) -> dict[str, Tensor]:
     """Compute the 2-norm of each tensor, in at least float32.
 
     Args:
         tensors: Gradients or parameters, by name.
-        summed: Adds squares up over processes, where each has shards of every tensor.
+        spread: How they are spread over processes; None where each has all of them.
     """
-    if summed is None:
+    if spread is None or not spread.shards:
         return {
             name: torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
             for name, tensor in tensors.items()
         }
-    found = summed(squares(list(tensors.values()))).sqrt()
+    found = spread.summed(squares(list(tensors.values()))).sqrt()
     return {
         name: norm.to(tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32)
         for (name, tensor), norm in zip(tensors.items(), found, strict=True)

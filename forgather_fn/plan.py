@@ -194,10 +194,6 @@ class Plan:
         """What the plan makes of results; the states of its program have what is kept of each in ``controls``."""
         return (self.schedule.control,) if isinstance(self.schedule, Reactive) else ()
 
-    def first_controls(self) -> dict[str, Any]:
-        """Make what a first state has in ``controls``."""
-        return {control.name: control.reducer.init() for control in self.controls}
-
     def describe(self) -> dict[str, str]:
         """Say, part by part, what the run is made of; the part of a plan that goes into checkpoints."""
         model = self.model

@@ -21,7 +21,7 @@ from forgather_fn.data import Batch
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.fsdp import Fsdp
-from forgather_fn.gradient import Gradients, Summed, squares
+from forgather_fn.gradient import Gradients, Spread, Summed, squares
 from forgather_fn.mean import Mean
 from forgather_fn.random import key, reseed
 from forgather_fn.share import Parts, Share
@@ -80,6 +80,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
         summed: Adds numbers up over the processes.
     """
     flat: Flat
+    spread = Spread(summed, shards=True)
 
     def renew() -> None:
         nonlocal flat
@@ -94,7 +95,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
     def collect(samples: int, weight: Tensor | float, /) -> Gradients:
         active = tuple(leaf.name in fsdp.used for leaf in layout.leaves)
         views = {leaf.name: flat.alias(leaf.name) for leaf in layout.leaves}
-        return Gradients(layout, active, views, flat, samples, weight, summed=summed)
+        return Gradients(layout, active, views, flat, samples, weight, spread=spread)
 
     renew()
     return Workspace(clear, collect, renew, release=lambda: None, reserve=lambda elements: None)

@@ -245,7 +245,7 @@ def update_arrays(
         probe = norm if loss is None else norm + loss
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         begin()
-        updated = wanted.of_update(arrays.params, wants, gradients.summed) if wants else None
+        updated = wanted.of_update(arrays.params, wants, gradients.spread) if wants else None
         opt = optim.apply(
             plan.optimizer,
             gradients,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn.flat import Flat
-from forgather_fn.gradient import Gradients, Summed, norms
+from forgather_fn.gradient import Gradients, Spread, norms
 
 WANTS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -53,9 +53,9 @@ def of_gradients(gradients: Gradients, wants: Collection[str]) -> dict[str, Tens
     check_wants(wants)
     found: dict[str, Tensor] = {}
     if "gradient_norms" in wants:
-        found |= named("gradient_norms", norms(gradients, gradients.summed))
+        found |= named("gradient_norms", norms(gradients, gradients.spread))
     if "gradients" in wants:
-        if gradients.summed is not None or gradients.measure is not None:
+        if gradients.spread is not None:
             raise ValueError(
                 'a step was asked for "gradients", of which this process has a part only, since the model is in '
                 'shards or cut into stages; ask for "gradient_norms"'
@@ -64,7 +64,7 @@ def of_gradients(gradients: Gradients, wants: Collection[str]) -> dict[str, Tens
     return found
 
 
-def of_update(params: Flat, wants: Collection[str], summed: Summed | None) -> Callable[[], dict[str, Tensor]]:
+def of_update(params: Flat, wants: Collection[str], spread: Spread | None) -> Callable[[], dict[str, Tensor]]:
     """Begin to look at an update of parameters, in place.
 
     Returns:
@@ -75,10 +75,10 @@ def of_update(params: Flat, wants: Collection[str], summed: Summed | None) -> Ca
     def after() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         if "parameter_norms" in wants:
-            found |= named("parameter_norms", norms(params, summed))
+            found |= named("parameter_norms", norms(params, spread))
         if before is not None:
             torch._foreach_sub_(list(before.buffers), list(params.buffers))
-            found |= named("update_norms", norms(before, summed))
+            found |= named("update_norms", norms(before, spread))
         return found
 
     return after

@@ -1,7 +1,5 @@
 """A pipeline of one process, which has all stages."""
 
-import functools
-
 import attrs
 
 from forgather_fn.batch import owned
@@ -11,7 +9,7 @@ from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.machine import Machine
-from forgather_fn.pipeline.running import norm_over
+from forgather_fn.pipeline.running import over
 from forgather_fn.plan import Metrics
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
@@ -24,7 +22,7 @@ def proved(machine: Machine, share: Share) -> Execution:
     The norm is measured as over several processes, so that any number of them gives the same numbers.
     """
     base = eager(machine.built)
-    measure = functools.partial(norm_over, machine.line, frozenset())
+    spread = over(machine.line, frozenset())
 
     def prove(batch: Batch) -> None:
         if machine.flow is None:
@@ -33,7 +31,7 @@ def proved(machine: Machine, share: Share) -> Execution:
     def gradients(state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
         prove(batch)
         taken, buffers, means = base.gradients(state, batch)
-        return attrs.evolve(taken, measure=measure), buffers, means
+        return attrs.evolve(taken, spread=spread), buffers, means
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         taken, buffers, means = gradients(state, batch)

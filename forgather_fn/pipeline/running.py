@@ -12,7 +12,7 @@ from forgather_fn.batch import owned
 from forgather_fn.data import Batch
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat
-from forgather_fn.gradient import Gradients
+from forgather_fn.gradient import Gradients, Spread
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.line import Line
@@ -241,7 +241,7 @@ def _added(
         active=tuple(active),
         views=views,
         weight=means["loss"].weight,
-        measure=functools.partial(norm_over, line, ties.foreign),
+        spread=over(line, ties.foreign),
     ), means
 
 
@@ -267,16 +267,9 @@ def _learn(pipeline: Pipeline, found: Sequence[Mapping[str, Mean]], moving: bool
         raise ValueError(f"the loss names other means for some microbatches than for others: {sorted(kinds)}")
 
 
-def norm_over(line: Line, foreign: frozenset[str], gradients: Gradients) -> Tensor:
-    """Compute the norm over all stages: squares are added in float64, those of ``foreign`` on another process."""
-    leaves = gradients.layout.leaves
-    counted = tuple(on and leaf.name not in foreign for leaf, on in zip(leaves, gradients.active, strict=True))
-    assert gradients.flat is not None
-    pieces = gradients.flat.pieces(gradients.layout.runs(counted))
-    squares = [torch.linalg.vector_norm(piece, dtype=_WIDE).square() for piece in pieces]
-    device, dtypes = gradients.flat.buffers[0].device, gradients.layout.dtypes
-    total = line.summed(sum(squares, torch.zeros((), dtype=_WIDE, device=device)), line.group)
-    return total.sqrt().to(_WIDE if _WIDE in dtypes else torch.float32)
+def over(line: Line, foreign: frozenset[str]) -> Spread:
+    """Say how a gradient is spread over the stages of a line; another process counts those that are foreign."""
+    return Spread(lambda numbers: line.summed(numbers, line.group), shards=False, foreign=foreign)
 
 
 def _everywhere(pipeline: Pipeline, metrics: Metrics) -> Metrics:

@@ -1,6 +1,6 @@
 """What reducers are, and where what they keep lies."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import attrs
@@ -73,3 +73,8 @@ class Control:
         """Give what is kept so far: what a reducer begins with, where nothing is."""
         found: Kept = controls[self.name] if self.name in controls else self.reducer.init()
         return found
+
+
+def begun(controls: Iterable[Control]) -> dict[str, Kept]:
+    """Give what is kept of each before the first result, by name."""
+    return {control.name: control.reducer.init() for control in controls}

@@ -37,6 +37,7 @@ from forgather_fn.model import (
 )
 from forgather_fn.part import Part
 from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
+from forgather_fn.reducers import begun
 from forgather_fn.shards import Rows
 from forgather_fn.share import Share
 from forgather_fn.state import Arrays, TrainState, counter
@@ -356,7 +357,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
         opt=plan.optimizer.init(params),
         transforms=transforms,
         ema=params.copy() if plan.average is not None else None,
-        controls=plan.first_controls(),
+        controls=begun(plan.controls),
         loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
     binding.release()

@@ -10,5 +10,10 @@ from forgather_fn.transforms.base import TransformUpdate as TransformUpdate
 from forgather_fn.transforms.base import apply as apply
 from forgather_fn.transforms.base import chain as chain
 from forgather_fn.transforms.base import stateless as stateless
+from forgather_fn.transforms.centring import centralised as centralised
 from forgather_fn.transforms.clipping import clipped as clipped
+from forgather_fn.transforms.clipping import clipped_by_group as clipped_by_group
+from forgather_fn.transforms.clipping import clipped_by_unit as clipped_by_unit
+from forgather_fn.transforms.clipping import clipped_by_value as clipped_by_value
+from forgather_fn.transforms.noise import annealed as annealed
 from forgather_fn.transforms.noise import noise as noise

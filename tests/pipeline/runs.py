@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor
 
 import forgather_fn as ff
+from forgather_fn.gradient import Spread
 from tests.pipeline.models import MODELS, Model, words
 
 STEPS = 6
@@ -51,13 +51,9 @@ def run(program: ff.Program, steps: int = STEPS, state: ff.TrainState | None = N
     return Found({name: p.detach().clone() for name, p in state.params.items()}, metrics, evaluated)
 
 
-def wide_norm(gradients: ff.Gradients) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in gradients.whole()]).norm().float()
-
-
 def measured_in_float64(gradients: ff.Gradients, state: Any, **_: Any) -> tuple[ff.Gradients, Any]:
     """Measure on one device as a pipeline does, so that what remains is the order of sums of gradients."""
-    return attrs.evolve(gradients, measure=wide_norm), state
+    return attrs.evolve(gradients, spread=Spread(lambda numbers: numbers, shards=False)), state
 
 
 def single(name: str, changes: Mapping[str, Any]) -> Found:
