@@ -117,6 +117,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
     ),
     "without values": (True, {"model": without_values, "init": "by_name", "optimizer": last_is_frozen()}, 1e-12),
     "without values, entangled": (True, {"model": entangled, "init": "by_name"}, 1e-12),
+    "lion": (True, {"optimizer": ff.optim.lion(weight_decay=lambda step: 0.1 / (1 + step))}, 1e-12),
+    "schedule-free": (True, {"optimizer": ff.optim.schedule_free_adamw(weight_decay=0.1)}, 1e-12),
+    "lookahead": (True, {"optimizer": ff.optim.lookahead(ff.sgd(), steps=2)}, 1e-12),
     "bfloat16": (True, {"precision": "bfloat16"}, 1e-5),
     "float16": (True, {"precision": "float16"}, 1e-5),
 }

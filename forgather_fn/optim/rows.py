@@ -108,7 +108,7 @@ def _owners(layout: Layout, buffer: int, device: torch.device) -> tuple[tuple[in
     )
     unit = layout.unit(buffer)
     owners = torch.tensor([i for i in leaves for _ in range(layout.leaves[i].extent // unit)], device=device)
-    if not torch.compiler.is_compiling():
+    if type(owners) is Tensor and not torch.compiler.is_compiling():  # and not one that stands for a tensor
         known[buffer, device] = leaves, owners
     return leaves, owners
 

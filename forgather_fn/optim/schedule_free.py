@@ -76,7 +76,7 @@ def schedule_free_adamw(
         found_inf: Tensor,
         scheduled: Values = NO_VALUES,
     ) -> OptState:
-        beta2, good = valued(number, scheduled), applied(found_inf)
+        beta2, good = valued(number, scheduled), like(state["count"], applied(found_inf))
         state["count"].add_(good)
         state["highest_rate"].clamp_(min=learning_rate * good)
         weight = state["count"] ** power * state["highest_rate"] ** rate_power
