@@ -96,7 +96,7 @@ def test_an_error_comes_where_its_batch_is_due(threads: int) -> None:
 def test_draws_are_seen_and_refused() -> None:
     with pytest.raises(ValueError, match="drew from a global random generator"):
         next(ff.batches(Noise(9), batch_size=2, threads=2).start(0, 0))
-    with pytest.raises(ValueError, match="threads with random=True.*workers=1"):
+    with pytest.raises(ValueError, match=r"threads with random=True.*workers=1"):
         ff.batches(Noise(9), batch_size=2, threads=1, random=True)
     with pytest.raises(ValueError, match="workers=1 and threads=1"):
         ff.batches(Squares(9), batch_size=2, threads=1, workers=1)
