@@ -71,3 +71,24 @@ def test_a_plain_batch_leaves_no_cursor() -> None:
     assert state.copy().cursor == batch.cursor
     state, _ = program.step(state, (torch.zeros(2, 5), torch.tensor([0, 1])))
     assert state.cursor is None
+
+
+def test_a_state_of_several_models_keeps_the_cursor(tmp_path: Path) -> None:
+    plan = ff.Plan(model=specimens.mlp, loss=ff.losses.cross_entropy, optimizer=ff.sgd(), schedule=0.1)
+
+    def step(programs: Any, states: Any, batch: Any) -> Any:
+        states["one"], metrics = programs["one"].step(states["one"], batch)
+        return states, metrics
+
+    def program() -> ff.Program:
+        return ff.joined({"one": plan, "other": plan}, step)
+
+    made = program()
+    ticks = ff.every(2, ff.saved(tmp_path))(made.steps(made.init(0), iterated(Source())))
+    expected = ff.last(ff.until(steps=4)(ticks))
+    assert expected.cursor is not None
+    again = program()
+    found = ff.last(
+        ff.until(steps=4)(again.steps(again.restore(tmp_path / "checkpoints" / "checkpoint-2"), iterated(Source())))
+    )
+    assert ff.difference(expected, found) is None
