@@ -23,6 +23,7 @@ ROWS: Final = {
     "control": "benchmarks.control",
     "scaling": "benchmarks.scaling",
     "pipeline": "benchmarks.pipeline",
+    "data": "benchmarks.data",
     "memory": "benchmarks.memory",
     "import": "benchmarks.startup",
     "checkpoint": "benchmarks.checkpoint",

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from forgather_fn import adapters as adapters
+from forgather_fn import data as data
 from forgather_fn import losses as losses
 from forgather_fn import metrics as metrics
 from forgather_fn import optim as optim

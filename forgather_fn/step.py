@@ -200,7 +200,7 @@ def advance(
     return following(state, arrays, gradients.samples), {**means, **reports, **rates.metrics()}
 
 
-def following(state: TrainState, arrays: Arrays, samples: int) -> TrainState:
+def following(state: TrainState, arrays: Arrays, samples: int, cursor: str | None = None) -> TrainState:
     """Make the state after a step: the counters of the host, and what the step has left on the device."""
     return TrainState(
         step=state.step + 1,
@@ -208,6 +208,7 @@ def following(state: TrainState, arrays: Arrays, samples: int) -> TrainState:
         seed=state.seed,
         data=state.data,
         batch_size=state.batch_size,
+        cursor=cursor,
         arrays=arrays,
     )
 

@@ -70,6 +70,14 @@ def test_the_other_rows_run(tmp_path: Path) -> None:
     assert bool(gpu["results"]) == torch.cuda.is_available()
 
 
+def test_the_data_row_runs() -> None:
+    command = [sys.executable, "-m", "benchmarks", "data", "--quick"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    for data in ("no: batches made before", "DataLoader, 2 workers", "in 1 thread", "in 2 threads", "in 2 workers"):
+        assert data in ended.stdout
+
+
 def test_an_unknown_row_is_named_by_the_command() -> None:
     command = [sys.executable, "-m", "benchmarks", "speed"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)

@@ -12,6 +12,7 @@ from forgather_fn.data.masks import block_mask as block_mask
 from forgather_fn.data.masks import flash_arguments as flash_arguments
 from forgather_fn.data.mixing import Mixture as Mixture
 from forgather_fn.data.mixing import mixture as mixture
+from forgather_fn.data.order import Ordering as Ordering
 from forgather_fn.data.packing import Packed as Packed
 from forgather_fn.data.packing import best_fit as best_fit
 from forgather_fn.data.packing import packed as packed
@@ -19,5 +20,4 @@ from forgather_fn.data.resumable import Reader as Reader
 from forgather_fn.data.resumable import Resumable as Resumable
 from forgather_fn.data.resumable import counted as counted
 from forgather_fn.data.sizes import rampup as rampup
-from forgather_fn.data.stream import VERSION as VERSION
 from forgather_fn.data.stream import Stream as Stream

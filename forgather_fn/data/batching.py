@@ -1,6 +1,7 @@
 """Streams of batches, described in one call."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, Final, get_args
 
 from torch.utils.data import default_collate
@@ -152,4 +153,5 @@ def _check_integers(least: int, **given: int) -> None:
 def _check_names(known: tuple[str, ...], **given: str) -> None:
     for name, value in given.items():
         if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, known))}")
+            near = get_close_matches(str(value), known, n=len(known), cutoff=0.0)
+            raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, near))}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn import tree
-from forgather_fn.data import Batch, IndexedStream
+from forgather_fn.data import Batch, IndexedStream, IteratedStream, Stream
 from forgather_fn.data.fetch import Indices
 from forgather_fn.loop import Tick
 from forgather_fn.plan import Plan
@@ -27,7 +27,7 @@ _BLOCK: Final = 1 << 20
 _BY_IDENTITY: Final[Any] = object.__eq__
 
 
-def check_data(stream: IndexedStream, *, plan: Plan | None = None, batches: int = 5, seed: int = 0) -> None:
+def check_data(stream: Stream, *, plan: Plan | None = None, batches: int = 5, seed: int = 0) -> None:
     """Check that each epoch is a permutation, and that nothing but the seed decides which samples come when.
 
     The first two epochs are looked up in whole (eight bytes a sample); where parts of the dataset have epochs of their
@@ -52,6 +52,11 @@ def check_data(stream: IndexedStream, *, plan: Plan | None = None, batches: int 
         >>> import torch, forgather_fn as ff
         >>> check_data(ff.batches(torch.arange(10.0), batch_size=4))
     """
+    if isinstance(stream, IteratedStream):
+        raise ValueError(
+            "data: the samples of this stream are read one after the other and have no number; that it is taken up "
+            "where it was left is checked by check_resume(plan, stream)"
+        )
     if not isinstance(stream, IndexedStream):
         raise ValueError(
             f"data: expected a stream as ff.batches(dataset, batch_size=...) makes it, got a {type(stream).__name__}"

@@ -264,8 +264,8 @@ def test_description_leaves_the_data_out() -> None:
         ({"epochs": 1.5}, r"epochs=1\.5: expected an integer"),
         ({"workers": -1}, "workers=-1"),
         ({"prefetch": 0}, "prefetch=0"),
-        ({"order": "random"}, "order='random' is unknown: expected one of 'shuffled', 'torch', 'sequential'"),
-        ({"last": "keep"}, "last='keep' is unknown: expected one of 'span', 'ragged', 'drop'"),
+        ({"order": "random"}, "order='random' is unknown: expected one of 'torch', 'shuffled', 'sequential'"),
+        ({"last": "keep"}, "last='keep' is unknown: expected one of 'span', 'drop', 'ragged'"),
         ({"last": "drop", "batch_size": 11}, "leaves nothing of 10 samples in batches of 11: .* last='span'"),
     ],
 )
