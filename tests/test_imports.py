@@ -22,6 +22,7 @@ BASE = {
     "flat",
     "hyper",
     "interrupt",
+    "layout",
     "mean",
     "part",
     "random",
