@@ -13,6 +13,8 @@ from forgather_fn import schedules as schedules
 from forgather_fn import transforms as transforms
 from forgather_fn.adapters import lora as lora
 from forgather_fn.average import ema as ema
+from forgather_fn.average import power_ema as power_ema
+from forgather_fn.average import swa as swa
 from forgather_fn.changes import changing as changing
 from forgather_fn.changes import folded as folded
 from forgather_fn.changes import rollback as rollback
@@ -52,6 +54,7 @@ from forgather_fn.state import ConsumedStateError as ConsumedStateError
 from forgather_fn.state import NonFiniteError as NonFiniteError
 from forgather_fn.state import TrainState as TrainState
 from forgather_fn.state import difference as difference
+from forgather_fn.statistics import refreshed_statistics as refreshed_statistics
 from forgather_fn.strategy.joined import joined as joined
 from forgather_fn.strategy.pipelined import pipelined as pipelined
 from forgather_fn.strategy.single import single as single

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 import forgather_fn as ff
-from tests.toys import classifier, labelled, labelled_batches, program
+from tests.toys import Noisy, classifier, labelled, labelled_batches, program
 
 
 @pytest.mark.parametrize(
@@ -65,3 +67,137 @@ def test_an_average_of_ones_own():
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ValueError, match=r"ema: decay must be in \[0, 1\), got"):
         ff.ema(decay)
+
+
+def averages(average, steps=12, **changes):
+    """Train, and give the parameters after each update, the average after each, and the last state."""
+    made = program(classifier(torch.float64), average=average, **changes)
+    state, params, found = made.init(0), [], []
+    for batch in labelled_batches(steps, dtype=torch.float64):
+        state, _ = made.step(state, batch)
+        params.append({name: tensor.clone() for name, tensor in state.params.items()})
+        found.append({name: tensor.clone() for name, tensor in state.ema.items()})
+    return params, found, made, state
+
+
+def assert_close(found, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-13, rtol=1e-12)
+
+
+def test_a_warm_up_begins_with_small_decays():
+    params, found, _, _ = averages(ff.ema(0.3, warmup=True))
+    expected = {name: tensor.detach().clone() for name, tensor in classifier(torch.float64).named_parameters()}
+    for step, (now, average) in enumerate(zip(params, found, strict=True), start=1):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = {name: decay * tensor + (1 - decay) * now[name] for name, tensor in expected.items()}
+        assert_close(average, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 6.94])
+def test_the_power_profile_is_the_published_one(gamma):
+    params, found, _, _ = averages(ff.power_ema(gamma))
+    # The weight of the parameters after update s in the average after update t is that of the profile, in closed form.
+    for t in range(1, 13):
+        betas = [(1 - 1 / s) ** (gamma + 1) for s in range(1, t + 1)]
+        weights = [(1 - betas[s]) * math.prod(betas[s + 1 :]) for s in range(t)]
+        assert sum(weights) == pytest.approx(1.0)
+        expected = {n: sum(w * p[n] for w, p in zip(weights, params, strict=False)) for n in params[0]}
+        assert_close(found[t - 1], expected)
+        if gamma == 0:
+            assert weights == pytest.approx([1 / t] * t)
+
+
+@pytest.mark.parametrize(("start", "every"), [(1, 1), (4, 3), (5, 2), (100, 1)])
+@pytest.mark.parametrize("changes", [{}, {"compile": True, "backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_swa_is_the_average_of_torch(start, every, changes):
+    params, found, _, _ = averages(ff.swa(start=start, every=every), **changes)
+    model = classifier(torch.float64)
+    theirs = torch.optim.swa_utils.AveragedModel(model)
+    for step, (now, average) in enumerate(zip(params, found, strict=True), start=1):
+        model.load_state_dict(now)
+        if step >= start and (step - start) % every == 0:
+            theirs.update_parameters(model)
+        assert_close(average, dict(theirs.module.named_parameters()) if step >= start else now)
+
+
+@pytest.mark.parametrize("average", [ff.ema(0.5, warmup=True), ff.power_ema(2.0), ff.swa(start=2)], ids=repr)
+def test_steps_that_are_left_out_do_not_count(average):
+    batches = labelled_batches(6)
+    bad = batches[2][0] * math.nan, batches[2][1]
+    changes = {"average": average, "on_nonfinite": "skip", "schedule": 1e-2}
+    made = program(classifier(), **changes)
+    with_bad = ff.fold(made.step, made.init(0), [*batches[:2], bad, *batches[3:]])
+    plain = program(classifier(), **changes)
+    without = ff.fold(plain.step, plain.init(0), [*batches[:2], *batches[3:]])
+    for name, tensor in without.ema.items():
+        assert torch.equal(with_bad.ema[name], tensor)
+
+
+@pytest.mark.parametrize("average", [ff.ema(0.9, warmup=True), ff.swa(start=2)], ids=repr)
+def test_others_are_evaluated_and_exported_as_ema(average):
+    _, _, made, state = averages(average)
+    exported = made.export(state, params="ema")
+    assert all(torch.equal(tensor, state.ema[name]) for name, tensor in exported.named_parameters())
+    assert any(not torch.equal(tensor, state.params[name]) for name, tensor in exported.named_parameters())
+    features, labels = labelled(9, dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(exported(features), labels).item()
+    found = made.evaluate(state, [(features, labels)], params="ema")["loss"]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+class TestRefreshedStatistics:
+    def test_they_are_those_of_torch(self):
+        made = program(Noisy(), average=ff.swa(start=2))
+        state = ff.fold(made.step, made.init(0), labelled_batches(4))
+        before = state.copy()
+        model = made.export(state, params="ema")
+        batches = labelled_batches(5)
+        torch.optim.swa_utils.update_bn([rows for rows, _ in batches], model)
+        refreshed = ff.refreshed_statistics(made, state, batches)
+        assert ff.difference(before, state) is None
+        for name, buffer in model.named_buffers():
+            if name != "seen":  # which is no statistic of a batch norm
+                assert torch.equal(refreshed.buffers[name], buffer)
+        assert torch.equal(refreshed.buffers["seen"], state.buffers["seen"])
+        assert not torch.equal(refreshed.buffers["body.1.running_mean"], state.buffers["body.1.running_mean"])
+        features, _ = labelled(6)
+        assert torch.equal(made.apply(refreshed, features, params="ema"), _evaluating(model, features))
+
+    def test_a_stream_is_read_once_in_order(self):
+        made = program(Noisy(), average=ff.swa(start=1))
+        state = ff.fold(made.step, made.init(0), labelled_batches(2))
+        rows, labels = labelled(12)
+        stream = ff.batches((rows, labels), batch_size=6)
+        one = ff.refreshed_statistics(made, state, stream)
+        other = ff.refreshed_statistics(made, state, [(rows[:6], labels[:6]), (rows[6:], labels[6:])])
+        assert ff.difference(one, other) is None
+
+    def test_a_model_without_batch_norms_is_refused(self):
+        made = program(classifier(), average=ff.swa(start=1))
+        with pytest.raises(ValueError, match="Sequential has no batch norm"):
+            ff.refreshed_statistics(made, made.init(0), labelled_batches(1))
+
+    def test_data_that_are_no_sequences_are_refused(self):
+        made = program(Noisy(), average=ff.swa(start=1))
+        with pytest.raises(ValueError, match="a tensor in a tuple or list; got dict"):
+            ff.refreshed_statistics(made, made.init(0), [{"x": torch.zeros(2, 5)}])
+
+
+def _evaluating(model, features):
+    with torch.no_grad():
+        return model.eval()(features)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ff.swa(start=0), "start and every must be at least 1"),
+        (lambda: ff.swa(start=1, every=0), "start and every must be at least 1"),
+        (lambda: ff.power_ema(-1.0), "gamma must be a finite number of at least 0"),
+        (lambda: ff.power_ema(math.nan), "gamma must be a finite number of at least 0"),
+    ],
+)
+def test_numbers_of_other_averages_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -83,7 +83,7 @@ STEP = {
     "wanted",
     "workspace",
 }
-LOOP = {"changes", "endings", "loop", "observers", "stages"}
+LOOP = {"changes", "endings", "loop", "observers", "stages", "statistics"}
 
 BELOW: Final[Mapping[str, set[str]]] = {
     "base": set(),
