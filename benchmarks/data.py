@@ -17,8 +17,9 @@ from benchmarks.table import Reach, Table
 from benchmarks.task import Batch, Rows, Task
 
 ROUNDS: Final = 9
-SLEEP: Final = 0.004
-"""Seconds that a sample takes, as one from a disk or a network does: no work, but waiting."""
+SLEEP: Final = 0.01
+"""Seconds that a sample takes, as one from a disk or a network does: waiting, not work. A batch "
+"takes what a step does."""
 
 TASK = Task(name="3.3 M parameters in 54 tensors", shape=models.LARGE, batch_size=4, warmup=4, steps=15)
 LIMIT: Final = 1.1

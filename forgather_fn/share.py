@@ -54,6 +54,18 @@ class Share:
         each = self.microbatches // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
+    def check(self, samples: int, *, ragged: bool) -> None:
+        """Make sure that a batch has a sample for each microbatch, unless an epoch ends with it.
+
+        Raises:
+            ValueError: It has not.
+        """
+        if samples < self.microbatches and not ragged:
+            raise ValueError(
+                f"microbatches={self.microbatches}, but the batch has {samples} samples: each microbatch needs at "
+                "least one. Use a larger batch_size or fewer microbatches."
+            )
+
     def rows(self, samples: int) -> list[slice]:
         """Give the rows of a batch that each microbatch of this process is; those without rows are left out.
 

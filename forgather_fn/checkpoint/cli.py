@@ -118,4 +118,5 @@ def _tell(result: Replay) -> None:
     norms = {name: value for name, value in result.metrics.items() if name.startswith("grad_norm/")}
     for name, value in sorted(norms.items(), key=lambda item: -item[1]):
         print(f"    {value:12.6g}  {name.removeprefix('grad_norm/')}")
-    print(f"  samples: {' '.join(map(str, result.indices))}")
+    if result.indices is not None:
+        print(f"  samples: {' '.join(map(str, result.indices))}")

@@ -22,13 +22,13 @@ class Replay:
     Attributes:
         step: Its number: how many batches had been consumed before it.
         restored: The checkpoint from which it was reached; None for the first state, which a factory's model has anew.
-        indices: Which samples of the dataset it consumed.
+        indices: Which samples of the dataset it consumed; None if they have no numbers, since it is read in sequence.
         metrics: Its loss, norms and learning rate, with the norm of each parameter's gradient.
     """
 
     step: int
     restored: Path | None
-    indices: tuple[int, ...]
+    indices: tuple[int, ...] | None
     metrics: Mapping[str, float]
 
 
@@ -59,5 +59,7 @@ def replay(program: Program, run: str | Path, data: Stream, *, step: int) -> Rep
     for tick in until(steps=step + 1)(look(program.steps(state, data))):
         if tick.state.step == step + 1:
             metrics = {name: float(value) for name, value in tick.metrics.items()}
-            return Replay(step, nearest.path if earlier else None, tuple(int(i) for i in tick.batch.indices), metrics)
+            found = tick.batch.indices
+            indices = None if found is None else tuple(int(i) for i in found)
+            return Replay(step, nearest.path if earlier else None, indices, metrics)
     raise ValueError(f"{run}: the stream ends before step {step}")

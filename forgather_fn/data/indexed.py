@@ -225,6 +225,8 @@ class IndexedStream(Stream):
                 own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
                 data = own[0] if share is None else Parts(tuple(own), share.block.start)
                 ragged = count < self._size(request.start)
+                if share is not None:
+                    share.check(count, ragged=ragged)
                 yield Batch(data, count, request.indices, ragged=ragged, varies=self._varies)
 
     @property

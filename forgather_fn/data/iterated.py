@@ -12,7 +12,7 @@ import torch
 
 from forgather_fn.data.batch import Batch
 from forgather_fn.data.fetch import Collate
-from forgather_fn.data.loading import MSG_DRAWN, Generators, Request, reseed
+from forgather_fn.data.loading import MSG_DRAWN, Generators, Request, pinned, reseed
 from forgather_fn.data.resumable import Json, Reader, Resumable
 from forgather_fn.data.sizes import Sizes
 from forgather_fn.data.stream import VERSION, Last, Stream
@@ -112,12 +112,11 @@ class IteratedStream(Stream):
         return f"batches(<{self.source.name}>, {given})"
 
     def _batches(self, reading: "Reading", share: Share | None) -> Generator[Batch, None, None]:
-        pin_memory = self.pin_memory and torch.accelerator.is_available()
         nothing = np.empty(0, np.int64)
         requests = (Request(0, nothing, nothing, 0, first=number == 0) for number in itertools.count())
         fetch = attrs.evolve(reading, share=share)
         answers = (
-            in_threads(fetch, requests, threads=1, prefetch=self.prefetch, pin_memory=pin_memory)
+            in_threads(fetch, requests, threads=1, prefetch=self.prefetch, pin_memory=False)
             if self.threads
             else ((request, fetch[request]) for request in requests)
         )
@@ -216,12 +215,9 @@ class Reading:
         place, share = self.place, self.share
         place = Place(place.epoch, place.offset, place.samples + len(samples))
         state = None if self.reader is None else self.reader.state()
+        if share is not None:
+            share.check(len(samples), ragged=ragged)
         rows = [slice(len(samples))] if share is None else share.rows(len(samples))
-        if share is not None and len(samples) < share.microbatches and not ragged:
-            raise ValueError(
-                f"microbatches={share.microbatches}, but the batch has {len(samples)} samples: each microbatch needs "
-                "at least one"
-            )
         data = [self._collated(samples[part], first, part.start or 0) for part in rows]
         self.place = place
         return Batch(
@@ -236,7 +232,8 @@ class Reading:
     def _collated(self, samples: list[Any], first: tuple[int, int], row: int) -> Any:
         if self.stream.random:
             self._reseed("collate", *first, row)
-        return self.stream.collate(samples)
+        data = self.stream.collate(samples)
+        return pinned(data) if self.stream.pin_memory and torch.accelerator.is_available() else data
 
     def _reseed(self, stream: str, *which: int) -> None:
         reseed(key(self.seed, stream, *which))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data._utils.pin_memory import pin_memory as pinned  # what DataLoader itself calls: one rule for both
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from forgather_fn.data.fetch import Indices, Read
 from forgather_fn.random import key
@@ -200,6 +200,11 @@ def in_workers(
             if worker.is_alive():  # one that hangs: torch has sent it SIGTERM, which it does not heed
                 worker.kill()
                 worker.join()
+
+
+def pinned(data: Any) -> Any:
+    """Copy tensors to page-locked memory, by what DataLoader itself calls: one rule for both."""
+    return pin_memory(data)  # type: ignore[no-untyped-call]
 
 
 def _unchanged(data: Any) -> Any:

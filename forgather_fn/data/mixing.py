@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 from torch.utils.data import default_collate
 
-from forgather_fn.data.fetch import Collate, Given, Indices, Reseed, Source, collated, samples_of
+from forgather_fn.data.fetch import Collate, Given, Indices, Reseed, Samples, Source, collated, samples_of
 from forgather_fn.data.order import Order, Ordering, look_up
 from forgather_fn.data.permutation import permuted
 from forgather_fn.data.weights import Curriculum, Phases, phases
@@ -52,25 +52,8 @@ class Mixture:
     def source(self, collate: Collate | None) -> Source:
         """Say how a batch is read: samples of all sources, then one collate function for all."""
         joint = collate is not None or any(given.joint for given in self._given)
-        return Source(partial(collated, self.samples, collate or default_collate), self, joint)
-
-    def samples(self, indices: Indices, reseed: Reseed, /) -> list[Any]:
-        """Fetch samples, source by source, in the order that is asked for."""
-        found: list[Any] = [None] * len(indices)
-        sources = self.source_of(indices)
-        for number in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == number)
-
-            def reseed_row(stream: str, row: int, /, rows: Indices = rows) -> None:
-                reseed(stream, int(rows[row]))
-
-            for row, sample in zip(
-                rows.tolist(),
-                self._given[number].samples(indices[rows] - self.offsets[number], reseed_row),
-                strict=True,
-            ):
-                found[row] = sample if self.label is None else self._labelled(sample, number)
-        return found
+        samples = Gathered(self.names, self.offsets, self.label, tuple(given.samples for given in self._given))
+        return Source(partial(collated, samples, collate or default_collate), self, joint)
 
     def ordering(self, order: Order | Ordering) -> "Order | Ordering":
         """Say which sample comes when, given the order of each source.
@@ -81,6 +64,31 @@ class Mixture:
         if not isinstance(order, str):
             raise ValueError(f"order={order}: the sources of a mixture take 'shuffled', 'torch' or 'sequential'")
         return Mixed(self.names, self.lengths, self.weights, order)
+
+
+@attrs.frozen(eq=False)
+class Gathered:
+    """Fetches samples source by source; this is what goes to worker processes."""
+
+    names: tuple[str, ...]
+    offsets: Indices
+    label: str | None
+    sources: tuple[Samples, ...]
+
+    def __call__(self, indices: Indices, reseed: Reseed, /) -> list[Any]:
+        """Give samples in the order that is asked for."""
+        found: list[Any] = [None] * len(indices)
+        of = np.searchsorted(self.offsets, indices, side="right") - 1
+        for number in np.unique(of).tolist():
+            rows = np.flatnonzero(of == number)
+
+            def reseed_row(stream: str, row: int, /, rows: Indices = rows) -> None:
+                reseed(stream, int(rows[row]))
+
+            samples = self.sources[number](indices[rows] - self.offsets[number], reseed_row)
+            for row, sample in zip(rows.tolist(), samples, strict=True):
+                found[row] = sample if self.label is None else self._labelled(sample, number)
+        return found
 
     def _labelled(self, sample: Any, number: int) -> Any:
         if not isinstance(sample, Mapping) or self.label in sample:

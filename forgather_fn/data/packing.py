@@ -1,7 +1,7 @@
 """Documents of unequal length packed into rows of one length, without losing or doubling a token."""
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -113,19 +113,7 @@ def packed(
     """
     known = _measured(documents, length, lengths)
     ends = np.cumsum(known)
-
-    def layout(row: int) -> list[Piece]:
-        start, stop = row * length, min((row + 1) * length, int(ends[-1]))
-        pieces, document = [], int(np.searchsorted(ends, start, side="right"))
-        while start < stop:
-            begins = int(ends[document - 1]) if document else 0
-            ends_here = min(int(ends[document]), stop)
-            if ends_here > start:
-                pieces.append(Piece(document, start - begins, ends_here - begins))
-            start, document = max(start, ends_here), document + 1
-        return pieces
-
-    return Packed(documents, known, length, -(-int(ends[-1]) // length), pad, layout)
+    return Packed(documents, known, length, -(-int(ends[-1]) // length), pad, EndToEnd(ends, length))
 
 
 def best_fit(
@@ -151,12 +139,13 @@ def best_fit(
         >>> [rows[i]["input_ids"].tolist() for i in range(len(rows))]
         [[6, 7, 8, 9, 10], [1, 2, 3, 4, 5]]
     """
-    rows: list[list[Piece]] = []
+    known = _measured(documents, length, lengths)
+    cut = _longest_first(known, length)
     rooms: dict[int, list[int]] = {}  # rows by how many tokens they still take
     sizes: list[int] = []  # the keys of it, ascending
-    known = _measured(documents, length, lengths)
-    for piece in _longest_first(known, length):
-        size = piece.stop - piece.start
+    rows = np.empty(len(cut), np.int64)
+    count = 0
+    for number, size in enumerate((cut[:, 2] - cut[:, 1]).tolist()):
         place = bisect.bisect_left(sizes, size)
         if place < len(sizes):
             room = sizes[place]
@@ -164,14 +153,47 @@ def best_fit(
             if not rooms[room]:
                 del rooms[room], sizes[place]
         else:
-            room, row = length, len(rows)
-            rows.append([])
-        rows[row].append(piece)
+            room, row, count = length, count, count + 1
+        rows[number] = row
         if room > size:
             if room - size not in rooms:
                 bisect.insort(sizes, room - size)
             rooms.setdefault(room - size, []).append(row)
-    return Packed(documents, known, length, len(rows), pad, rows.__getitem__)
+    order = np.argsort(rows, kind="stable")
+    bounds = np.searchsorted(rows[order], np.arange(count + 1))
+    return Packed(documents, known, length, count, pad, Fitted(cut[order], bounds))
+
+
+@attrs.frozen(eq=False)
+class EndToEnd:
+    """The layout of documents one behind the other, by where each ends."""
+
+    ends: Indices
+    length: int
+
+    def __call__(self, row: int) -> list[Piece]:
+        """Find the pieces of a row."""
+        start, stop = row * self.length, min((row + 1) * self.length, int(self.ends[-1]))
+        pieces, document = [], int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begins = int(self.ends[document - 1]) if document else 0
+            ends = min(int(self.ends[document]), stop)
+            if ends > start:
+                pieces.append(Piece(document, start - begins, ends - begins))
+            start, document = max(start, ends), document + 1
+        return pieces
+
+
+@attrs.frozen(eq=False)
+class Fitted:
+    """A layout that was worked out: all pieces, int64, shape (pieces, 3), and where those of each row begin."""
+
+    pieces: Indices
+    bounds: Indices
+
+    def __call__(self, row: int) -> list[Piece]:
+        """Find the pieces of a row."""
+        return [Piece(*piece) for piece in self.pieces[self.bounds[row] : self.bounds[row + 1]].tolist()]
 
 
 def tokens_of(document: Any) -> Any:
@@ -183,13 +205,13 @@ def tokens_of(document: Any) -> Any:
     return document
 
 
-def _longest_first(lengths: Indices, length: int) -> Iterator[Piece]:
-    cut = [
-        Piece(document, start, min(start + length, size))
-        for document, size in enumerate(lengths.tolist())
-        for start in range(0, size, length)
-    ]
-    yield from sorted(cut, key=lambda piece: piece.start - piece.stop)
+def _longest_first(lengths: Indices, length: int) -> Indices:
+    """Cut documents into pieces of at most a row, and sort them by falling length."""
+    counts = -(-lengths // length)
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
+    stops = np.minimum(starts + length, lengths[documents])
+    return np.stack([documents, starts, stops], 1)[np.argsort(starts - stops, kind="stable")]
 
 
 def _measured(documents: Any, length: int, lengths: Any) -> Indices:

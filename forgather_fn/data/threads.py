@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from torch.utils.data._utils.pin_memory import pin_memory as pinned
-
-from forgather_fn.data.loading import Answers, Request
+from forgather_fn.data.loading import Answers, Request, pinned
 
 
 class Answered(Protocol):

@@ -92,3 +92,19 @@ def test_a_state_of_several_models_keeps_the_cursor(tmp_path: Path) -> None:
         ff.until(steps=4)(again.steps(again.restore(tmp_path / "checkpoints" / "checkpoint-2"), iterated(Source())))
     )
     assert ff.difference(expected, found) is None
+
+
+def test_a_step_of_it_is_replayed(tmp_path: Path) -> None:
+    plan = ff.Plan(model=specimens.mlp, loss=ff.losses.cross_entropy, optimizer=ff.sgd(), schedule=0.1)
+    program = ff.single(plan)
+    ticks = ff.every(2, ff.saved(tmp_path))(program.steps(program.init(0), iterated(Source())))
+    losses = [float(tick.metrics["loss"]) for tick in ff.until(steps=4)(ticks)]
+    found = ff.checkpoint.replay(ff.single(plan), tmp_path, iterated(Source()), step=3)
+    assert found.metrics["loss"] == losses[3]
+    assert found.indices is None
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned() -> None:
+    stream = ff.batches(lambda: iter(range(9)), batch_size=2, order="sequential", pin_memory=True, threads=1)
+    assert next(stream.start(0, 0)).data.is_pinned()

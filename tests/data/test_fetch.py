@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from forgather_fn import data
 from forgather_fn.data import batches
 from forgather_fn.data.loading import Fetch, Request, keyed, undrawn
 from tests.streams import Squares, columns, taken
@@ -108,10 +109,26 @@ def test_collate_gets_samples() -> None:
     ]
 
 
-@pytest.mark.parametrize("dataset", [columns(), [1, 2, 3], Squares(3)], ids=["columns", "list", "dataset"])
+DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        columns(),
+        [1, 2, 3],
+        Squares(3),
+        data.mixture({"one": [1, 2], "other": Squares(2)}, weights=lambda position: {"one": 1, "other": 2}),
+        data.packed(DOCUMENTS, length=3),
+        data.best_fit(DOCUMENTS, length=3),
+    ],
+    ids=["columns", "list", "dataset", "mixture", "packed", "best_fit"],
+)
 def test_fetching_is_pickled(dataset: Any) -> None:
     # As for workers that are spawned, not forked.
     request = Request(0, np.zeros(2, np.int64), np.array([2, 0]), seed=0, first=True)
+    if isinstance(dataset, data.Mixture):  # whose samples are numbers, and mappings
+        request = Request(0, np.zeros(2, np.int64), np.array([1, 0]), seed=0, first=True)
     for guard in (undrawn, keyed):
         fetch = Fetch(batches(dataset, batch_size=2)._source.read, guard)
         assert str(pickle.loads(pickle.dumps(fetch))[request]) == str(fetch[request])

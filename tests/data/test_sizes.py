@@ -125,4 +125,8 @@ def test_a_batch_needs_a_sample_for_each_microbatch() -> None:
     with pytest.raises(ValueError, match=r"microbatches=3, but batch_size=\{0: 2"):
         program.steps(program.init(0), ff.batches(values(11), batch_size=SCHEDULE))
     with pytest.raises(ValueError, match="microbatches=3, but the batch has 2 samples"):
+        next(ff.batches(values(11), batch_size=as_function).start(0, 0, Share(3)))
+    with pytest.raises(ValueError, match="microbatches=3, but the batch has 2 samples"):
+        next(ff.batches(lambda: iter(range(11)), batch_size=2, order="sequential").start(0, 0, Share(3)))
+    with pytest.raises(ValueError, match="microbatches=3, but the batch has 2 samples"):
         list(program.steps(program.init(0), ff.batches(values(11), batch_size=as_function, epochs=1)))
