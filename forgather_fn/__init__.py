@@ -63,6 +63,7 @@ from forgather_fn.transforms import stateless as stateless
 if TYPE_CHECKING:
     from forgather_fn import checkpoint as checkpoint
     from forgather_fn import control as control
+    from forgather_fn import diagnostics as diagnostics
     from forgather_fn import testing as testing
     from forgather_fn.checkpoint.saving import saved as saved
     from forgather_fn.control.serving import serve as serve
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 _WHEN_USED = {
     "checkpoint": "",
     "control": "",
+    "diagnostics": "",
     "testing": "",
     "saved": "checkpoint.saving",
     "accelerated": "strategy.accelerated",

@@ -90,6 +90,7 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "distributed": {"base"},
     "step": {"base", "recipe", "data"},
     "loop": {"base", "data", "report", "step"},
+    "diagnostics": {"base", "report", "step", "loop"},
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
     "pipeline": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint", "pipeline"},
