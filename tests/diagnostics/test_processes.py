@@ -75,6 +75,19 @@ def test_two_processes_see_what_one_does(two: Any, strategy: str, tmp_path: Path
     assert len(list((tmp_path / "two" / "histograms").iterdir())) == 1  # of the first process
 
 
+def used(strategy: str) -> list[float]:
+    program, now, found = STRATEGIES[strategy](plan()), iter(range(9)), []
+    looks = diagnostics.utilization(1.0, peak=12.0, clock=lambda: next(now))
+    note = ff.every(1, looks, lambda tick: found.append(tick.results.get("model_flops_utilization", 0.0)))
+    toolz.pipe(program.steps(program.init(seed=1), labelled_batches(3, dtype=torch.float64)), note, ff.last)
+    return found
+
+
+def test_two_devices_can_do_twice_as_much(two: Any) -> None:
+    assert used("single") == [0.0, 0.5, 0.5]
+    assert two.run(used, "replicated") == [[0.0, 0.25, 0.25]] * 2
+
+
 def refused(strategy: str) -> str:
     program = STRATEGIES[strategy](plan())
     state = program.init(seed=1)
