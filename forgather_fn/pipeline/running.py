@@ -280,4 +280,5 @@ def _everywhere(pipeline: Pipeline, metrics: Metrics) -> Metrics:
     told: dict[str, float] = {}
     for found in line.world.gather(own):
         told |= found
-    return {**metrics, **{name: torch.tensor(told[name]) for name in sorted(told)}}
+    dtype = pipeline.machine.built.dtype
+    return {**metrics, **{name: torch.tensor(told[name], dtype=dtype) for name in sorted(told)}}

@@ -29,6 +29,7 @@ def test_numbers_are_those_of_the_layers_called_by_hand(changes):
     state = made.init(0)
     for batch in labelled_batches(2):
         state, _ = made.step(state, batch)
+    made.evaluate(state, [labelled(6)])  # a graph that was made without hooks would go on without them
     found = activations(made, state, labelled(6, seed=7))
     expected = by_hand(made.export(state), labelled(6, seed=7)[0])
     assert list(found) == ["0", "1", "2", "3"]

@@ -119,8 +119,8 @@ def trained(sink, failing=False) -> None:
         if failing and tick.state.step == 2:
             raise RuntimeError("boom")
 
-    stages = ff.every(1, ff.report(sink)), ff.every(1, fail), ff.until(steps=3)
-    toolz.pipe(made.steps(made.init(0), labelled_batches(4)), *stages, ff.last)
+    stages = ff.every(1, ff.report(sink)), ff.every(1, fail)
+    toolz.pipe(made.steps(made.init(0), labelled_batches(3)), *stages, ff.last)
 
 
 @pytest.fixture(scope="module")
