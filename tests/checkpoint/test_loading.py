@@ -289,7 +289,7 @@ class TestMismatch:
             ({"schedule": 2e-2}, {"schedule"}),
             ({"loss": ff.losses.mse}, {"loss"}),
             ({"optimizer": ff.sgd(momentum=0.8)}, ["optimizer"]),
-            ({"transforms": (ff.clipped(1.0),), "schedule": 1.0}, ("transforms", "schedule")),
+            ({"average": ff.ema(0.9), "schedule": 1.0}, ("average", "schedule")),
         ],
     )
     def test_may_be_allowed(self, run, changes, allow):
