@@ -36,9 +36,10 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
+# Not with --quiet: what it does not say, --strict does not count.
 docs: .venv/.docs
 	$(BIN)/pytest tests/test_documents.py tests/website $(ARGS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'site/index.html'
 
 pictures: .venv/.dev

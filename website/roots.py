@@ -3,6 +3,7 @@
 On a code host the same files are read as they are, so nothing here may be needed to understand them.
 """
 
+import ast
 import posixpath
 import re
 from collections.abc import Callable
@@ -72,12 +73,17 @@ def unfolded(text: str, folder: Path) -> str:
         text: Markdown.
         folder: Where its scripts lie.
     """
-    names = list(dict.fromkeys(_SCRIPT.findall(text)))
-    shown = [
-        f"## {name}.py {{ #{name} }}\n\n```python\n{(folder / f'{name}.py').read_text(encoding='utf-8')}```\n"
-        for name in names
-    ]
-    return "\n".join([_SCRIPT.sub(r"](#\1)", text), *shown])
+    names = dict.fromkeys(_SCRIPT.findall(text))
+    return "\n".join([_SCRIPT.sub(r"](#\1)", text), *(_shown(folder / f"{name}.py") for name in names)])
+
+
+def _shown(script: Path) -> str:
+    """Make a section of a script: what its docstring says, and its code."""
+    code = script.read_text(encoding="utf-8")
+    words = ast.get_docstring(ast.parse(code)) or ""
+    lines = code.splitlines()[ast.parse(code).body[0].end_lineno if words else 0 :]
+    body = "\n".join(lines).strip("\n")
+    return f"## {script.name} {{ #{script.stem} }}\n\n{words}\n\n```python\n{body}\n```\n"
 
 
 def _outside_fences(text: str, change: Callable[[str], str]) -> str:

@@ -289,7 +289,7 @@ class TestMismatch:
             ({"schedule": 2e-2}, {"schedule"}),
             ({"loss": ff.losses.mse}, {"loss"}),
             ({"optimizer": ff.sgd(momentum=0.8)}, ["optimizer"]),
-            ({"transforms": (ff.clipped(1.0),), "schedule": 1.0}, ("transforms", "schedule")),
+            ({"average": ff.ema(0.9), "schedule": 1.0}, ("average", "schedule")),
         ],
     )
     def test_may_be_allowed(self, run, changes, allow):
@@ -398,6 +398,16 @@ class TestWithout:
         state = program.restore(run, without={"optimizer"})
         assert not state.opt["momentum"]["body.weight"].any()
         assert_equal(attrs.evolve(state, arrays=attrs.evolve(state.read(), opt=trajectory()[4].opt)), trajectory()[4])
+
+    def test_another_number_of_transforms_is_refused_unless_they_start_fresh(self, tmp_path):
+        program = small()
+        data = ff.batches(labelled_batches(1, 20)[0], batch_size=4)
+        run_to(2, program, program.init(0), data, ff.every(2, saved(tmp_path)))
+        clipping = ff.single(attrs.evolve(program.plan, transforms=(*program.plan.transforms, ff.clipped(1.0))))
+        with pytest.raises(CheckpointError, match=r"\d transforms, and the plan has \d: .*without=\{'transforms'\}"):
+            clipping.restore(tmp_path, allow={"transforms"})
+        state = clipping.restore(tmp_path, allow={"transforms"}, without={"transforms"})
+        assert run_to(3, clipping, state, data).step == 3
 
     def test_the_average_starts_from_the_weights(self, program, run):
         state = program.restore(run, without={"ema"})

@@ -48,6 +48,16 @@ def test_links_lead_to_files(page: str) -> None:
     assert [target for target in found if not ((ROOT / page).parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_contents_list_every_section_in_order(page: str) -> None:
+    text = re.sub(r"^ *(`{3,}).*?^ *\1", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    listed = re.findall(r"^- \[[^\]]+\]\(#([^)]+)\)$", text, re.MULTILINE)
+    sections = [
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.+)$", text, re.M)
+    ]
+    assert not listed or listed == sections
+
+
 def public(namespace: str) -> dict[str, object]:
     """Give what a module offers: what ``__all__`` says, or else each ``import X as X``; and what its modules offer."""
     module = importlib.import_module(namespace)

@@ -83,9 +83,14 @@ def test_contents_and_reasons_are_left_out() -> None:
 
 
 def test_scripts_are_shown_on_the_page_that_links_to_them(tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_text("x = 1\n")
-    text = roots.unfolded("[one](one.py), [again](one.py), [other](../one.py)\n", tmp_path)
-    assert text == ("[one](#one), [again](#one), [other](../one.py)\n\n## one.py { #one }\n\n```python\nx = 1\n```\n")
+    (tmp_path / "one.py").write_text('"""Do it.\n\nTwice.\n"""\n\nx = 1\n')
+    (tmp_path / "two.py").write_text("x = 2\n")
+    text = roots.unfolded("[one](one.py), [again](one.py), [two](two.py), [other](../one.py)\n", tmp_path)
+    assert text == (
+        "[one](#one), [again](#one), [two](#two), [other](../one.py)\n\n"
+        "## one.py { #one }\n\nDo it.\n\nTwice.\n\n```python\nx = 1\n```\n\n"
+        "## two.py { #two }\n\n\n\n```python\nx = 2\n```\n"
+    )
 
 
 def test_docstring_becomes_markdown() -> None:
