@@ -145,7 +145,10 @@ def _rank() -> int:
 
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    given = os.environ.get("RANK", "0")
+    if not re.fullmatch(r"[0-9]{1,9}", given):
+        raise ValueError(f"serve: RANK={given!r} in the environment: expected the number of this process")
+    return int(given)
 
 
 @contextlib.contextmanager
