@@ -92,7 +92,7 @@ def verify(path: str | Path) -> list[str]:
     Returns:
         What is wrong, empty if nothing is.
     """
-    path = Path(path)
+    path = system.path_of(path, "verify")
     try:
         manifest = manifests.read(path)
     except (CheckpointError, OSError) as error:
@@ -108,7 +108,7 @@ def added(checkpoint: Entry) -> list[str]:
 
 def root(run: str | Path) -> Path:
     """Give the directory that holds the checkpoints of a run."""
-    run = Path(run)
+    run = system.path_of(run, "checkpoints")
     return run / DIRECTORY if (run / DIRECTORY).is_dir() or not _holds_checkpoints(run) else run
 
 

@@ -18,6 +18,7 @@ from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.reading import UNREADABLE, read_tensors, rows_of
 from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import COUNTERS, STATE
+from forgather_fn.checkpoint.system import path_of
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.part import Part
 from forgather_fn.plan import Plan
@@ -60,7 +61,7 @@ def load(path: str | Path, rows: Rows | None = None) -> Loaded:
     Raises:
         CheckpointError: There is none, it is damaged, or of a newer version.
     """
-    path = Path(path)
+    path = path_of(path, "load")
     if (path / manifests.NAME).exists() or (catalog.matched(path) and not (path / catalog.DIRECTORY).exists()):
         return _load(path, rows)
     problems = []
@@ -187,8 +188,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _check_names(what: str, given: Collection[str], known: frozenset[str]) -> None:
-    unknown = sorted(set(given) - known)
-    if isinstance(given, str) or unknown:
+    names = isinstance(given, Collection) and not isinstance(given, str | bytes)
+    if not names or not all(isinstance(name, str) and name in known for name in given):
         raise ValueError(f"restore: {what}={given!r}: expected a set of names out of {sorted(known)}")
 
 
@@ -318,6 +319,10 @@ def load_weights(
         CheckpointError: A selected one is missing there, or has another shape; or none is selected. The state is not
             consumed then.
     """
+    if not isinstance(state, TrainState):
+        raise ValueError(f"load_weights takes a state, and the path of a checkpoint; got {type(state).__name__}")
+    if not callable(select):
+        raise ValueError(f"load_weights: select={select!r}: expected a function of a name that gives true or false")
     loaded = load(path)
     model, arrays = loaded.tensors["model"], state.read()
     aside = set(loaded.tensors.get("buffers", ()))

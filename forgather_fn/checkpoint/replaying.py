@@ -43,8 +43,10 @@ def replay(program: Program, run: str | Path, data: Stream, *, step: int) -> Rep
 
     Raises:
         CheckpointError: No whole checkpoint is that early, and the plan's model is no factory.
-        ValueError: The stream ends before.
+        ValueError: The stream ends before, or the step is less than 0.
     """
+    if step < 0:
+        raise ValueError(f"replay: step={step}: the first step is 0")
     whole = [entry for entry in list_checkpoints(run) if entry.whole and entry.manifest]
     earlier = [entry for entry in whole if entry.step <= step]
     if earlier:

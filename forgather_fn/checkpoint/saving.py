@@ -17,6 +17,7 @@ from forgather_fn.checkpoint.lock import locked
 from forgather_fn.checkpoint.rotation import Best, Policy
 from forgather_fn.checkpoint.shards import commit_parts
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
+from forgather_fn.checkpoint.system import path_of
 from forgather_fn.loop import Steps, Tick
 from forgather_fn.part import Part
 from forgather_fn.plan import Program
@@ -52,18 +53,21 @@ def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool =
         OSError: It could not be written; what was there before is as it was.
         PeerError: One of these happened on the first process.
     """
+    place = path_of(run, "save")
+    if not isinstance(state, TrainState):
+        raise ValueError(f"save takes a run directory, a state and its program; the state is a {type(state).__name__}")
     raise_if_nonfinite(state)
     part = program.part()
     if part is not None:
-        return _save_parts(Path(run), state, program, part, pinned)
+        return _save_parts(place, state, program, part, pinned)
     whole = _whole(program, state)
 
     def commit_here() -> Path:
         assert whole is not None
         taken, copy = snapshot(whole, program, None, {}, Memory() if whole is state else None)
         copy()
-        with locked(Path(run)):
-            return commit(open_session(Path(run)), taken, pinned=pinned)
+        with locked(place):
+            return commit(open_session(place), taken, pinned=pinned)
 
     return program.world.first(commit_here)
 
@@ -110,24 +114,27 @@ def saved(
         SaveError: At a later tick or at the end: saves have failed.
         ValueError: ``keep`` or ``failures`` is less than 1, or ``resumed_from`` is not there.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"saved: keep must be at least 1, or None to keep all; got {keep}")
-    if failures < 1:
-        raise ValueError(f"saved: failures must be at least 1; got {failures}")
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise ValueError(f"saved: keep must be an integer of at least 1, or None to keep all; got {keep!r}")
+    if type(failures) is not int or failures < 1:
+        raise ValueError(f"saved: failures must be an integer of at least 1; got {failures!r}")
+    if best is not None and not isinstance(best, str):
+        raise ValueError(f"saved: best={best!r}: expected the name of a result, such as 'eval_loss', or None")
     policy = Policy(
         keep=keep,
         best=Best(best, greater) if best else None,
         resumed_from=_resumed(resumed_from) if resumed_from else None,
     )
-    writer = _Writer(Path(run).resolve(), policy, async_, failures)
+    writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
     return Observer(
         writer.observe, open=writer.open, end=writer.end, close=writer.close, answers={"save": writer.answer}
     )
 
 
 def _resumed(path: str | Path) -> Path:
-    entry = catalog.entry(Path(path).resolve())
-    found = entry if entry.manifest else catalog.latest(Path(path).resolve())
+    place = path_of(path, "saved: resumed_from").resolve()
+    entry = catalog.entry(place)
+    found = entry if entry.manifest else catalog.latest(place)
     if found is None:
         raise ValueError(f"saved: resumed_from={str(path)!r}: there is no checkpoint")
     return found.path

@@ -15,6 +15,27 @@ CHUNK = 1 << 24
 """Bytes that one write takes at most, so that hashing and writing a large tensor go on side by side."""
 
 
+def path_of(given: str | os.PathLike[str], what: str) -> Path:
+    """Give a path that a user gave.
+
+    Args:
+        given: The path.
+        what: It is for, as messages call it: ``"load"``.
+
+    Raises:
+        ValueError: It is no path: of another type, empty, or with characters that no path has.
+    """
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        raise ValueError(f"{what}: expected the path of a directory, got {given!r}")
+    try:
+        odd = b"\0" in os.fsencode(given)
+    except UnicodeEncodeError:
+        odd = True
+    if odd:
+        raise ValueError(f"{what}: {str(given)!r} has characters that no path has")
+    return Path(given)
+
+
 def make_directory(path: Path, mode: int) -> None:
     """Make a new directory."""
     os.mkdir(path, mode)

@@ -42,6 +42,9 @@ def build(
         >>> build(parse("main: !call:dict {a: !var x, b: [!var x]}"), context={"x": 1})
         {'a': 1, 'b': [1]}
     """
+    if not isinstance(graph, Graph) or not isinstance(target, str) or not isinstance(context, Mapping):
+        given = ", ".join(type(one).__name__ for one in (graph, target, context))
+        raise ConfigError(f"build takes a graph, such as parse gives, a target's name and a mapping, got {given}")
     check_allow(allow)
     if target in graph.targets:
         _check_calls(graph, target, allow)

@@ -45,6 +45,8 @@ def parse(text: str) -> Graph:
         >>> graph.nodes
         (Scalar(value=1e-05), Call(kind='partial', target='torch.optim:AdamW', args=(), kwargs=(('lr', 0),), name=None))
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"parse takes text, such as render gives, got {type(text).__name__}")
     if len(text) > bounds.SOURCE:
         raise ConfigError(f"the text has {len(text):,} characters; at most {bounds.SOURCE:,} are allowed")
     try:

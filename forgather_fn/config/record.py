@@ -1,18 +1,20 @@
 """The record of a run: all that its configuration was, and what it ran on, in one file."""
 
 import hashlib
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
 from forgather_fn.checkpoint.commit import RECORD, RECORD_LIMIT
+from forgather_fn.checkpoint.system import read_file
 from forgather_fn.config.arguments import arguments
 from forgather_fn.config.dump import dump
 from forgather_fn.config.errors import ConfigError
@@ -164,12 +166,13 @@ def write(run: Path, record: Record) -> Path:
     text = json.dumps({"format": FORMAT, "version": VERSION, **attrs.asdict(record)}, indent=1, default=str)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            number = sum(1 for _ in run.glob("record-*.json")) + 1
-            path.rename(run / f"record-{number}.json")
         sibling = path.with_name(f".{NAME}.tmp")
-        sibling.touch(mode=0o600)  # as checkpoints: for the owner alone
-        sibling.write_text(text, encoding="utf-8")
+        sibling.unlink(missing_ok=True)  # a link, which someone may have laid there, is not written through
+        with open(os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # for the owner alone
+            file.write(text.encode())
+        if path.exists() and path.read_bytes() != text.encode():
+            numbers = itertools.count(1)
+            path.rename(next(one for n in numbers if not os.path.lexists(one := run / f"record-{n}.json")))
         sibling.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
@@ -184,7 +187,7 @@ def read(path: str | Path) -> Record:
     """
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     try:
-        with file.open("rb") as opened:
+        with read_file(file) as opened:
             fields = json.loads(opened.read(RECORD_LIMIT))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}; expected a run of forgather train") from None
@@ -198,7 +201,39 @@ def read(path: str | Path) -> Record:
     names = {field.name for field in attrs.fields(Record)}
     if names - fields.keys():
         raise ConfigError(f"{file} lacks {', '.join(sorted(names - fields.keys()))}")
+    odd = [name for name, is_right in _FIELDS.items() if not is_right(fields[name])]
+    if odd:
+        raise ConfigError(f"{file} is not a record of a run: {', '.join(odd)} cannot be what a run was made from")
     record = Record(**{name: fields[name] for name in names})
     if content_hash(parse(str(record.graph))) != record.hash:
         raise ConfigError(f"{file}: its graph was changed: the hash differs")
     return record
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _has(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Tell a mapping whose values are right; its keys are texts, as in all JSON."""
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+def _is_git(value: Any) -> bool:
+    return value is None or (_has(_is_plain)(value) and value.keys() >= {"revision", "dirty"})
+
+
+_FIELDS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("config", "target", "rendered", "graph", "hash"), _is_text),
+    **dict.fromkeys(("overrides", "templates", "versions"), _has(_is_text)),
+    "variables": lambda value: isinstance(value, dict),
+    "arguments": _has(_is_plain),
+    "git": _is_git,
+    "command": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "redacted": lambda value: isinstance(value, bool),
+}
+"""What the fields of a record are, in JSON."""

@@ -50,6 +50,12 @@ def render(
         >>> print(render("-- set peak = 1e-3\nlr: {{ peak / 2 }}"))
         lr: 0.0005
     """
+    if not isinstance(template, str | Path):
+        raise ConfigError(f"render takes a template's text, name or path, got {type(template).__name__}")
+    if isinstance(search_path, str | bytes) or not isinstance(search_path, Sequence):
+        raise ConfigError(f"render: search_path={search_path!r}: expected a list of folders")
+    if not isinstance(variables, Mapping):
+        raise ConfigError(f"render: variables={variables!r}: expected a mapping of names to values")
     sources, name = _opened(template, search_path)
     surroundings = Surroundings(now=clock(), environ=os.environ if environ is None else environ)
     sandbox = Sandbox(sources, FILTERS)

@@ -133,15 +133,15 @@ def _answer_lines(answer: Mapping[str, Any]) -> list[str]:
         return [at, *(f"  {path}" for path in answer["paths"])]
     if "results" in answer:
         return [at, *(f"  {metric}: {value}" for metric, value in answer["results"].items())]
-    return [at, f"  newest checkpoint: {answer['checkpoint'] or 'none'}"]
+    return [at, f"  newest checkpoint: {answer.get('checkpoint') or 'none'}"]
 
 
 def _status_lines(status: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, value in status.items():
-        if name == "metrics":
-            lines += [f"{metric}: {_shown(metric, number)}" for metric, number in value.items()]
-        elif value not in (None, [], ""):
+        if name == "metrics" and value:
+            lines += [f"{metric}: {_plain(number)}" for metric, number in value.items()]
+        elif value not in (None, [], "", {}):
             lines.append(f"{name.replace('_', ' ')}: {_shown(name, value)}")
     return lines
 
@@ -155,4 +155,8 @@ def _shown(name: str, value: Any) -> str:
         return f"{value['path']}, {span(value['age'])} ago"
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -5,16 +5,18 @@ import http.client
 import ipaddress
 import json
 import os
+import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
 import attrs
 
+from forgather_fn.control.answer import reply_of, status_of
 from forgather_fn.control.command import Command, ControlError
-from forgather_fn.control.endpoint import Endpoint, UnsafeError
+from forgather_fn.control.endpoint import TOKEN, Endpoint, UnsafeError
 
 SECONDS: Final = 6.0
 """How long a job may take to answer what it answers at once."""
@@ -62,7 +64,7 @@ def ask_status(job: Target) -> dict[str, Any]:
         UnreachableError: It did not answer in time.
         RefusedError: It refused.
     """
-    return _ask(job, "GET", "/status", None, SECONDS)
+    return _read(status_of, _ask(job, "GET", "/status", None, SECONDS))
 
 
 def ask(job: Target, command: Command, *, wait: bool = True, timeout: float | None = None) -> dict[str, Any]:
@@ -82,7 +84,14 @@ def ask(job: Target, command: Command, *, wait: bool = True, timeout: float | No
         RefusedError: It was not done; why is said.
     """
     body = json.dumps({"command": str(command), "wait": wait})
-    return _ask(job, "POST", "/control", body, timeout if wait else SECONDS)
+    return _read(reply_of, _ask(job, "POST", "/control", body, timeout if wait else SECONDS))
+
+
+def _read(check: Callable[[dict[str, Any]], dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return check(found)
+    except ValueError as error:
+        raise UnreachableError(f"what answers there is no job, or of another version: {error}") from None
 
 
 def _ask(job: Target, method: str, path: str, body: str | None, timeout: float | None) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _ask(job: Target, method: str, path: str, body: str | None, timeout: float |
             status, text = answer.status, answer.read(_LIMIT)
     except TimeoutError:
         raise SilentError("the job has not answered in time; what it was asked for may still happen") from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, OverflowError, http.client.HTTPException) as error:
         raise UnreachableError(f"the job does not answer: {type(error).__name__}: {error}") from None
     found = _object(text)
     if status not in (HTTPStatus.OK, HTTPStatus.ACCEPTED):
@@ -126,7 +135,7 @@ def _connected(job: Target) -> Iterator[socket.socket]:
 def _object(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UnreachableError("what answers there is no job: its answer is not JSON") from None
     if not isinstance(found, dict):
         raise UnreachableError("what answers there is no job: its answer is no JSON object")
@@ -149,6 +158,11 @@ def target_at(place: str, token: str) -> Target:
     """
     address, _, port = place.rpartition(":")
     try:
-        return Target(None, str(ipaddress.ip_address(address.strip("[]"))), int(port), token)
+        host = str(ipaddress.ip_address(address.strip("[]")))
     except ValueError as error:
         raise ControlError(f"{place!r}: expected ADDRESS:PORT, such as 127.0.0.1:8900; {error}") from None
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ControlError(f"{place!r}: expected ADDRESS:PORT, the port between 1 and 65535")
+    if not TOKEN.fullmatch(token):
+        raise ControlError("a token has characters of ASCII, without spaces, and at least one: this is none")
+    return Target(None, host, int(port), token)

@@ -3,7 +3,9 @@
 import errno
 import ipaddress
 import json
+import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +16,8 @@ from forgather_fn.control.command import ControlError, checked_id
 from forgather_fn.control.process import Process
 
 NAME: Final = "endpoint.json"
+TOKEN: Final = re.compile(r"[\x21-\x7e]+")
+"""What a token is made of: it goes into a header of a request."""
 _LIMIT: Final = 1 << 16  # bytes of the file
 
 
@@ -102,9 +106,26 @@ def _endpoint(record: Any) -> Endpoint:
         raise ValueError("expected a socket, or an address and a port")
     if texts["address"] is not None and not ipaddress.ip_address(texts["address"]).is_loopback:
         raise ValueError(f"{texts['address']} is not of this machine; use --at and --token-file to go there on purpose")
-    return Endpoint(
-        job=checked_id(field("job", str)), since=float(record["since"]), process=process, port=port, **texts
-    )
+    since = field("since", float)
+    found = Endpoint(job=checked_id(field("job", str)), since=since, process=process, port=port, **texts)
+    _check_values(found)
+    return found
+
+
+def _check_values(found: Endpoint) -> None:
+    """Refuse what has the type that it should have, and would fail where it is used."""
+    process, token = found.process, found.token
+    if not math.isfinite(found.since):
+        raise ValueError(f"since is {found.since!r}")
+    if process.pid < 1 or process.started < 0 or max(process.pid, process.started) >= 2**63:
+        raise ValueError(f"there is no process {process.pid} that started at {process.started}")
+    if found.port is not None and not 0 < found.port < 65536:
+        raise ValueError(f"port is {found.port}")
+    if token is not None and not TOKEN.fullmatch(token):
+        raise ValueError("the token has other characters than a token has")
+    for path in (found.socket, found.run):
+        if path is not None and (not os.path.isabs(path) or "\0" in path):
+            raise ValueError(f"{path!r} is no path from the root")
 
 
 def check_directory(path: Path) -> None:

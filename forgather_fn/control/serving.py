@@ -76,6 +76,7 @@ def serve(
         >>> with ff.serve("runs/a") as inbox:  # doctest: +SKIP
         ...     toolz.pipe(program.steps(state, data), ff.every(200, ff.saved("runs/a")), ff.controlled(inbox), ff.last)
     """
+    _check_types(run=run, job_id=job_id, host=host, port=port, token=token)
     place = _place(host, port, token, remote)
     name = checked_id(job_id) if job_id is not None else _name(run)
     inbox = Inbox(Path(run).resolve() if run is not None else None)
@@ -107,6 +108,16 @@ class _Place:
     address: str
     port: int
     token: str = attrs.field(repr=False)
+
+
+def _check_types(*, run: object, **given: object) -> None:
+    for name, value in given.items():
+        kind = int if name == "port" else str
+        if value is not None and type(value) is not kind:
+            shown = type(value).__name__ if name == "token" else repr(value)  # a secret is not for messages
+            raise ValueError(f"serve: {name}: expected {kind.__name__}, or None; got {shown}")
+    if run is not None and (not isinstance(run, str | os.PathLike) or "\0" in str(run)):
+        raise ValueError(f"serve: run={run!r}: expected the path of a run directory, or None")
 
 
 def _place(host: str | None, port: int | None, token: str | None, remote: bool) -> _Place | None:
@@ -145,7 +156,10 @@ def _rank() -> int:
 
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    given = os.environ.get("RANK", "0")
+    if not re.fullmatch(r"[0-9]{1,9}", given):
+        raise ValueError(f"serve: RANK={given!r} in the environment: expected the number of this process")
+    return int(given)
 
 
 @contextlib.contextmanager

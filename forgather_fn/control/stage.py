@@ -49,7 +49,10 @@ def controlled(inbox: Inbox) -> Stage:
 
     Raises:
         Aborted: By the stream: it was asked for.
+        ValueError: It is no inbox.
     """
+    if not isinstance(inbox, Inbox):
+        raise ValueError(f"controlled takes an inbox, as `with ff.serve(run) as inbox` gives it; got {inbox!r}")
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:

@@ -1,5 +1,6 @@
 """What launchers say in the environment, held against what a process knows."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -44,6 +45,11 @@ def check_world_size(environ: Mapping[str, str], known: int) -> None:
     """
     variable = next((name for name in _SIZES if environ.get(name)), None)
     if variable is not None:
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", environ[variable]):
+            raise ValueError(
+                f"{variable}={environ[variable][:40]!r} in the environment: expected a number of processes, as "
+                "launchers give it; if it is from elsewhere, unset it"
+            )
         if int(environ[variable]) != known:
             raise ValueError(_ALONE.format(started=environ[variable], variable=variable, known=known))
     elif known == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():

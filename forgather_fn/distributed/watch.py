@@ -25,6 +25,7 @@ import attrs
 from forgather_fn.distributed import hooks
 from forgather_fn.distributed.mesh import Peer, connected
 from forgather_fn.distributed.words import (
+    LINE_LIMIT,
     Failed,
     Left,
     Word,
@@ -214,8 +215,14 @@ class Watcher:
             found = b""
         *lines, unread[peer.rank] = (unread[peer.rank] + found).split(b"\n")
         with self._heard:
-            for line in lines:
-                self._note(peer.rank, decoded(line))
+            try:
+                if len(unread[peer.rank]) > LINE_LIMIT:
+                    raise ValueError(f"a line of more than {LINE_LIMIT:,} bytes")
+                for line in lines:
+                    self._note(peer.rank, decoded(line))
+            except ValueError as error:
+                self._know(f"rank {peer.rank} failed: what it said of its end is none ({peer.name}): {error}")
+                return False
             if not found and peer.rank not in self._left:
                 self._know(
                     f"rank {peer.rank} failed: it ended without a word ({peer.name}): it was killed, or left "

@@ -1,5 +1,6 @@
 """What processes of a run say to each other about their end: a line of JSON each, since JSON runs no code."""
 
+import contextlib
 import json
 import traceback
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from forgather_fn.world import PeerError
 
 LONGEST: Final = 30_000
 """Characters of a traceback that are told; of a longer one, its end."""
+LINE_LIMIT: Final = 1 << 20
+"""Bytes that a word takes at most: twelve of JSON for each character, and room for the error itself."""
 BROKEN: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "ncclRemote")
 """What the texts of collectives that broke have in them; most often they broke because another process had ended."""
 
@@ -51,11 +54,12 @@ def decoded(line: bytes) -> Word:
     Raises:
         ValueError: It is none.
     """
-    match json.loads(line):
-        case {"Failed": {"cause": str(cause)}}:
-            return Failed(cause)
-        case {"Left": {"begun": int(begun)}}:
-            return Left(begun)
+    with contextlib.suppress(ValueError, RecursionError):
+        match json.loads(line):
+            case {"Failed": {"cause": str(cause)}}:
+                return Failed(cause)
+            case {"Left": {"begun": int(begun)}} if begun is not True and begun is not False and begun >= 0:
+                return Left(begun)
     raise ValueError(f"expected a word of a process about its end, got {line[:100]!r}")
 
 
@@ -65,6 +69,8 @@ def cause_of(error: BaseException, rank: int) -> str:
     if len(told) > LONGEST:
         told = f"(...)\n{told[-LONGEST:]}"
     summary = "".join(traceback.format_exception_only(error)).strip()
+    if len(summary) > LONGEST:
+        summary = f"{summary[:LONGEST]} (...)"
     return f"rank {rank} failed: {summary}\n{told}"
 
 

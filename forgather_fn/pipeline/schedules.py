@@ -68,7 +68,8 @@ def kind_of(schedule: str) -> Kind:
         >>> kind_of("zbv").placement
         'v'
     """
-    name = _ALSO.get(schedule.lower(), schedule.lower())
+    folded = schedule.lower() if isinstance(schedule, str) else ""
+    name = _ALSO.get(folded, folded)
     if name not in KINDS:
         raise ScheduleError(f"schedule={schedule!r} is not one of {', '.join(kind.name for kind in KINDS.values())}")
     return KINDS[name]

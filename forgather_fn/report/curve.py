@@ -40,7 +40,7 @@ def curve(source: str | os.PathLike[str] | Iterable[Row], path: str | os.PathLik
     """Draw the loss, and the evaluation loss where there is one, against the step, as an SVG file.
 
     The file needs nothing beside it, follows the reader's preference for light or dark colours, and its text depends on
-    the arguments only. A value that is not finite leaves a gap.
+    the arguments only. A value that is not finite, or beyond 1e300, leaves a gap.
 
     Args:
         source: Rows, or the path of a file that :func:`~forgather_fn.report.jsonl.jsonl` wrote.
@@ -51,7 +51,7 @@ def curve(source: str | os.PathLike[str] | Iterable[Row], path: str | os.PathLik
         ValueError: No row has a finite loss; or a path cannot be used.
     """
     series = _series(source)
-    known = [point for points in series.values() for point in points if math.isfinite(point[1])]
+    known = [point for points in series.values() for point in points if _is_drawn(point[1])]
     if not known:
         raise ValueError(f"there is nothing to draw in {os.fspath(path)!r}: no row has a finite loss or eval_loss")
     steps, losses = zip(*known, strict=True)
@@ -87,7 +87,8 @@ class _Axis:
     @classmethod
     def over(cls, values: Sequence[float], start: int, end: int, *, margin: float, grain: float) -> "_Axis":
         low, high = min(values), max(values)
-        room = (high - low) * margin if high > low else abs(low) * 0.1 or 1.0
+        tiny = 1e-300  # below, a picture's numbers would not differ any more
+        room = (high - low) * margin if high - low > tiny else abs(low) * 0.1 if abs(low) > tiny else 1.0
         return cls(low - room, high + room, start, end, grain)
 
     def at(self, value: float) -> float:
@@ -110,6 +111,11 @@ def _series(source: str | os.PathLike[str] | Iterable[Row]) -> Mapping[str, list
         rows = [(float(row.step), dict(row.values)) for row in source]
     series = {name: [(step, values[name]) for step, values in rows if name in values] for name in _SERIES}
     return {name: points for name, points in series.items() if points}
+
+
+def _is_drawn(value: float) -> bool:
+    """Tell whether there is room for a value: beyond, not even the distance of two of them is a number."""
+    return abs(value) < 1e300
 
 
 def _frame(across: _Axis, up: _Axis) -> Iterator[str]:
@@ -135,8 +141,8 @@ def _legend(names: Iterable[str]) -> Iterator[str]:
 
 def _shapes(name: str, points: Iterable[tuple[float, float]], across: _Axis, up: _Axis) -> Iterator[str]:
     """Lines between gaps; a dot for a value between two gaps, which a line would not show."""
-    for finite, group in itertools.groupby(points, key=lambda point: math.isfinite(point[1])):
-        if not finite:
+    for drawn, group in itertools.groupby(points, key=lambda point: _is_drawn(point[1])):
+        if not drawn:
             continue
         places = [f"{across.at(step):.1f},{up.at(value):.1f}" for step, value in group]
         if len(places) > 1:

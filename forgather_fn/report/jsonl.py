@@ -93,7 +93,7 @@ def _is_cut(rest: bytes) -> bool:
     """Tell the beginning of a line from a whole one that lacks its end, and from the text of another file."""
     try:
         json.loads(rest)
-    except ValueError:
+    except (ValueError, RecursionError):
         return rest.startswith(_HEAD) or _HEAD.startswith(rest)
     return False
 
@@ -101,9 +101,10 @@ def _is_cut(rest: bytes) -> bool:
 def _record(path: StrPath, number: int, line: bytes) -> dict[str, float]:
     try:
         fields = json.loads(line)
-        if isinstance(fields, dict) and isinstance(fields.get("step"), int):
-            return {name: value if isinstance(value, int) else float(value) for name, value in fields.items()}
-    except (TypeError, ValueError):
+        if isinstance(fields, dict) and type(fields.get("step")) is int:
+            known = {name: float(value) for name, value in fields.items()}  # an integer must fit a float as well
+            return {name: fields[name] if isinstance(fields[name], int) else value for name, value in known.items()}
+    except (TypeError, ValueError, OverflowError, RecursionError):
         pass
     shown = line[:80].decode(errors="replace")
     place = f"{os.fspath(path)!r}, line {number}"

@@ -97,7 +97,7 @@ class TestEndpoint:
             ({"pid": "1"}, "pid is '1'"),
             ({"pid": True}, "pid is True"),
             ({"socket": 7}, "socket is 7"),
-            ({"since": "x"}, "could not convert"),
+            ({"since": "x"}, "since is 'x'"),
         ],
     )
     def test_what_leads_elsewhere_is_refused(self, directory, changes, message):

@@ -101,6 +101,28 @@ def left_at_once(world, watch):
     os._exit(3)
 
 
+def speaking_nonsense(world, watch):
+    for peer in watch._peers.values():
+        peer.socket.sendall(b"[" * 5000 + b"\n")
+    time.sleep(LONG)
+
+
+def speaking_without_end(world, watch):
+    for peer in watch._peers.values():
+        peer.socket.settimeout(1)
+        with contextlib.suppress(OSError):
+            peer.socket.sendall(b"x" * (1 << 22))
+    time.sleep(LONG)
+
+
+@pytest.mark.parametrize("how", [speaking_nonsense, speaking_without_end])
+def test_one_that_says_what_is_no_word_has_failed(how, capfd):
+    errors, seconds = ended(2, one_fails, 0, how, [in_python])
+    assert set(errors) == {0, 1}
+    assert seconds < SOON
+    assert "rank 0 failed: what it said of its end is none (" in capfd.readouterr().err
+
+
 HOW = {
     raising: "failed: ValueError: what\nTraceback",
     killed: "failed: it ended without",

@@ -18,6 +18,7 @@ from forgather_fn.config.load import load
 from forgather_fn.config.record import Record
 from forgather_fn.config.scalars import Value
 from forgather_fn.report import read as read_rows
+from forgather_fn.terminal import printable
 
 Execute = Callable[[argparse.Namespace], int]
 
@@ -51,7 +52,7 @@ def command(parser: argparse.ArgumentParser, /) -> Execute:
         if not found:
             raise ConfigError(f"{options.directory} has no runs of forgather train")
         for line in table(sorted(found, key=lambda run: _rank(run, options.greater)), options.metric):
-            print(line)
+            print(printable(line))
         return 0
 
     return execute
@@ -124,11 +125,11 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
     def execute(options: argparse.Namespace) -> int:
         if options.action == "show":
             for run in options.runs:
-                print("\n".join(show(records.read(run), options.part)))
+                print("\n".join(map(printable, show(records.read(run), options.part))))
             return 0
         changed = _compared(options.runs)
         for path, before, after in changed:
-            print(f"{path}: {before} -> {after}")
+            print(printable(f"{path}: {before} -> {after}"))
         return 1 if changed else 0
 
     return execute

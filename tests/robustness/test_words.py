@@ -1,0 +1,66 @@
+"""What processes of a run say to each other, where one of them says anything."""
+
+import pytest
+from hypothesis import strategies as st
+
+import forgather_fn as ff
+from forgather_fn.distributed.launched import check_world_size
+from forgather_fn.distributed.words import LINE_LIMIT, Failed, Left, cause_of, decoded, encoded
+from tests.robustness.inputs import as_bytes, budget, changed, holds, mutated, values
+
+LINES = [encoded(Left(3)), encoded(Failed("rank 1 failed: ValueError: no\n  File 'x'"))]
+
+
+@budget(100)
+def test_a_line_is_a_word_or_refused(examples):
+    def check(line):
+        try:
+            word = decoded(line)
+        except ValueError as error:
+            text = str(error)
+        else:
+            assert decoded(encoded(word)) == word
+            return
+        assert "expected a word of a process" in text
+        assert len(text) < 1000
+
+    records = changed({"Left": {"begun": 3}}) | changed({"Failed": {"cause": "x"}}) | values
+    holds(check, records.map(as_bytes) | st.sampled_from(LINES).flatmap(mutated), examples)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b"",
+        b"\xff",
+        b"9" * 5000,
+        b'{"Left": {"begun": true}}',
+        b'{"Left": {"begun": -1}}',
+        b'{"Left": {"begun": 1.5}}',
+    ],
+    ids=range(7),
+)
+def test_a_line_that_is_none(line):
+    with pytest.raises(ValueError, match="expected a word of a process about its end, got"):
+        decoded(line)
+
+
+@pytest.mark.parametrize("text", ["x" * 10**6, "\U0001f600" * 10**5, "\ud800" * 10**5], ids=range(3))
+def test_an_error_of_any_length_is_a_word(text):
+    line = encoded(Failed(cause_of(ValueError(text), 3)))
+    assert len(line) < LINE_LIMIT
+    assert decoded(line).cause.startswith("rank 3 failed: ValueError: ")
+
+
+@pytest.mark.parametrize("size", ["x", "-1", "0", "1.5", "9" * 5000, "٢"], ids=range(6))
+def test_a_size_of_a_world_that_is_none(size):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=.* expected a number of processes"):
+        check_world_size({"WORLD_SIZE": size}, 1)
+
+
+@pytest.mark.parametrize("rank", ["x", "-1", "", "1.5", "9" * 5000], ids=range(5))
+def test_a_rank_that_is_none(monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match=r"RANK=.* expected the number of this process"), ff.serve():
+        pass
