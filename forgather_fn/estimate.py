@@ -223,7 +223,7 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
 
     An optimizer that looks at a value cannot be run: it keeps what it begins with. Fused ones do, which need nothing.
     """
-    controls = reducers.begun(plan.controls)
+    controls = reducers.base.begun(plan.controls)
     counting = Allocations()
     active = (True,) * len(layout.leaves)
     with FakeTensorMode(), torch.no_grad():

@@ -7,7 +7,6 @@ What reacts to results or losses (a schedule, an end, a rollback) does so by one
 from forgather_fn.reducers.base import Control as Control
 from forgather_fn.reducers.base import Kept as Kept
 from forgather_fn.reducers.base import Reducer as Reducer
-from forgather_fn.reducers.base import begun as begun
 from forgather_fn.reducers.improvement import plateau as plateau
 from forgather_fn.reducers.improvement import stale as stale
 from forgather_fn.reducers.spikes import spikes as spikes

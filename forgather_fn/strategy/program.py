@@ -37,7 +37,7 @@ from forgather_fn.model import (
 )
 from forgather_fn.part import Part
 from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
-from forgather_fn.reducers import begun
+from forgather_fn.reducers.base import begun
 from forgather_fn.shards import Rows
 from forgather_fn.share import Share
 from forgather_fn.state import Arrays, TrainState, counter
