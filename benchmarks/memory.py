@@ -12,7 +12,7 @@ from typing import Final
 import attrs
 from torch import nn
 
-from benchmarks import compiled, estimates
+from benchmarks import compiled, estimates, vocabulary
 from benchmarks.arms import LOADED, OURS, PEERS_LOADED, installed, left_out
 from benchmarks.measure import Arm, Clock, check_losses, most_held
 from benchmarks.overhead import DEEP, LARGE, SMALL
@@ -46,6 +46,7 @@ def run(quick: bool) -> Iterator[Table]:
             results=tuple({"arm": arm.name, "data": arm.data, "bytes": peak} for arm, peak, _ in held),
         )
     yield estimates.table(quick)
+    yield vocabulary.table(1_000 if quick else 131_072, 64 if quick else 256)
 
 
 def peak(arm: Arm, task: Task) -> tuple[int, nn.Module]:

@@ -36,7 +36,7 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     written = json.loads(path.read_text())
     assert f"torch {torch.__version__}" in written["versions"]
-    loaded, alone, memory, estimated, started, trainers = written["tables"]
+    loaded, alone, memory, estimated, vocabulary, started, trainers = written["tables"]
     assert {result["arm"] for result in loaded["results"]} >= {
         "hand-written",
         "forgather_fn",
@@ -49,6 +49,8 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
         assert all(cpu > 0 for result in table["results"] for cpu in result["cpu"])
     assert all(result["bytes"] > 43_000 * 16 for result in memory["results"])  # weights, gradients and two slots
     assert all(abs(row["estimated"] / row["measured"] - 1) < 0.1 for row in estimated["results"])
+    whole, chunked = (result["bytes"] for result in vocabulary["results"])
+    assert chunked < whole
     assert len(started["results"]) == 3
     assert all(cpu > 0 for result in trainers["results"] for cpu in result["cpu"])
 
