@@ -44,7 +44,12 @@ NAMES: Final = frozenset().union(
     ),
     _names("forgather_fn", "evaluated every every_seconds from_torch group noise pipelined report saved sgd single"),
     _names("forgather_fn", "stateless stopped_by until"),
-    _names("forgather_fn.losses", "causal_lm cross_entropy from_output mse"),
+    _names(
+        "forgather_fn.losses", "binary_cross_entropy causal_lm chunked chunked_causal_lm class_weighted contrastive"
+    ),
+    _names("forgather_fn.losses", "cross_entropy distilled focal from_output huber ignoring l1 masked mse smoothed"),
+    _names("forgather_fn.losses", "weighted with_metrics with_z_loss"),
+    _names("forgather_fn.metrics", "accuracy bits_per_byte confusion f1 perplexity top_k"),
     _names("forgather_fn.schedules", "constant cosine cosine_with_restarts half_cosine inverse_sqrt joined linear"),
     _names("forgather_fn.schedules", "one_cycle one_minus_sqrt piecewise polynomial scaled straight"),
     _names("forgather_fn.schedules", "warmup_stable_decay"),
