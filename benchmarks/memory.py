@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from typing import Final
 
 import attrs
-import torch
 from torch import nn
 
-import forgather_fn as ff
-from benchmarks import compiled, estimates
+from benchmarks import compiled, estimates, vocabulary
 from benchmarks.arms import LOADED, OURS, PEERS_LOADED, installed, left_out
 from benchmarks.measure import Arm, Clock, check_losses, most_held
 from benchmarks.overhead import DEEP, LARGE, SMALL
@@ -47,49 +45,8 @@ def run(quick: bool) -> Iterator[Table]:
             reach=tuple(Reach(f"{name}, peak memory", peaks[name] / base, LIMITS[task]) for name in goals),
             results=tuple({"arm": arm.name, "data": arm.data, "bytes": peak} for arm, peak, _ in held),
         )
-    yield vocabulary(1_000 if quick else 131_072, 64 if quick else 256)
     yield estimates.table(quick)
-
-
-CHUNKED_LIMIT: Final = 0.35
-"""Of the peak with all logits, at a vocabulary of 128 k words."""
-
-
-def vocabulary(words: int, time: int) -> Table:
-    """Train a small language model with all logits at one time, and in chunks.
-
-    Args:
-        words: In the vocabulary.
-        time: Tokens of each of 4 samples.
-    """
-    losses = {"causal_lm": ff.losses.causal_lm, "chunked_causal_lm": ff.losses.chunked_causal_lm(tokens=128, head="2")}
-    held = {name: most_held(lambda loss=loss: _trained(loss, words, time)) for name, loss in losses.items()}
-    base, first = held["causal_lm"]
-    last = held["chunked_causal_lm"][1]
-    if abs(last - first) > 1e-5 * abs(first):
-        raise ValueError(f"the losses differ: {first} with all logits, {last} in chunks")
-    ratio = held["chunked_causal_lm"][0] / base
-    return Table(
-        title=f"Peak memory of a step: {words:,} words, {4 * time:,} tokens",
-        notes=("A language model of width 64 with tied embeddings, AdamW; two steps, from before the model is built.",),
-        columns=("loss", "MB", "ratio"),
-        lines=tuple((name, f"{peak / 1e6:.1f}", f"{peak / base:.3f}") for name, (peak, _) in held.items()),
-        reach=(Reach("chunked_causal_lm, peak memory", ratio, CHUNKED_LIMIT),) if words > 100_000 else (),
-        results=tuple({"loss": name, "bytes": peak} for name, (peak, _) in held.items()),
-    )
-
-
-def _trained(loss: ff.losses.Objective, words: int, time: int) -> float:
-    torch.manual_seed(0)
-    embedding, head = nn.Embedding(words, 64), nn.Linear(64, words, bias=False)
-    head.weight = embedding.weight
-    model = nn.Sequential(embedding, nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), head)
-    program = ff.single(ff.Plan(model=model, loss=loss, optimizer=ff.adamw(), schedule=1e-3))
-    state = program.init(seed=0)
-    tokens = torch.randint(0, words, (4, time))
-    for _ in range(2):
-        state, metrics = program.step(state, (tokens, tokens))
-    return float(metrics["loss"])
+    yield vocabulary.table(1_000 if quick else 131_072, 64 if quick else 256)
 
 
 def peak(arm: Arm, task: Task) -> tuple[int, nn.Module]:

@@ -36,7 +36,7 @@ def test_rows_run_and_write_json(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     written = json.loads(path.read_text())
     assert f"torch {torch.__version__}" in written["versions"]
-    loaded, alone, memory, vocabulary, estimated, started, trainers = written["tables"]
+    loaded, alone, memory, estimated, vocabulary, started, trainers = written["tables"]
     assert {result["arm"] for result in loaded["results"]} >= {
         "hand-written",
         "forgather_fn",

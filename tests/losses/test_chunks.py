@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forgather_fn as ff
+from forgather_fn.losses.deferred import Deferred
 from tests.pieces.losses import composed
 from tests.toys import program
 
@@ -136,6 +137,20 @@ def test_there_are_never_all_logits():
             made.step(state, {"input": tokens, "labels": tokens})
         assert largest.elements <= expected
     assert 16 * WORDS < 8 * 33 * 8 < 8 * 33 * WORDS
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    hidden, weight = torch.randn(8, 33, 4, requires_grad=True), torch.randn(WORDS, 4, requires_grad=True)
+    tokens = torch.randint(0, WORDS, (8, 33), generator=DRAW)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ff.losses.chunked_causal_lm(tokens=16, head="2").total(Deferred(hidden, weight, None), {"labels": tokens})
+    assert max(kept, default=0) < 16 * WORDS
 
 
 def test_evaluation_apply_and_export_are_as_ever():
