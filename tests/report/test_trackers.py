@@ -215,7 +215,10 @@ def offline(tmp_path_factory):
 class TestWandb:
     def records(self, directory: Path):
         """What each attempt wrote, by its kind, as it would be sent."""
+        import wandb
         from wandb.proto.wandb_internal_pb2 import Record
+
+        wandb.teardown()  # which waits for what is still being written
 
         for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
             found: dict[str, list] = {}
