@@ -69,6 +69,19 @@ def test_the_bits_of_models_of_hugging_face_are_the_same(name, blocks):
     assert_equal(*states)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2_dropout", "vit", "bert"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_models_that_do_it_themselves_give_the_same_bits(name, microbatches):
+    states = []
+    for model in (zoo.instance(name), zoo.instance(name)):
+        if states:
+            model.activation_checkpointing_enable()
+            assert model.is_activation_checkpointing
+        made = ff.single(zoo.plan_of(name, model=model, microbatches=microbatches))
+        states.append(ff.fold(made.step, made.init(0), [zoo.SPECIMENS[name].batch(4)] * 2))
+    assert_equal(*states)
+
+
 def test_blocks_run_twice_in_training_and_once_in_evaluation():
     model = activation_checkpointed(Deep(), Counting)
     made = program(model)
