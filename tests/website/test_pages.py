@@ -41,21 +41,35 @@ def test_every_page_has_one_line_in_the_navigation() -> None:
     assert set(nav) - pages == set(), "mkdocs.yml: `nav` names what is not there"
 
 
+def prose(page: str | Path) -> str:
+    """Read a page without its code."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.sub(r"^ *(`{3,}).*?^ *\1", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def slugs(titles: list[str]) -> list[str]:
+    """Give the anchors of headings, as code hosts and the site do."""
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def anchors(page: Path) -> set[str]:
+    text = prose(page)
+    return {*slugs(re.findall(r"^#+ (.+)$", text, re.MULTILINE)), *DIRECTIVE.findall(text)}
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page: str) -> None:
-    text = re.sub(r"^ *(`{3,}).*?^ *\1", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    found = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text)
-    assert [target for target in found if not ((ROOT / page).parent / target).exists()] == []
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", prose(page)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page} links to {target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_contents_list_every_section_in_order(page: str) -> None:
-    text = re.sub(r"^ *(`{3,}).*?^ *\1", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = prose(page)
     listed = re.findall(r"^- \[[^\]]+\]\(#([^)]+)\)$", text, re.MULTILINE)
-    sections = [
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.+)$", text, re.M)
-    ]
-    assert not listed or listed == sections
+    assert not listed or listed == slugs(re.findall(r"^## (.+)$", text, re.MULTILINE))
 
 
 def public(namespace: str) -> dict[str, object]:
