@@ -34,16 +34,16 @@ class ByLength:
             for window in np.unique(windows[epochs == epoch]).tolist():
                 rows = (epochs == epoch) & (windows == window)
                 first = window * self.group * self.groups
-                indices[rows] = self._window(first, n, seed, epoch)[offsets[rows] - first]
+                indices[rows] = self._window(first, n, epoch_length, seed, epoch)[offsets[rows] - first]
         return epochs, indices
 
     def parts(self, n: int, /) -> list[range]:
         """All samples have one epoch."""
         return [range(n)]
 
-    def _window(self, first: int, n: int, seed: int, epoch: int) -> Indices:
+    def _window(self, first: int, n: int, epoch_length: int, seed: int, epoch: int) -> Indices:
         """Draw the samples of a window, sort them, and shuffle the groups; one that is not full stays the last."""
-        offsets = np.arange(first, min(first + self.group * self.groups, n))
+        offsets = np.arange(first, min(first + self.group * self.groups, epoch_length))
         drawn = permuted(offsets, n=n, key=key(seed, "data", epoch))
         ordered = drawn[np.argsort(-self._lengths[drawn], kind="stable")]
         full = len(ordered) // self.group

@@ -64,6 +64,12 @@ def test_windows_are_those_of_a_shuffled_epoch() -> None:
     assert sorted(grouped) == sorted(ff.batches(LENGTHS, batch_size=8).indices(0, 0, 400)[1])
 
 
+def test_what_an_epoch_leaves_out_is_drawn_and_not_the_shortest() -> None:
+    stream = ff.batches(range(11), batch_size=4, last="drop", order=ff.data.by_length(range(11), group=4, groups=3))
+    left = [set(range(11)) - set(stream.indices(0, 8 * epoch, 8 * epoch + 8)[1].tolist()) for epoch in range(30)]
+    assert sum(sum(out) for out in left) / 90 > 3.5  # of 0 to 10; the shortest are 0, 1 and 2
+
+
 def test_other_lengths_are_another_order() -> None:
     orders = [ff.data.by_length(lengths, group=8) for lengths in (LENGTHS, LENGTHS[::-1])]
     one, other = (ff.batches(range(1000), batch_size=8, order=order).fingerprint(0) for order in orders)
