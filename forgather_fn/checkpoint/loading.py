@@ -219,8 +219,8 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
     saved = len(kept.get("transforms", fresh.transforms))
     if saved != len(fresh.transforms):
         raise CheckpointError(
-            f"{loaded.path} was saved with {saved} transforms, and the plan has {len(fresh.transforms)}: let them begin "
-            "with fresh states, without={'transforms'}"
+            f"{loaded.path} was saved with {saved} transforms, and the plan has {len(fresh.transforms)}: let them "
+            "begin with fresh states, without={'transforms'}"
         )
     if "ema" not in without and fresh.ema is not None:
         if not record["ema"]:
