@@ -216,11 +216,11 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
             kept[name] = decode(
                 record["structure"][name], found, getattr(fresh, name), device, f"{loaded.path}: {name}"
             )
-    saved = len(kept.get("transforms", plan.transforms))
-    if saved != len(plan.transforms):
+    saved = len(kept.get("transforms", fresh.transforms))
+    if saved != len(fresh.transforms):
         raise CheckpointError(
-            f"{loaded.path} was saved with {saved} transforms, and the plan has {len(plan.transforms)}: let them begin "
-            "with fresh states, without={'transforms'}"
+            f"{loaded.path} was saved with {saved} transforms, and the plan has {len(fresh.transforms)}: let them "
+            "begin with fresh states, without={'transforms'}"
         )
     if "ema" not in without and fresh.ema is not None:
         if not record["ema"]:
