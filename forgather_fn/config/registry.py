@@ -42,17 +42,27 @@ NAMES: Final = frozenset().union(
     _names(
         "forgather_fn", "Mean Plan Transform accelerated adam adamw at at_end batches chain clipped early_stopped ema"
     ),
-    _names("forgather_fn", "evaluated every every_seconds from_torch group noise pipelined report saved sgd single"),
-    _names("forgather_fn", "stateless stopped_by until"),
+    _names(
+        "forgather_fn", "evaluated every every_seconds folded from_torch group joined lora noise pipelined power_ema"
+    ),
+    _names("forgather_fn", "report rollback saved sgd single stateless stopped_by swa until"),
+    _names("forgather_fn.data", "batches best_fit by_length counted memmap_tokens mixture packed rampup text_bytes"),
+    _names("forgather_fn.data", "text_lines"),
+    _names("forgather_fn.diagnostics", "by_module histograms module_norms profiled"),
     _names(
         "forgather_fn.losses", "binary_cross_entropy causal_lm chunked chunked_causal_lm class_weighted contrastive"
     ),
-    _names("forgather_fn.losses", "cross_entropy distilled focal from_output huber ignoring l1 masked mse smoothed"),
-    _names("forgather_fn.losses", "weighted with_metrics with_z_loss"),
+    _names("forgather_fn.losses", "by_source cross_entropy distilled focal from_output huber ignoring l1 masked mse"),
+    _names("forgather_fn.losses", "smoothed weighted with_metrics with_z_loss"),
     _names("forgather_fn.metrics", "accuracy bits_per_byte confusion f1 perplexity top_k"),
+    _names("forgather_fn.optim", "adafactor adam adamw adamw_bfloat16 from_torch lion lookahead master_weights muon"),
+    _names("forgather_fn.optim", "partitioned schedule_free_adamw sgd"),
+    _names("forgather_fn.reducers", "plateau spikes stale"),
     _names("forgather_fn.schedules", "constant cosine cosine_with_restarts half_cosine inverse_sqrt joined linear"),
-    _names("forgather_fn.schedules", "one_cycle one_minus_sqrt piecewise polynomial scaled straight"),
+    _names("forgather_fn.schedules", "on_plateau one_cycle one_minus_sqrt piecewise polynomial scaled straight"),
     _names("forgather_fn.schedules", "warmup_stable_decay"),
+    _names("forgather_fn.transforms", "annealed centralised chain clipped clipped_by_group clipped_by_unit"),
+    _names("forgather_fn.transforms", "clipped_by_value noise stateless"),
     _names("forgather_fn.report", "bar console jsonl tensorboard"),
     _names("forgather_fn.training", "Training assembled looks warmed_up"),
     _names("forgather_fn.demo.model", "Transformer"),
