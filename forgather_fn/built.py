@@ -50,6 +50,11 @@ class Built:
     slots: frozenset[str] = frozenset()
 
     @property
+    def summing(self) -> Layout:
+        """Where gradients are added: the layout of the parameters, or that in a wider type."""
+        return self.workspace.layout
+
+    @property
     def viewed(self) -> bool:
         """Whether gradients lie in flat buffers."""
         return self.binding.layout.elements <= self.plan.viewed_elements

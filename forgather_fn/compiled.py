@@ -91,12 +91,12 @@ class Compiled:
         built = self.built
         arrays, parts = self._begun(state, batch)
         share, taken = _share(built, parts)
-        total = flat.zeros(built.binding.layout, built.device)
+        total = flat.zeros(built.summing, built.device)
         found, active, buffers = self.accumulate(state, list(enumerate(parts)), total, share, interrupt.check)
         means = functools.reduce(lambda one, other: {name: one[name] + mean for name, mean in other.items()}, found)
         weight = means["loss"].weight
         views = {name: total[name] for name in itertools.compress(built.binding.layout.index, active)}
-        gradients = Gradients(built.binding.layout, active, views, total, batch.samples, weight)
+        gradients = Gradients(built.summing, active, views, total, batch.samples, weight)
         # An update writes to the state's own scale.
         scaled = attrs.evolve(arrays, loss_scale={name: held.clone() for name, held in arrays.loss_scale.items()})
         return divided(built, scaled, gradients, weight=None if taken else weight), buffers, means
@@ -185,6 +185,9 @@ class Compiled:
             if parts:
                 compilable.try_once(self.built, state, parts[0])
             self.made = _graphs(self.built, arrays)
+        if self.built.summing is not self.built.binding.layout:
+            for site, _ in self.built.binding.trainable:
+                site.tensor.grad = None  # the compiler takes no parameter whose gradient has another type
         layout = arrays.buffers.layout
         if layout is not self.made.buffers and layout.leaves != self.made.buffers.leaves:
             raise ValueError(

@@ -153,6 +153,18 @@ class Gradients(Mapping[str, Tensor]):
             tensor.div_(self.divisor)
         return self._with(None, norm, self.reports)
 
+    def narrowed(self, layout: Layout) -> "Gradients":
+        """Round sums that were taken in float32 to the types of the parameters, of which this is the layout."""
+        if self.layout is layout:
+            return self
+        flat = None
+        if self.flat is not None:
+            pairs = zip(self.flat.buffers, layout.dtypes, strict=True)
+            flat = Flat(layout, tuple([buffer.to(dtype) for buffer, dtype in pairs]))
+        types = {leaf.name: leaf.dtype for leaf in layout.leaves}
+        views = {name: flat[name] if flat is not None else view.to(types[name]) for name, view in self.views.items()}
+        return attrs.evolve(self, layout=layout, flat=flat, views=views, known_norm=None)
+
     def for_kernel(self) -> "Gradients":
         """Leave to a fused kernel what it can do exactly: it divides by a float32 scalar; any other is carried out."""
         return self if self.divisor is None or self.divisor.dtype == torch.float32 else self.resolved()

@@ -44,6 +44,10 @@ class Chunk:
     name: str | None = None
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
 @attrs.frozen(eq=False)
 class Layout:
     """The static plan of flat storage: leaves in the model's order, their places by data type and group."""
@@ -60,6 +64,13 @@ class Layout:
     def bytes(self) -> int:
         """How large the storage is, padding included."""
         return sum(size * dtype.itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
+
+    def widened(self) -> "Layout":
+        """Give the same places in at least float32, for sums of what is in half precision; itself, if nothing is."""
+        if all(dtype.itemsize >= 4 for dtype in self.dtypes):
+            return self
+        leaves = tuple(attrs.evolve(leaf, dtype=_wide(leaf.dtype)) for leaf in self.leaves)
+        return attrs.evolve(self, leaves=leaves, dtypes=tuple(map(_wide, self.dtypes)), cuts={})
 
     def unit(self, buffer: int) -> int:
         """Give the number of elements to which the leaves of a buffer are aligned."""

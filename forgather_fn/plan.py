@@ -100,6 +100,7 @@ def _check_in_backward(plan: "Plan") -> None:
         "compile=True": (plan.compile is True, "a compiled step is one graph, which lets go of gradients by itself"),
         "transforms": (bool(plan.transforms), "they are given the gradient of all parameters, as clipping needs it"),
         "microbatches": (plan.microbatches > 1, "their gradients are added before the update"),
+        'accumulate="float32"': (plan.accumulate == "float32", "there is nothing to add"),
         'precision="float16"': (plan.precision == "float16", "an overflow is known when all gradients are there"),
         'on_nonfinite="skip"': (plan.on_nonfinite == "skip", "what has been updated already cannot be left out"),
         repr(plan.optimizer): (not plan.optimizer.separable, "it is not known to update parameters one by one"),
@@ -138,6 +139,9 @@ class Plan:
         precision: ``"as_built"`` leaves the model's data types; ``"float32"`` and ``"float64"`` convert floating
             parameters, buffers and inputs; ``"bfloat16"`` and ``"float16"`` run forward and loss under autocast, the
             latter with a loss scale that adapts; see :mod:`~forgather_fn.scaling`.
+        accumulate: In which data type the gradients of microbatches, and of processes, are added: ``"as_built"``, that
+            of the parameters; or ``"float32"``, for parameters in half precision: the sum is rounded to their type
+            once, and not at every addition. What one backward pass gives for one microbatch is in their type anyway.
         on_nonfinite: ``"raise"`` stops at the first step whose loss or gradient is not finite, ``"skip"`` leaves its
             update out and goes on. Either way nothing is changed by it. A gradient that overflows because a float16
             loss was scaled by too much is always skipped, and only the scale changed, as long as it can shrink.
@@ -168,6 +172,9 @@ class Plan:
     precision: Precision = attrs.field(
         default="as_built", validator=_one_of("as_built", "float32", "float64", "bfloat16", "float16")
     )
+    accumulate: Literal["as_built", "float32"] = attrs.field(
+        default="as_built", validator=_one_of("as_built", "float32")
+    )
     on_nonfinite: Literal["raise", "skip"] = attrs.field(default="raise", validator=_one_of("raise", "skip"))
     init: Literal["as_built", "by_name"] = attrs.field(default="as_built", validator=_one_of("as_built", "by_name"))
     donate: bool = True
@@ -186,6 +193,12 @@ class Plan:
             _check_compiles(self)
         if self.update == "in_backward":
             _check_in_backward(self)
+        if self.accumulate == "float32" and (self.unroll or self.compile == "model"):
+            raise ValueError(
+                'Plan: accumulate="float32" cannot be with unroll=True, which adds the gradients of microbatches '
+                'inside the graph as they are, nor with compile="model", since the compiler takes no parameter whose '
+                "gradient has another type; use compile=True, or compile=False"
+            )
         if self.unroll and self.compile is not True:
             raise ValueError("Plan: unroll=True says how a whole step is compiled; it needs compile=True")
 

@@ -98,7 +98,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
         return Gradients(layout, active, views, flat, samples, weight, spread=spread)
 
     renew()
-    return Workspace(clear, collect, renew, release=lambda: None, reserve=lambda elements: None)
+    return Workspace(layout, clear, collect, renew, release=lambda: None, reserve=lambda elements: None)
 
 
 def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:

@@ -100,7 +100,11 @@ def passed(built: Built, state: TrainState, passes: Callable[[], T]) -> tuple[T,
 
 
 def divided(built: Built, arrays: Arrays, gradients: Gradients, *, weight: Tensor | float | None) -> Gradients:
-    """Divide a gradient by the weight of what it is a sum over, if it is not a mean already, and by the loss scale."""
+    """Divide a gradient by the weight of what it is a sum over, if it is not a mean already, and by the loss scale.
+
+    A sum that was taken in a wider type than that of the parameters is rounded to it before.
+    """
+    gradients = gradients.narrowed(built.binding.layout)
     if weight is not None:
         gradients = gradients.divided(inverse(weight, built.dtype, built.device).reciprocal())
     return gradients.divided(arrays.loss_scale["scale"]) if arrays.loss_scale else gradients

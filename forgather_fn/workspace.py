@@ -34,6 +34,7 @@ class Workspace:
     """How the gradients of one module are made ready for backward passes, and read after them.
 
     Attributes:
+        layout: Where gradients lie: that of the parameters, or the same in a wider type.
         clear: Make ready: no gradient is there.
         collect: Read what came.
         renew: Make new storage. A module that was moved (``.to()``, ``.double()``) has moved its gradients too: the
@@ -43,6 +44,7 @@ class Workspace:
             ``renew`` on: for what is sent along with the gradient.
     """
 
+    layout: Layout
     clear: Callable[[], None]
     collect: Collect
     renew: Callable[[], None]
@@ -56,11 +58,16 @@ def workspace(
     """Choose the storage of gradients by the size of the model.
 
     Args:
-        layout: Of the parameters.
+        layout: Of the parameters, or the same in a wider type, in which their gradients are then added.
         parameters: For each leaf of the layout, the parameters that are it: several where storage is tied.
         device: Where they are.
         viewed_elements: Up to how many elements gradients are views of flat buffers.
     """
+    for leaf, own in zip(layout.leaves, parameters, strict=True):
+        for parameter in own:
+            if parameter.grad_dtype != leaf.dtype:
+                parameter.grad = None
+                parameter.grad_dtype = leaf.dtype
     if layout.elements <= viewed_elements:
         return _viewed(layout, parameters, device)
     return _owned(layout, parameters)
@@ -99,7 +106,7 @@ def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device
         room = elements
 
     renew()
-    return Workspace(clear, collect, renew, release=lambda: None, reserve=reserve)
+    return Workspace(layout, clear, collect, renew, release=lambda: None, reserve=reserve)
 
 
 def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Workspace:
@@ -118,7 +125,7 @@ def _owned(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]]) -> Work
         active = tuple(leaf.name in tensors for leaf in layout.leaves)
         return Gradients(layout, active, tensors, None, samples, weight)
 
-    return Workspace(clear, collect, renew=clear, release=clear, reserve=lambda elements: None)
+    return Workspace(layout, clear, collect, renew=clear, release=clear, reserve=lambda elements: None)
 
 
 def dense(name: str, found: list[Tensor], stride: tuple[int, ...]) -> Tensor:

@@ -266,7 +266,7 @@ def _build(plan: Plan, module: nn.Module) -> Built:
         module=module,
         binding=binding,
         workspace=workspace(
-            binding.layout,
+            binding.layout.widened() if plan.accumulate == "float32" else binding.layout,
             [list(dict.fromkeys(ps)) for ps in by_leaf],
             plan.device,
             plan.viewed_elements if plan.update == "after_backward" else 0,

@@ -294,6 +294,7 @@ def check_shards(plan: Plan, reduction: Reduction, overlap_bytes: int | None) ->
                 "Transform(..., elementwise=True)"
             )
     refused = {
+        'accumulate="float32"': (plan.accumulate == "float32", "gradients are added up by torch, unit by unit"),
         "compile": (plan.compile is not False, "units are gathered by hooks, between which nothing can be one graph"),
         "overlap_bytes": (overlap_bytes is not None, "each unit's gradient is sent while the next is computed"),
         repr(plan.loss): (
