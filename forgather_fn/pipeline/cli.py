@@ -73,9 +73,12 @@ def _split(text: str | None) -> Any:
     if text is None:
         return None
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"""--split {text!r} is not JSON such as {{"layer.4": "end"}}: {error}""") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"""--split {text!r} is no JSON object such as {{"layer.4": "end"}}""")
+    return found
 
 
 def _model(name: str) -> nn.Module:

@@ -9,6 +9,7 @@ import forgather_fn as ff
 from forgather_fn.checkpoint import list_checkpoints, load, load_weights, save, verify
 from forgather_fn.checkpoint.catalog import latest
 from forgather_fn.checkpoint.replaying import replay
+from forgather_fn.cli import main
 from forgather_fn.config import build, parse, render
 from forgather_fn.control.inbox import Inbox
 from forgather_fn.pipeline.schedules import kind_of
@@ -109,3 +110,9 @@ def test_a_token_is_not_in_a_message():
     with pytest.raises(ValueError, match="token: expected str, or None; got bytes") as caught:
         served(port=0, token=b"a-secret-of-some-length")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["-1", "1e999", "[]", "null", "{", "9" * 5000, "[" * 5000], ids=range(7))
+def test_a_split_that_is_none(split, capsys):
+    assert main(["pipeline", "explain", "config.json", "--split", split]) == 2
+    assert "JSON" in capsys.readouterr().err
