@@ -44,7 +44,7 @@ from forgather_fn.optim import adamw as adamw
 from forgather_fn.optim import from_torch as from_torch
 from forgather_fn.optim import sgd as sgd
 from forgather_fn.plan import Plan as Plan
-from forgather_fn.plan import Program as Program
+from forgather_fn.program import Program as Program
 from forgather_fn.stages import Observer as Observer
 from forgather_fn.stages import at as at
 from forgather_fn.stages import at_end as at_end

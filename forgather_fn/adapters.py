@@ -17,7 +17,7 @@ from forgather_fn.describe import Described, describe
 from forgather_fn.flat import listed
 from forgather_fn.groups import Predicate
 from forgather_fn.model import ModelFactory, outline
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 
 M = TypeVar("M", nn.Module, ModelFactory)

@@ -27,7 +27,7 @@ from forgather_fn.losses import leading_dimension
 from forgather_fn.mean import Mean
 from forgather_fn.model import surrounded
 from forgather_fn.optim.base import Rates, rates_at
-from forgather_fn.plan import Metrics
+from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, NonFiniteError, TrainState, counter, nonfinite_message
 from forgather_fn.step import divided, following, inverse, known_weight

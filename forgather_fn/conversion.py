@@ -13,7 +13,7 @@ from torch import Tensor
 from forgather_fn.describe import describe
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.model import buffer_slots
-from forgather_fn.plan import Program, itself
+from forgather_fn.program import Program, itself
 from forgather_fn.state import Arrays, Ownership, TrainState
 from forgather_fn.tree import copied, rebuilt, walk
 
@@ -54,7 +54,7 @@ def converted(
     without: Collection[str],
     tell: Callable[[Conversion], object] | None,
 ) -> TrainState:
-    """Make the state of another program from a state; see :meth:`~forgather_fn.plan.Program.convert`."""
+    """Make the state of another program from a state; see :meth:`~forgather_fn.program.Program.convert`."""
     _check(old, new, without)
     arrays = state.read()
     fresh = new.init(state.seed)

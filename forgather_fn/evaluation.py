@@ -69,7 +69,7 @@ def evaluate(
     world: World = ALONE,
     pace: Pace = UNPACED,
 ) -> dict[str, float]:
-    """Measure every sample once, by the loss and by metrics; see :class:`~forgather_fn.plan.Evaluate`.
+    """Measure every sample once, by the loss and by metrics; see :class:`~forgather_fn.program.Evaluate`.
 
     Each process of a world takes one batch in turn. What was found of all batches is then added in their order, so that
     the result has the same bits for any number of processes.
@@ -110,7 +110,7 @@ def own_batches(data: Any, world: World) -> Numbered:
 
 
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which) -> Any:
-    """Call the model on inputs in evaluation mode; see :class:`~forgather_fn.plan.Apply`."""
+    """Call the model on inputs in evaluation mode; see :class:`~forgather_fn.program.Apply`."""
     with (
         evaluating(built, state, params),
         seeded(key(state.seed, state.step, "apply"), built.device),

@@ -9,7 +9,7 @@ from forgather_fn.data import Batch
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
-from forgather_fn.plan import Metrics
+from forgather_fn.program import Metrics
 from forgather_fn.state import TrainState
 
 

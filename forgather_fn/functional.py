@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from forgather_fn.evaluation import Which, chosen
 from forgather_fn.model import buffer_names, buffer_slots, parameter_sites
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 
 

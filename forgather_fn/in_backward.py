@@ -20,7 +20,7 @@ from forgather_fn.finite import Flag, flag_on_device, flag_on_host
 from forgather_fn.gradient import Gradients, norms
 from forgather_fn.losses import named_means
 from forgather_fn.optim.base import Rates, apply, rates_at
-from forgather_fn.plan import Metrics
+from forgather_fn.program import Metrics
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
 from forgather_fn.step import eager, following, take_gradients, update_arrays
 from forgather_fn.wanted import check_wants, named

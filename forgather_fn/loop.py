@@ -17,7 +17,8 @@ import attrs
 
 from forgather_fn import interrupt
 from forgather_fn.data import Stream
-from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Metrics, Program
 from forgather_fn.reducers import Control
 from forgather_fn.state import TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 from forgather_fn.loop import Clock, Data, Steps, Tick
-from forgather_fn.plan import Measure
+from forgather_fn.program import Measure
 from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
 from forgather_fn.report.throughput import Count, throughput

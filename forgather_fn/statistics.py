@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 
 from forgather_fn.batch import as_batch
 from forgather_fn.data import Stream
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 
 

@@ -24,7 +24,8 @@ from forgather_fn.losses import Objective
 from forgather_fn.mean import Mean
 from forgather_fn.optim import base as optim
 from forgather_fn.optim.base import OptState, Rates, rates_at
-from forgather_fn.plan import Metrics, Plan
+from forgather_fn.plan import Plan
+from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, TrainState
 from forgather_fn.transforms import apply

@@ -18,7 +18,8 @@ from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory
 from forgather_fn.observers import evaluated, report
 from forgather_fn.optim import Optimizer
-from forgather_fn.plan import Plan, Precision, Program
+from forgather_fn.plan import Plan, Precision
+from forgather_fn.program import Program
 from forgather_fn.report import Sink
 from forgather_fn.schedules import Schedule, cosine
 from forgather_fn.stages import Observe, Observer, at, every

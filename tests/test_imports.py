@@ -73,6 +73,7 @@ STEP = {
     "overlap",
     "parcel",
     "plan",
+    "program",
     "reduction",
     "replicated",
     "replicated_graphs",

@@ -11,7 +11,7 @@ from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, veri
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.replaying import Replay, replay
 from forgather_fn.data import Stream
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.terminal import instant, printable
 
 

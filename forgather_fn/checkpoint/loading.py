@@ -125,7 +125,7 @@ def restored(
     without: Collection[str],
     rows: Rows | None = None,
 ) -> TrainState:
-    """Make the state that a checkpoint holds; see :class:`~forgather_fn.plan.Restore`."""
+    """Make the state that a checkpoint holds; see :class:`~forgather_fn.program.Restore`."""
     _check_names("allow", allow, ALLOWED)
     _check_names("without", without, PARTS)
     loaded = _loaded_together(world, path, rows)

@@ -11,7 +11,7 @@ from forgather_fn.checkpoint.loading import load
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.data import Stream
 from forgather_fn.endings import until
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.stages import Observer, at
 
 

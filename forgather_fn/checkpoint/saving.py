@@ -20,7 +20,7 @@ from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
 from forgather_fn.loop import Steps, Tick
 from forgather_fn.part import Part
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World, known_to_all

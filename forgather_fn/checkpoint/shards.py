@@ -23,7 +23,7 @@ from forgather_fn.checkpoint.loading import Loaded
 from forgather_fn.checkpoint.safe import write_file, write_tensors
 from forgather_fn.checkpoint.snapshot import STATE, Memory, Snapshot, snapshot
 from forgather_fn.part import Part
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 
 INDEX: Final = "model.safetensors.index.json"

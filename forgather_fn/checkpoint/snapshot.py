@@ -13,7 +13,7 @@ from torch import Tensor
 from forgather_fn.checkpoint.record import encode
 from forgather_fn.data import Stream
 from forgather_fn.flat import Flat
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 
 VERSION: Final = 1

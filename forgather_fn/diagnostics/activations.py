@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState
 

@@ -10,7 +10,7 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.running import over
-from forgather_fn.plan import Metrics
+from forgather_fn.program import Metrics
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import eager

@@ -19,7 +19,7 @@ from forgather_fn.pipeline.line import Line
 from forgather_fn.pipeline.machine import Machine, Signature, Wires, number_of, signature
 from forgather_fn.pipeline.ties import Ties
 from forgather_fn.pipeline.wire import Shape, packed, unpacked
-from forgather_fn.plan import Metrics
+from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState

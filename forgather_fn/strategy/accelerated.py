@@ -13,7 +13,8 @@ from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
 from forgather_fn.overlap import NEVER, OVERLAPPED_BYTES
-from forgather_fn.plan import Plan, Precision, Program
+from forgather_fn.plan import Plan, Precision
+from forgather_fn.program import Program
 from forgather_fn.reduction import Reduction, all_reduced, doubled
 from forgather_fn.replicated import replicated
 from forgather_fn.share import Share

@@ -17,7 +17,8 @@ from forgather_fn.flat import listed
 from forgather_fn.joining import parts, seed_of
 from forgather_fn.loop import open_steps
 from forgather_fn.optim import Optimizer
-from forgather_fn.plan import Metrics, Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Metrics, Program
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Ownership, TrainState
 from forgather_fn.step import following

@@ -26,7 +26,8 @@ from forgather_fn.pipeline.preparing import assigned_by, assignment_of, stage_pr
 from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
-from forgather_fn.plan import Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Program
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.strategy.accelerated import ALL_VIEWED

@@ -36,7 +36,8 @@ from forgather_fn.model import (
     surrounded,
 )
 from forgather_fn.part import Part
-from forgather_fn.plan import Metrics, Plan, Program, Whole, itself
+from forgather_fn.plan import Plan
+from forgather_fn.program import Metrics, Program, Whole, itself
 from forgather_fn.reducers.base import begun
 from forgather_fn.shards import Rows
 from forgather_fn.share import Share
@@ -90,7 +91,7 @@ class Storage:
 
 @attrs.frozen(eq=False)
 class Looking:
-    """How a program runs a model besides training it; see :class:`~forgather_fn.plan.Program`.
+    """How a program runs a model besides training it; see :class:`~forgather_fn.program.Program`.
 
     Attributes:
         evaluate: ``(built, state, data, params, metrics) -> numbers``.

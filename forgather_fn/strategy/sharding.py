@@ -212,7 +212,7 @@ class Sharding:
         return params, frozen
 
     def whole(self, state: TrainState, /) -> TrainState | None:
-        """Bring a state together in the memory of the first process's host; see :class:`~forgather_fn.plan.Whole`."""
+        """Bring a state together on the first process's host; see :class:`~forgather_fn.program.Whole`."""
         fsdp, arrays = self.cut_model, state.read()
 
         def brought(leaf: Flat | Tensor) -> Any:

@@ -3,7 +3,8 @@
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.in_backward import updating_in_backward
-from forgather_fn.plan import Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Program
 from forgather_fn.step import eager
 from forgather_fn.strategy.program import Strategy, assembled
 

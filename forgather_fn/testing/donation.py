@@ -8,7 +8,8 @@ import attrs
 from torch import Tensor
 
 from forgather_fn import tree
-from forgather_fn.plan import Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Program
 from forgather_fn.state import Arrays, ConsumedStateError, TrainState, difference
 from forgather_fn.testing.compare import changed, plain, snapshot
 from forgather_fn.testing.failing import PLANTS, PlantedError, Trap, gradients_held

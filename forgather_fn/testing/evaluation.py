@@ -9,7 +9,8 @@ import torch
 from forgather_fn import tree
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.data import IndexedStream, Stream, batches
-from forgather_fn.plan import Measure, Plan
+from forgather_fn.plan import Plan
+from forgather_fn.program import Measure
 from forgather_fn.testing.compare import LEAST_SCALE, ROUNDING, TOLERANCE, beyond, changed, snapshot
 from forgather_fn.testing.subject import Subject, in_float64, subject
 from forgather_fn.testing.surroundings import drawing_nothing, elsewhere
@@ -42,7 +43,7 @@ def check_evaluation(
         plan: Its loss and model are checked. A module in it is copied.
         data: A dataset as :func:`~forgather_fn.data.batches` takes it, or a stream made by that, for its ``collate``. A
             few dozen samples are enough: each is run several times.
-        metrics: What is measured besides the loss, as :class:`~forgather_fn.plan.Evaluate` takes it.
+        metrics: What is measured besides the loss, as :class:`~forgather_fn.program.Evaluate` takes it.
         batch_sizes: Others than these.
         tolerance: By how much a result may differ, relative to its value (at least a hundredth).
         seed: Of the state.

@@ -11,7 +11,8 @@ from forgather_fn.checkpoint import save, verify
 from forgather_fn.data import Stream
 from forgather_fn.endings import until
 from forgather_fn.loop import Stage, last
-from forgather_fn.plan import Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState, difference
 from forgather_fn.testing.subject import sizes, subject
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from forgather_fn.batch import as_batch
 from forgather_fn.model import ModelFactory, build, parameter_anatomy
-from forgather_fn.plan import Plan, Program
+from forgather_fn.plan import Plan
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 from forgather_fn.strategy.single import single
 

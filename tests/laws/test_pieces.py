@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import forgather_fn as ff
 from forgather_fn import testing, tree
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.testing.compare import beyond, snapshot
 from forgather_fn.testing.processes import Processes, processes
 from forgather_fn.testing.subject import in_float64

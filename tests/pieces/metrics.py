@@ -2,7 +2,7 @@
 
 import forgather_fn as ff
 from forgather_fn.loop import Stage
-from forgather_fn.plan import Measure
+from forgather_fn.program import Measure
 from tests import specimens
 from tests.pieces.losses import words
 from tests.pieces.piece import Piece

@@ -7,7 +7,8 @@ import attrs
 
 import forgather_fn as ff
 from forgather_fn.loop import Stage
-from forgather_fn.plan import Measure, Plan
+from forgather_fn.plan import Plan
+from forgather_fn.program import Measure
 from tests import specimens
 
 LAWS: Final = ("purity", "donation", "accumulation", "evaluation", "resume", "compiled", "worlds")

@@ -10,7 +10,7 @@ from forgather.ml.trainer.base_trainer import BaseTrainer
 from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments
 from forgather.ml.trainer.resuming import batch_of
 from forgather.ml.trainer.sharing import Sharing
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.world import World, known_to_all
 
 logger = logging.getLogger(__name__)

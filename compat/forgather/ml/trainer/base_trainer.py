@@ -22,7 +22,7 @@ from forgather.ml.trainer.model_settings import constructed
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.world import ALONE, World
 
 

@@ -23,7 +23,7 @@ from forgather_fn.binding import unbind
 from forgather_fn.data import Batch
 from forgather_fn.meta import on_meta
 from forgather_fn.pipeline.freeing import is_freed
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 from forgather_fn.strategy.processes import launched_on
 from forgather_fn.world import ALONE, World

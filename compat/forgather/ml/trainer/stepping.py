@@ -17,7 +17,7 @@ from forgather.ml.trainer.optimizing import OptimizerPart
 from forgather.ml.trainer.windows import Window
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 from forgather_fn.random import key, seeded
 from forgather_fn.share import Parts
 from forgather_fn.state import NonFiniteError, TrainState

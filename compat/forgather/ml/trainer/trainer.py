@@ -2,7 +2,7 @@
 
 import forgather_fn as ff
 from forgather.ml.trainer.base_trainer import BaseTrainer
-from forgather_fn.plan import Program
+from forgather_fn.program import Program
 
 
 class Trainer(BaseTrainer):
