@@ -290,7 +290,8 @@ def check_shards(plan: Plan, reduction: Reduction, overlap_bytes: int | None) ->
             raise ValueError(
                 f"sharded: {part!r} is not known to work element by element, or by the norm of the whole gradient, and "
                 "a process has some rows of each tensor only. Use ff.adamw, ff.adam, ff.sgd or ff.optim.lion, and "
-                "ff.clipped; one of your own that does says so: Optimizer(..., elementwise=True), Transform(..., elementwise=True)"
+                "ff.clipped; one of your own that does says so: Optimizer(..., elementwise=True), "
+                "Transform(..., elementwise=True)"
             )
     refused = {
         'accumulate="float32"': (plan.accumulate == "float32", "gradients are added up by torch, unit by unit"),
