@@ -7,8 +7,10 @@ observers want of a step is known before it runs, so that a step that nobody loo
 """
 
 import contextlib
+import difflib
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
@@ -260,7 +262,7 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     run = Run(program, data, state.step, demand.horizon, course)
     batches = program.batches(state, data)
     agreed = program.world.polled()
-    with _telling(program.world), closing(batches), contextlib.suppress(interrupt.Interrupted):
+    with _telling(program.world), _heard(course), closing(batches), contextlib.suppress(interrupt.Interrupted):
         if program.world.size == 1:  # several heed a signal together, after a step
             interrupt.check()
         for batch in batches:
@@ -269,6 +271,22 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
             if number := agreed(interrupt.requested()):
                 interrupt.adopt(number)
                 return
+
+
+@contextlib.contextmanager
+def _heard(course: Course) -> Iterator[None]:
+    """Warn at the end of a stream of what waited for a result that never came, where there were others."""
+    try:
+        yield
+    finally:
+        for control in course.controls:
+            if course.found and control.metric not in course.found:
+                known = difflib.get_close_matches(control.metric, course.found, n=5, cutoff=0.0)
+                warnings.warn(
+                    f"{control.name!r} waited for a result named {control.metric!r}, which no observer found; they "
+                    f"found {', '.join(map(repr, known))}",
+                    stacklevel=2,
+                )
 
 
 @contextlib.contextmanager

@@ -285,3 +285,11 @@ class TestRollback:
     def test_numbers_below_one_are_refused(self, options):
         with pytest.raises(ValueError, match="after and every must be at least 1"):
             ff.rollback(**options)
+
+
+def test_waiting_for_a_result_that_nobody_finds_is_told():
+    made = program(classifier(), schedule=plateau(metric="evl_loss"))
+    stages = (results([1.0, 2.0, 3.0]), ff.early_stopped("eval_los", patience=1), ff.until(steps=3), ff.last)
+    with pytest.warns(UserWarning, match="which no observer found; they found 'eval_loss'") as caught:
+        run(made, *stages)
+    assert {str(one.message).split("'")[3] for one in caught} == {"evl_loss", "eval_los"}
