@@ -141,8 +141,9 @@ class TestEarlyStopped:
     def test_it_ends_after_so_many_looks_without_improvement(self, made, values, options, expected):
         assert stopped_at(made, values, **options) == expected
 
-    def test_other_results_are_not_looked_at(self, made):
-        assert stopped_at(made, [1, 1, 1, 1], metric="eval_accuracy", patience=1) == 4
+    def test_other_results_are_not_looked_at_and_named_at_the_end(self, made):
+        with pytest.warns(UserWarning, match="waited for a result named 'eval_accuracy', which no observer found"):
+            assert stopped_at(made, [1, 1, 1, 1], metric="eval_accuracy", patience=1) == 4
 
     @pytest.mark.parametrize("options", [{"patience": 0}, {"patience": 2, "min_delta": -0.1}])
     def test_negative_numbers_are_refused(self, options):
