@@ -84,7 +84,7 @@ class TestProgram:
         text = repr(program(classifier(), transforms=[ff.clipped(1.0)], average=ff.ema(0.9)))
         assert text.startswith("Program(\n  model=torch.nn.modules.container.Sequential\n  loss=cross_entropy\n")
         assert "\n  transforms=(clipped(max_norm=1.0),)\n" in text
-        assert "\n  average=ema(decay=0.9, warmup=False)\n" in text
+        assert "\n  average=ema(decay=0.9)\n" in text
         assert "object at 0x" not in text
         assert "tensor(" not in text
 
