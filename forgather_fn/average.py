@@ -34,7 +34,6 @@ class Average:
         return self.description or f"Average({describe(self.update)})"
 
 
-@described
 def ema(decay: float, *, warmup: bool = False) -> Average:
     """Keep an exponential moving average: after every update, ``ema = d * ema + (1 - d) * params``.
 
@@ -59,7 +58,8 @@ def ema(decay: float, *, warmup: bool = False) -> Average:
         t = updates.double()
         return _moved(average, params, good * (1.0 - ((1.0 + t) / (10.0 + t)).clamp(max=decay)))
 
-    return Average(update)
+    more = ", warmup=True" if warmup else ""  # so that older checkpoints, which have no such word, are the same plan
+    return Average(update, f"ema(decay={decay!r}{more})")
 
 
 @described
