@@ -157,7 +157,7 @@ class Ours:
         plan = ff.Plan(model=_model(), loss=ff.losses.mse, optimizer=ff.adamw(), schedule=1e-3)
         self.program = ff.single(plan)
         state = attrs.evolve(self.program.init(0), step=self.step, samples=task.position)
-        save(run, self.program.steps(state, self.stream).state, self.program)
+        save(self.program, self.program.steps(state, self.stream).state, run)
 
     def __call__(self) -> Spent:
         with timing() as spent:

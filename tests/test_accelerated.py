@@ -327,7 +327,7 @@ def drifting(run: str) -> None:
     state = program.init(0)
     with torch.no_grad():
         next(iter(state.params.values())).add_(1e-7 * rank())
-    ff.checkpoint.save(run, state, program)
+    ff.checkpoint.save(program, state, run)
 
 
 def test_processes_that_have_drifted_apart_are_not_saved(pair, tmp_path):
@@ -349,7 +349,7 @@ def resumed(run: str) -> list[str]:
 
 def test_a_changed_world_is_told_once(pair, tmp_path):
     program = ff.single(plan())
-    ff.checkpoint.save(tmp_path, program.init(0), program)
+    ff.checkpoint.save(program, program.init(0), tmp_path)
     (told,), nothing = pair.run(resumed, str(tmp_path))
     assert "was saved by 1 processes, and goes on with 2" in told
     assert nothing == []

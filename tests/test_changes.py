@@ -132,7 +132,7 @@ class TestOnPlateau:
 
     def test_a_checkpoint_without_it_is_refused_unless_it_is_left_out(self, tmp_path):
         plain = program(classifier())
-        ff.checkpoint.save(tmp_path, plain.init(0), plain)
+        ff.checkpoint.save(plain, plain.init(0), tmp_path)
         made = program(classifier(), schedule=plateau())
         with pytest.raises(ff.checkpoint.CheckpointError, match=r"controls: the checkpoint lacks \['plateau'\]"):
             made.restore(tmp_path, allow={"schedule"})
@@ -262,7 +262,7 @@ class TestRollback:
         made = program(classifier(), on_nonfinite="skip")
         ticks = run(made, ff.rollback(after=2, every=1), ff.until(steps=4), batches=poisoned(3, 4))
         state = ff.last(ticks)
-        ff.checkpoint.save(tmp_path, state, made)
+        ff.checkpoint.save(made, state, tmp_path)
         again = made.restore(tmp_path)
         assert again.controls["rollback"] == {"bad": 1, "times": 0}
         ticks = run(made, ff.rollback(after=2, every=1), state=again, batches=poisoned(4)[4:])

@@ -225,7 +225,7 @@ def test_left_at_any_step_and_taken_up_again(tmp_path, async_):
 def test_a_checkpoint_is_one_commit_under_names_of_the_parts(tmp_path: Path):
     program = gan()
     state, _ = program.step(program.init(0), gaussian(8))
-    loaded = ff.checkpoint.load(ff.checkpoint.save(tmp_path, state, program))
+    loaded = ff.checkpoint.load(ff.checkpoint.save(program, state, tmp_path))
     assert {name.partition(".")[0] for name in loaded.tensors["model"]} == {"critic", "generator"}
     assert "generator.1.running_mean" in loaded.tensors["model"]
     assert set(loaded.tensors["ema"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}

@@ -380,7 +380,7 @@ def given_a_module(path: str) -> list[Any]:
     program = sharded(bad_plan(model=model, init="as_built"))
     batch = (torch.ones(4, 3), torch.ones(4, 3))
     state, _ = program.step(program.init(), batch)
-    save(path, state, program)
+    save(program, state, path)
     again = program.init()
     assert all(torch.equal(again.params[name], state.params[name]) for name in state.params)
     other = sharded(bad_plan(model=model, init="as_built"))

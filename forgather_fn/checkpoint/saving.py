@@ -33,15 +33,15 @@ class SaveError(RuntimeError):
     """Checkpoints could not be written; training went on, the older ones are as they were."""
 
 
-def save(run: str | Path, state: TrainState, program: Program, *, pinned: bool = False) -> Path:
+def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool = False) -> Path:
     """Save a state as a checkpoint of a run, and wait until it is on the disk.
 
     Of several processes, which all call it, the first one writes; none goes on before that has succeeded or failed.
 
     Args:
-        run: The run directory; checkpoints lie in its ``checkpoints/``.
-        state: Not consumed.
         program: Whose state it is.
+        state: Not consumed.
+        run: The run directory; checkpoints lie in its ``checkpoints/``.
         pinned: Whether rotation must leave it.
 
     Returns:

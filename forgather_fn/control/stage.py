@@ -147,7 +147,7 @@ class _Control:
         done: Future[Mapping[str, Any]] = Future()
         if self.inbox.run is None:
             raise ValueError("this run saves nothing: write ff.every(n, ff.saved(run)) before ff.controlled(inbox)")
-        done.set_result({"path": str(save(self.inbox.run, tick.state, tick.run.program))})
+        done.set_result({"path": str(save(tick.run.program, tick.state, self.inbox.run))})
         return done
 
     def _told(self, request: Request, step: int, saves: "list[Future[Mapping[str, Any]]]") -> None:

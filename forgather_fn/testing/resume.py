@@ -39,7 +39,7 @@ def check_checkpoint(plan: Plan, batch: Any, *, steps: int = 2, seed: int = 0) -
     for _ in range(steps):
         state, _ = made.program.step(state, batch)
     with tempfile.TemporaryDirectory() as run:
-        path = save(run, state, made.program)
+        path = save(made.program, state, run)
         faults = verify(path)
         if faults:
             raise AssertionError(f"checkpoint: it is damaged as soon as it is written: {'; '.join(faults)}")
@@ -97,8 +97,8 @@ def _run(
         final: TrainState = last(ticks)
         return final
     final = ticks.state
-    save(runs / f"{final.step}", final, program)
+    save(program, final, runs / f"{final.step}")
     for tick in ticks:
         final = tick.state
-        save(runs / f"{final.step}", final, program)
+        save(program, final, runs / f"{final.step}")
     return final

@@ -69,7 +69,7 @@ class TestOrder:
         program = small()
         program.init(0)
         for step in (2, 6, 4):
-            save(tmp_path, trajectory()[step], program)
+            save(program, trajectory()[step], tmp_path)
         assert steps(tmp_path) == [2, 6, 4]
         assert load(tmp_path).record["step"] == latest(tmp_path).step == 4
 

@@ -52,7 +52,7 @@ def system_calls(monkeypatch):
 
 class TestTheOrder:
     def test_files_then_manifest_then_directory_then_rename_then_parent(self, program, tmp_path, system_calls):
-        home = save(tmp_path, trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path)
         temporary = next(path for name, path in system_calls if name == "rename")
         commits = [event for event in system_calls if temporary in (event[1], event[1].parent)]
         tail = system_calls[system_calls.index(("rename", temporary)) + 1 :]
@@ -70,13 +70,13 @@ class TestTheOrder:
         assert tail == [("fsync", home.parent)]
 
     def test_directories_are_on_the_disk_before_what_is_in_them(self, program, tmp_path, system_calls):
-        save(tmp_path / "a" / "b", trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path / "a" / "b")
         for path in (tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "checkpoints"):
             made = system_calls.index(("mkdir", path))
             assert system_calls[made + 1] == ("fsync", path.parent)
 
     def test_a_directory_is_renamed_and_the_rename_synced_before_it_is_removed(self, program, tmp_path, system_calls):
-        home = save(tmp_path, trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path)
         system_calls.clear()
         commit.discard(home)
         (_, old), synced, *removals, last = system_calls
@@ -85,11 +85,11 @@ class TestTheOrder:
         assert last[0] == "rmdir"
 
     def test_nothing_that_was_committed_is_written_to_again(self, program, tmp_path):
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         before = content(tmp_path / "checkpoints")
         times = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
         with Calls().watched() as calls:
-            save(tmp_path, trajectory()[4], program)
+            save(program, trajectory()[4], tmp_path)
         assert not [call for call in calls.made if "checkpoint-2" in str(call.path)]
         after = content(tmp_path / "checkpoints")
         assert {name: after[name] for name in before} == before
@@ -99,7 +99,7 @@ class TestTheOrder:
 class TestTheManifest:
     def test_counts_the_commits_and_names_run_and_attempt(self, program, tmp_path):
         for step in (2, 6, 4):
-            save(tmp_path, trajectory()[step], program)
+            save(program, trajectory()[step], tmp_path)
         found = [entry.manifest for entry in list_checkpoints(tmp_path)]
         assert [(m.step, m.order) for m in found] == [(2, 0), (6, 1), (4, 2)]
         assert len({m.run for m in found}) == 1
@@ -107,22 +107,22 @@ class TestTheManifest:
 
     def test_the_count_goes_on_where_older_ones_were_removed(self, program, tmp_path):
         for step in (2, 4, 6):
-            home = save(tmp_path, trajectory()[step], program)
+            home = save(program, trajectory()[step], tmp_path)
             for entry in list_checkpoints(tmp_path)[:-1]:
                 commit.discard(entry.path)
         assert manifests.read(home).order == 2
 
     def test_two_runs_have_two_ids(self, program, tmp_path):
-        homes = [save(tmp_path / name, trajectory()[2], program) for name in "ab"]
+        homes = [save(program, trajectory()[2], tmp_path / name) for name in "ab"]
         assert len({manifests.read(home).run for home in homes}) == 2
 
     @pytest.mark.parametrize("pinned", [True, False])
     def test_pinned(self, program, tmp_path, pinned):
-        home = save(tmp_path, trajectory()[2], program, pinned=pinned)
+        home = save(program, trajectory()[2], tmp_path, pinned=pinned)
         assert manifests.read(home).pinned is pinned
 
     def test_sizes_and_hashes_are_those_of_the_files(self, program, tmp_path):
-        home = save(tmp_path, trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path)
         manifest = manifests.read(home)
         assert manifests.hash_faults(home, manifest) == []
         assert set(manifest.files) | {"manifest.json"} == {path.name for path in home.iterdir()}
@@ -130,13 +130,13 @@ class TestTheManifest:
 
 class TestTheSpace:
     def test_is_compared_with_what_is_needed_before_anything_is_written(self, program, tmp_path, monkeypatch):
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         monkeypatch.setattr(system, "free_bytes", lambda path: 1000)
         with (
             Calls().watched() as calls,
             pytest.raises(OSError, match=r"a save needs [\d,]+ bytes, there are 1,000") as error,
         ):
-            save(tmp_path, trajectory()[4], program)
+            save(program, trajectory()[4], tmp_path)
         assert error.value.errno == errno.ENOSPC
         assert {call.name for call in calls.made} <= {"sync_directory"}
         assert latest(tmp_path).step == 2
@@ -148,7 +148,7 @@ class TestTheSpace:
         state = program.init(0)
         taken, copy = snapshot(state, program, None, {}, Memory())
         copy()
-        home = save(tmp_path, state, program)
+        home = save(program, state, tmp_path)
         used = sum(path.stat().st_size for path in home.iterdir())
         assert used <= taken.size() <= 3 * used + 100_000
 
@@ -162,7 +162,7 @@ class TestLeftovers:
         for name in (*self.LEFT, *self.OTHERS):
             (directory / name / "deep").mkdir(parents=True)
             (directory / name / "deep" / "file").write_text("mine")
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         assert set(names(tmp_path)) == {"checkpoint-2", *self.OTHERS}
 
     def test_a_link_is_removed_and_not_what_it_points_to(self, program, tmp_path):
@@ -172,19 +172,19 @@ class TestLeftovers:
         left = tmp_path / "checkpoints" / self.LEFT[0]
         left.mkdir(parents=True)
         (left / "link").symlink_to(outside)
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         assert names(tmp_path) == ["checkpoint-2"]
         assert (outside / "file").read_text() == "mine"
 
     def test_one_that_was_moved_aside_comes_back_where_there_is_no_other(self, program, tmp_path):
-        home = save(tmp_path, trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path)
         home.rename(home.parent / ".replaced-checkpoint-2-0a1b2c3d")
         assert latest(tmp_path).step == 2
-        save(tmp_path, trajectory()[4], program)
+        save(program, trajectory()[4], tmp_path)
         assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
     def test_one_that_was_moved_aside_stays_where_the_other_is_damaged(self, program, tmp_path):
-        home = save(tmp_path, trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path)
         aside = home.rename(home.parent / ".replaced-checkpoint-2-0a1b2c3d")
         home.mkdir()
         (home / "model.safetensors").write_bytes(b"half")
@@ -202,26 +202,26 @@ class TestLeftovers:
             return failing(errno.EACCES)(call, perform) if call.name in MAY_FAIL else perform()
 
         with Calls(lambda number: fault).watched(), caplog.at_level(logging.WARNING):
-            save(tmp_path, trajectory()[2], program)
+            save(program, trajectory()[2], tmp_path)
         assert latest(tmp_path).step == 2
         assert f"{name} could not be removed" in caplog.text
-        save(tmp_path, trajectory()[4], program)
+        save(program, trajectory()[4], tmp_path)
         assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
 
     def test_of_a_replaced_one_that_cannot_be_removed_do_not_fail_the_save(self, program, tmp_path, caplog):
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         other, _ = program.step(trajectory()[1].copy(), BATCHES[-1])
         with Calls().watched() as calls:
-            save(tmp_path, other, program)
+            save(program, other, tmp_path)
         last = max(i for i, call in enumerate(calls.made) if call.name == "unlink")
         with Calls(at(last, failing(errno.EIO))).watched(), caplog.at_level(logging.WARNING):
-            save(tmp_path, trajectory()[2], program)
+            save(program, trajectory()[2], tmp_path)
         assert "could not be removed" in caplog.text
         assert_equal(program.restore(tmp_path), trajectory()[2])
 
 
 def test_only_the_owner_may_read_a_checkpoint(program, tmp_path):
-    home = save(tmp_path, trajectory()[2], program)
+    home = save(program, trajectory()[2], tmp_path)
     assert home.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in home.iterdir()} == {0o600}
 
@@ -229,7 +229,7 @@ def test_only_the_owner_may_read_a_checkpoint(program, tmp_path):
 def test_files_are_written_side_by_side_and_come_out_the_same(program, tmp_path):
     for run, writers in itertools.product("ab", (1, 2)):
         with Calls().watched(writers=writers):
-            save(tmp_path / f"{run}{writers}", trajectory()[2], program)
+            save(program, trajectory()[2], tmp_path / f"{run}{writers}")
     files = [{n: (w.size, w.sha256) for n, w in latest(run).manifest.files.items()} for run in tmp_path.iterdir()]
     assert all(one == files[0] for one in files)
 
@@ -237,7 +237,7 @@ def test_files_are_written_side_by_side_and_come_out_the_same(program, tmp_path)
 def test_a_write_without_progress_is_an_error_and_no_endless_loop(program, tmp_path, monkeypatch):
     monkeypatch.setattr(system, "write", lambda file, data: 0)
     with pytest.raises(OSError, match="no progress"):
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
     assert names(tmp_path) == []
 
 
@@ -288,10 +288,10 @@ class TestADirectoryThatOthersHaveWritten:
 
 
 def test_each_checkpoint_has_a_copy_of_how_its_run_was_made(program, tmp_path):
-    home = save(tmp_path, trajectory()[2], program)
+    home = save(program, trajectory()[2], tmp_path)
     assert not (home / commit.RECORD).exists()
     (tmp_path / commit.RECORD).write_text("a record")
-    home = save(tmp_path, trajectory()[3], program)
+    home = save(program, trajectory()[3], tmp_path)
     assert (home / commit.RECORD).read_text() == "a record"
     assert commit.RECORD in manifests.read(home).files
 
@@ -300,4 +300,4 @@ def test_a_record_that_cannot_be_one_is_refused(program, tmp_path, monkeypatch):
     monkeypatch.setattr(commit, "RECORD_LIMIT", 3)
     (tmp_path / commit.RECORD).write_text("a record")
     with pytest.raises(ValueError, match="larger than a record"):
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)

@@ -76,7 +76,7 @@ class Scenario:
     def next(self, run: Path) -> None:
         """Save the last state of the run, in the same way."""
         if self.keeps:
-            save(run, trajectory()[STEPS], program())
+            save(program(), trajectory()[STEPS], run)
         else:
             look(run, trajectory()[STEPS - 1], BATCHES[STEPS - 1])
 
@@ -91,10 +91,10 @@ def look(run, state, batch):
 def scenarios():
     states, other = trajectory(), detour()
     return {
-        "the first": Scenario((), lambda run: save(run, states[2], program()), None, states[2]),
-        "another": Scenario((2,), lambda run: save(run, states[4], program()), states[2], states[4]),
+        "the first": Scenario((), lambda run: save(program(), states[2], run), None, states[2]),
+        "another": Scenario((2,), lambda run: save(program(), states[4], run), states[2], states[4]),
         "one of a step that there is": Scenario(
-            (2, 4), lambda run: save(run, other[4], program()), states[4], other[4]
+            (2, 4), lambda run: save(program(), other[4], run), states[4], other[4]
         ),
         "one that rotates": Scenario(
             (2,), lambda run: look(run, states[3], BATCHES[3]), states[2], states[4], keeps=False
@@ -125,7 +125,7 @@ def places(scenario, tmp_path) -> Iterator[Path]:
     template = tmp_path / "template"
     template.mkdir()
     for step in scenario.before:
-        save(template, trajectory()[step], program())
+        save(program(), trajectory()[step], template)
 
     def made():
         for number in range(10_000):
@@ -247,7 +247,7 @@ class TestALossOfPower:
     def test_of_directories_that_the_save_made(self, tmp_path):
         disk = Disk(tmp_path)
         with Calls(seen=disk.seen).watched():
-            save(tmp_path / "runs" / "a", trajectory()[2], program())
+            save(program(), trajectory()[2], tmp_path / "runs" / "a")
         place = laid_out(disk.kept(), tmp_path / "after")
         assert_equal(program().restore(place / "runs" / "a"), trajectory()[2])
 

@@ -38,7 +38,7 @@ def program():
 
 @pytest.fixture
 def home(program, tmp_path):
-    return save(tmp_path, trajectory()[3], program)
+    return save(program, trajectory()[3], tmp_path)
 
 
 class TestFiles:
@@ -60,7 +60,7 @@ class TestFiles:
 
     def test_what_a_state_does_not_have_has_no_file(self, tmp_path):
         program = small(model=mlp, optimizer=small().plan.optimizer, average=None)
-        home = save(tmp_path, program.init(0), program)
+        home = save(program, program.init(0), tmp_path)
         assert {path.stem for path in home.iterdir()} == {"model", "optimizer", "manifest", "state"}
 
     def test_the_state_file(self, home):
@@ -112,7 +112,7 @@ class TestShards:
         program = small(model=mlp)
         monkeypatch.setattr(snapshots, "SHARD_BYTES", 150)
         state = program.init(0)
-        home = save(tmp_path, state, program)
+        home = save(program, state, tmp_path)
         index = json.loads((home / "model.safetensors.index.json").read_bytes())
         files = sorted(path.name for path in home.glob("model-*.safetensors"))
         assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
@@ -130,7 +130,7 @@ class TestShards:
     def test_an_index_is_checked_as_any_file(self, tmp_path, monkeypatch):
         program = small(model=mlp)
         monkeypatch.setattr(snapshots, "SHARD_BYTES", 150)
-        home = save(tmp_path, program.init(0), program)
+        home = save(program, program.init(0), tmp_path)
         index = home / "model.safetensors.index.json"
         index.write_bytes(index.read_bytes().replace(b"00001", b"00002"))
         with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json.*changed"):

@@ -27,7 +27,7 @@ def program():
 @pytest.fixture
 def run(program, tmp_path):
     for step in (2, 4):
-        save(tmp_path, trajectory()[step], program)
+        save(program, trajectory()[step], tmp_path)
     return tmp_path
 
 
@@ -71,7 +71,7 @@ class TestWhatIsFound:
         finished(program, program.restore(run))
         assert {path: path.read_bytes() for path in home(run, 4).iterdir()} == before
         shutil.rmtree(run)
-        assert_equal(program.restore(save(run, trajectory()[4], program)), trajectory()[4])
+        assert_equal(program.restore(save(program, trajectory()[4], run)), trajectory()[4])
 
     def test_another_state_of_the_program_stays_as_it_is(self, program, run):
         other = program.init(0)
@@ -317,7 +317,7 @@ class TestMismatch:
         longer = another(model=Longer)
         with pytest.raises(CheckpointError, match="lacks 'extra', and has none besides"):
             longer.restore(run, allow={"model"}, without={"optimizer", "ema"})
-        save(tmp_path / "b", longer.init(0), longer)
+        save(longer, longer.init(0), tmp_path / "b")
         with pytest.raises(CheckpointError, match="lacks none, and has 'extra' besides"):
             another().restore(tmp_path / "b", allow={"model"}, without={"optimizer", "ema"})
 
@@ -330,7 +330,7 @@ class TestMismatch:
 
     def test_where_there_is_no_average(self, tmp_path):
         plain = another(average=None)
-        save(tmp_path, plain.init(0), plain)
+        save(plain, plain.init(0), tmp_path)
         with pytest.raises(CheckpointError, match=r"no average of the parameters; leave it out: without=\{'ema'\}"):
             another().restore(tmp_path, allow={"average"})
 
@@ -480,7 +480,7 @@ class TestLoadWeights:
 
         source = another(model=made(1))
         there = source.init(0)
-        save(tmp_path, there, source)
+        save(source, there, tmp_path)
         target = another(model=made(2))
         fresh = target.init(0)
         sibling = fresh.copy()
@@ -496,7 +496,7 @@ class TestLoadWeights:
     def test_takes_what_is_selected(self, tmp_path):
         source = another(model=lambda: classifier(seed=1))
         there = source.init(0)
-        save(tmp_path, there, source)
+        save(source, there, tmp_path)
         target = another(model=lambda: classifier(seed=2))
         fresh = target.init(0)
         kept = fresh.copy()
@@ -507,7 +507,7 @@ class TestLoadWeights:
 
     def test_takes_a_part_of_another_model(self, tmp_path):
         source = another(model=mlp)
-        save(tmp_path, source.init(0), source)
+        save(source, source.init(0), tmp_path)
         target = another(model=lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9)))
         state = load_weights(target.init(3), tmp_path, select=lambda name: name.startswith("0."))
         assert torch.equal(state.params["0.weight"], source.init(0).params["0.weight"])
@@ -525,7 +525,7 @@ class TestLoadWeights:
     )
     def test_refuses_what_does_not_fit_and_consumes_nothing(self, tmp_path, chosen, message):
         source = another(model=mlp)
-        save(tmp_path, source.init(0), source)
+        save(source, source.init(0), tmp_path)
         layers = nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 2)
         target = another(model=nn.Sequential(*layers))
         fresh = target.init(0)
@@ -540,7 +540,7 @@ class TestFrozen:
     def test_parameters_come_back_and_stay_shared(self, tmp_path):
         program = another(model=partly_frozen)
         state = finished(program, program.init(0), steps=2)
-        save(tmp_path, state, program)
+        save(program, state, tmp_path)
         restored = program.restore(tmp_path)
         assert_equal(restored, state)
         assert set(restored.frozen) == {"2.weight", "2.bias"}
@@ -548,7 +548,7 @@ class TestFrozen:
     def test_ones_with_other_values_do_not_change_those_of_other_states(self, tmp_path):
         model = partly_frozen()
         program = another(model=model)
-        save(tmp_path, program.init(0), program)
+        save(program, program.init(0), tmp_path)
         other = partly_frozen()
         with torch.no_grad():
             other[2].weight.zero_()
@@ -563,7 +563,7 @@ class TestFrozen:
 def test_buffers_come_back_in_the_shape_that_they_had(tmp_path):
     program = everything()
     state = run_to(4, program, program.init(0), drawing())
-    save(tmp_path, state, program)
+    save(program, state, tmp_path)
     other = everything()
     restored = other.restore(tmp_path)
     assert restored.buffers["history"].shape == (5,)
@@ -573,7 +573,7 @@ def test_buffers_come_back_in_the_shape_that_they_had(tmp_path):
 def test_batch_statistics_are_those_of_the_checkpoint(tmp_path):
     program = another(model=Noisy)
     state = finished(program, program.init(0), steps=3)
-    save(tmp_path, state, program)
+    save(program, state, tmp_path)
     other = another(model=Noisy)
     data = BATCHES[:2]
     assert other.evaluate(other.restore(tmp_path), data) == program.evaluate(state, data)

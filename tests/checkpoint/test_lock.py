@@ -27,7 +27,7 @@ def attempt(run):
     def other():
         program = small()
         try:
-            save(run, program.init(0), program)
+            save(program, program.init(0), run)
         except RunLockedError as error:
             return str(error)
         return "saved"
@@ -65,7 +65,7 @@ class TestTwoWriters:
 
     def test_a_reader_needs_no_lock(self, made, tmp_path):
         program, state = made
-        save(tmp_path, state, program)
+        save(program, state, tmp_path)
         with locked(tmp_path):
             assert program.restore(tmp_path).step == 0
 
@@ -181,7 +181,7 @@ class TestRelease:
     def test_of_a_save_that_failed(self, made, tmp_path):
         program, state = made
         with Calls(from_then_on(3, failing(errno.EIO))).watched(), pytest.raises(OSError):
-            save(tmp_path, state, program)
+            save(program, state, tmp_path)
         assert attempt(tmp_path) == "saved"
 
 
@@ -192,7 +192,7 @@ def test_the_run_directory_is_made(tmp_path):
 
 def test_sessions_of_one_run_share_its_id(made, tmp_path):
     program, state = made
-    save(tmp_path, state, program)
+    save(program, state, tmp_path)
     ids = [commit.open_session(tmp_path) for _ in range(2)]
     assert ids[0].run == ids[1].run
     assert ids[0].attempt != ids[1].attempt

@@ -36,7 +36,7 @@ def elsewhere():
 def saved_everywhere(run: Path, program: ff.Program, data: ff.Stream, *, async_: bool = True) -> ff.TrainState:
     """Train to the end and save every state, the first one too."""
     first = program.init(0)
-    save(run, first, program)
+    save(program, first, run)
     return run_to(STEPS, program, first, data, ff.every(1, saved(run, async_=async_)))
 
 
@@ -184,7 +184,7 @@ def check_resume(run, made, batches):
     program = made()
     state = program.init(0)
     for batch in batches:
-        save(run, state, program)
+        save(program, state, run)
         state, _ = program.step(state, batch)
 
     def child():
@@ -276,7 +276,7 @@ class TestHuggingFace:
         specimen = zoo.SPECIMENS[name]
         program = everything(model=specimen.model, loss=specimen.loss)
         state = ff.fold(program.step, program.init(0), [specimen.batch(4), specimen.batch(5)])
-        home = save(tmp_path, state, program)
+        home = save(program, state, tmp_path)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(home, output_loading_info=True)
         assert {kind: found for kind, found in report.items() if found} == {}
         tokens = specimens.words(3)["input_ids"]
@@ -293,7 +293,7 @@ class TestHuggingFace:
         specimen = zoo.SPECIMENS["llama"]
         program = everything(model=specimen.model, loss=specimen.loss)
         state = program.init(0)
-        home = save(tmp_path, state, program)
+        home = save(program, state, tmp_path)
         assert len(json.loads((home / "model.safetensors.index.json").read_bytes())["weight_map"]) > 1
         model = transformers.AutoModelForCausalLM.from_pretrained(home)
         tokens = specimens.words(3)["input_ids"]

@@ -54,7 +54,7 @@ def wait_for(event):
 class TestSave:
     def test_gives_the_directory_and_leaves_the_state(self, program, tmp_path):
         state = program.init(0)
-        home = save(str(tmp_path), state, program)
+        home = save(program, state, str(tmp_path))
         assert home == tmp_path / "checkpoints" / "checkpoint-0"
         assert_equal(program.restore(home), state)
         assert_equal(finished(program, state), trajectory()[STEPS])
@@ -63,20 +63,20 @@ class TestSave:
         state = program.init(0)
         program.step(state, BATCHES[0])
         with pytest.raises(ff.ConsumedStateError):
-            save(tmp_path, state, program)
+            save(program, state, tmp_path)
 
     def test_of_a_state_that_is_not_finite_is_refused(self, program, tmp_path):
         state = program.init(0)
         arrays = attrs.evolve(state.read(), nonfinite=counter(3, torch.device("cpu")))
         with pytest.raises(ff.NonFiniteError, match="step 3"):
-            save(tmp_path, attrs.evolve(state, arrays=arrays), program)
+            save(program, attrs.evolve(state, arrays=arrays), tmp_path)
         assert not (tmp_path / "checkpoints").exists()
 
     def test_again_takes_the_place_of_the_first(self, program, tmp_path):
         program.init(0)
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         other, _ = program.step(trajectory()[1].copy(), BATCHES[-1])
-        save(tmp_path, other, program)
+        save(program, other, tmp_path)
         assert names(tmp_path) == ["checkpoint-2"]
         assert_equal(program.restore(tmp_path), other)
 
@@ -274,7 +274,7 @@ class TestKeep:
 
     def test_a_pinned_one_stays(self, program, tmp_path):
         program.init(0)
-        save(tmp_path, trajectory()[1], program, pinned=True)
+        save(program, trajectory()[1], tmp_path, pinned=True)
         trained(program, ff.every(2, saved(tmp_path, keep=1)))
         assert steps(tmp_path) == [1, 8]
 
@@ -283,7 +283,7 @@ class TestKeep:
         run = tmp_path / "run"
         program.init(0)
         for step in (1, 2):
-            home = save(run, trajectory()[step], program)
+            home = save(program, trajectory()[step], run)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "link").symlink_to(run)
         ways = {
@@ -369,7 +369,7 @@ class TestTrouble:
 
     def test_too_often_in_a_row_ends_the_run(self, program, tmp_path):
         program.init(0)
-        save(tmp_path, trajectory()[1], program)
+        save(program, trajectory()[1], tmp_path)
         seen = []
         with (
             Calls(from_then_on(1, failing(errno.ENOSPC))).watched(),

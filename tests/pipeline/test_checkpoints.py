@@ -43,7 +43,7 @@ def begun(name: str, how: str | None, run: str) -> None:
     state = program.init(seed=3)
     for batch in runs.batches(3):
         state, _ = program.step(state, batch)
-    ff.checkpoint.save(run, state, program)
+    ff.checkpoint.save(program, state, run)
 
 
 def continued(name: str, how: str | None, run: str) -> runs.Found:

@@ -110,7 +110,7 @@ def normalised(how: str, folder: str | None = None) -> tuple[dict[str, Tensor], 
         torch.manual_seed(i)
         state, _ = program.step(state, (torch.randn(16, 6), torch.randint(0, 3, (16,))))
     if folder is not None:
-        ff.checkpoint.save(folder, state, program)
+        ff.checkpoint.save(program, state, folder)
     return dict(state.params), {name: buffer.clone() for name, buffer in state.buffers.items()}
 
 
@@ -154,7 +154,7 @@ def with_dropout(schedule: str, stages: int, folder: str | None = None) -> runs.
     state = program.init(seed=3)
     for batch in runs.batches(3):
         state, _ = program.step(state, batch)
-    ff.checkpoint.save(folder, state, program)
+    ff.checkpoint.save(program, state, folder)
     return runs.run(program, steps=3, state=program.restore(folder))
 
 

@@ -30,7 +30,7 @@ PATHS = [None, 3, b"", "", "a\0b", "\ud800", ["runs"]]
 @pytest.mark.parametrize(
     "function",
     [
-        lambda path, program: save(path, trajectory()[1], program),
+        lambda path, program: save(program, trajectory()[1], path),
         lambda path, program: load(path),
         lambda path, program: program.restore(path),
         lambda path, program: load_weights(trajectory()[1].copy(), path),
@@ -65,8 +65,8 @@ def served(**arguments):
 
 
 OTHERS = {
-    "a state that is none": (lambda p: save("run", None, p), "the state is a NoneType"),
-    "arguments in another order": (lambda p: save("run", p, trajectory()[1]), "the state is a Program"),
+    "a state that is none": (lambda p: save(p, None, "run"), "the state is a NoneType"),
+    "arguments in another order": (lambda p: save(trajectory()[1], p, "run"), "the state is a Program"),
     "weights for no state": (lambda p: load_weights("run", "run"), "takes a state, and the path of a checkpoint"),
     "select": (lambda p: load_weights(trajectory()[1].copy(), "run", select="body"), "expected a function of a name"),
     "allow None": (lambda p: p.restore("run", allow=None), "allow=None: expected a set of names out of"),

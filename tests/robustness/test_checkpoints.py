@@ -38,7 +38,7 @@ def program():
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, program):
     program.init(0)
-    return save(tmp_path_factory.mktemp("run"), trajectory()[3], program)
+    return save(program, trajectory()[3], tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_the_newest_is_the_one_committed_last(tmp_path, backwards):
     program = small()
     program.init(0)
     for step in (1, 2, 3):
-        save(tmp_path, trajectory()[step], program)
+        save(program, trajectory()[step], tmp_path)
     times = [entry.manifest.time for entry in list_checkpoints(tmp_path)]
     assert times == sorted(times, reverse=True)
     assert [entry.step for entry in list_checkpoints(tmp_path)] == [1, 2, 3]
@@ -49,7 +49,7 @@ def test_the_newest_is_the_one_committed_last(tmp_path, backwards):
 def test_a_status_has_no_age_below_nought(tmp_path, monkeypatch):
     program = small()
     program.init(0)
-    save(tmp_path, trajectory()[1], program)
+    save(program, trajectory()[1], tmp_path)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     endpoint = Endpoint(job="a", run=str(tmp_path), since=1.0, process=this_process(), socket="/s")
     assert status(Inbox(tmp_path), endpoint)["checkpoint"]["age"] == 0.0

@@ -83,15 +83,15 @@ def test_a_save_is_there_or_what_was_before_it_is(tmp_path, step, stride):
     program = small()
     program.init(0)
     new = trajectory()[step]
-    count = lines_of(CHECKPOINT, lambda: save(tmp_path / "count", new, program))
+    count = lines_of(CHECKPOINT, lambda: save(program, new, tmp_path / "count"))
     assert count > 200
     for line in range(1, 2 * count, stride):
         run = tmp_path / str(line)
-        save(run, trajectory()[1], program)
+        save(program, trajectory()[1], run)
         before = {path.name for path in (run / "checkpoints").iterdir()}
         lines = Lines(CHECKPOINT, line)
         try:
-            lines.run(functools.partial(save, run, new, program))
+            lines.run(functools.partial(save, program, new, run))
         except KeyboardInterrupt:
             pass
         else:
@@ -104,7 +104,7 @@ def test_a_save_is_there_or_what_was_before_it_is(tmp_path, step, stride):
         threads = [one for one in threading.enumerate() if one.name.startswith("checkpoint")]
         assert not threads, f"{lines.place}: a thread still writes"
         assert_same(leaves(program.restore(run)), leaves(trajectory()[found.step]))
-        save(run, new, program)  # the lock was given up
+        save(program, new, run)  # the lock was given up
         assert set(names(run)) == before | {f"checkpoint-{step}"}, lines.place
     else:
         raise AssertionError("the save was interrupted at none of its last lines")
@@ -132,7 +132,7 @@ def test_a_run_that_saves_can_be_gone_on_with(tmp_path, stride):
             break
         gc.collect()  # what was interrupted while it gave up the lock gives it up with the last that refers to it
         state, _ = program.step(state, data[state.step])  # which would wait for ever for a copy that nobody makes
-        save(place, state, program)
+        save(program, state, place)
         assert latest(place).step == state.step, lines.place
 
 

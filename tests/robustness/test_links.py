@@ -44,7 +44,7 @@ class TestALink:
         before = content(elsewhere)
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         (tmp_path / "run" / "checkpoints" / name).symlink_to(elsewhere)
-        save(tmp_path / "run", trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path / "run")
         assert content(elsewhere) == before
         assert not (tmp_path / "run" / "checkpoints" / name).is_symlink()
 
@@ -53,36 +53,36 @@ class TestALink:
         left = tmp_path / "run" / "checkpoints" / ".tmp-checkpoint-3-0a"
         left.mkdir(parents=True)
         (left / "way").symlink_to(elsewhere)
-        save(tmp_path / "run", trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path / "run")
         assert content(elsewhere) == before
         assert not left.exists()
 
     def test_in_place_of_a_checkpoint_is_rotated_and_what_it_leads_to_stays(self, program, tmp_path):
-        theirs = save(tmp_path / "theirs", trajectory()[1], program)
+        theirs = save(program, trajectory()[1], tmp_path / "theirs")
         before = content(theirs)
         home = tmp_path / "run" / "checkpoints"
         home.mkdir(parents=True)
         (home / "checkpoint-1").symlink_to(theirs)
         assert [entry.step for entry in list_checkpoints(tmp_path / "run")] == [1]
-        save(tmp_path / "run", trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path / "run")
         rotate(home, Policy(keep=1))
         assert [entry.step for entry in list_checkpoints(tmp_path / "run")] == [2]
         assert content(theirs) == before
 
     def test_in_place_of_the_checkpoint_that_is_saved_is_replaced(self, program, tmp_path):
-        theirs = save(tmp_path / "theirs", trajectory()[1], program)
+        theirs = save(program, trajectory()[1], tmp_path / "theirs")
         before = content(theirs)
         home = tmp_path / "run" / "checkpoints"
         home.mkdir(parents=True)
         (home / "checkpoint-1").symlink_to(theirs)
-        save(tmp_path / "run", trajectory()[1], program)
+        save(program, trajectory()[1], tmp_path / "run")
         assert not (home / "checkpoint-1").is_symlink()
         assert content(theirs) == before
 
     def test_to_nothing_in_place_of_the_checkpoint_that_is_saved_loses_nothing(self, program, tmp_path):
-        save(tmp_path, trajectory()[1], program)
+        save(program, trajectory()[1], tmp_path)
         (tmp_path / "checkpoints" / "checkpoint-2").symlink_to(tmp_path / "nothing")
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
         found = latest(tmp_path)
         assert found is not None
         assert found.step == 2
@@ -98,18 +98,18 @@ class TestALink:
     def test_to_checkpoints_on_another_disk_is_followed(self, program, tmp_path, elsewhere):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "checkpoints").symlink_to(elsewhere)
-        home = save(tmp_path / "run", trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path / "run")
         assert load(tmp_path / "run").path == home
         open_session(tmp_path / "run")
         assert (elsewhere / "thesis").read_text() == "years of work"
 
 
 def test_a_file_in_place_of_the_checkpoint_that_is_saved_stays(program, tmp_path):
-    save(tmp_path, trajectory()[1], program)
+    save(program, trajectory()[1], tmp_path)
     mine = tmp_path / "checkpoints" / "checkpoint-2"
     mine.write_text("years of work")
     with pytest.raises(NotADirectoryError, match="checkpoint-2"):
-        save(tmp_path, trajectory()[2], program)
+        save(program, trajectory()[2], tmp_path)
     assert mine.read_text() == "years of work"
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
@@ -118,7 +118,7 @@ class TestAPipe:
     @pytest.mark.timeout(20)
     @pytest.mark.parametrize("file", ["manifest.json", "state.json", "model.safetensors"])
     def test_in_place_of_a_file_is_not_waited_for(self, program, tmp_path, file):
-        home = save(tmp_path, trajectory()[2], program)
+        home = save(program, trajectory()[2], tmp_path)
         (home / file).unlink()
         os.mkfifo(home / file)
         assert latest(tmp_path) is None
@@ -132,7 +132,7 @@ class TestAPipe:
         home = tmp_path / "checkpoint-7"
         home.mkdir()
         (home / "trainer_state.json").write_text(json.dumps({}))
-        shutil.copy(save(tmp_path / "own", trajectory()[2], program) / "model.safetensors", home)
+        shutil.copy(save(program, trajectory()[2], tmp_path / "own") / "model.safetensors", home)
         (home / file).unlink(missing_ok=True)
         os.mkfifo(home / file)
         assert latest(tmp_path) is None
