@@ -17,6 +17,7 @@ from forgather_fn.describe import Described, describe
 from forgather_fn.flat import listed
 from forgather_fn.groups import Predicate
 from forgather_fn.model import ModelFactory, outline
+from forgather_fn.optim.base import rewrite
 from forgather_fn.program import Program
 from forgather_fn.state import TrainState
 
@@ -262,7 +263,7 @@ def folded(program: Program, state: TrainState) -> TrainState:
     """Add the adapters of a state to its weights, and begin them anew at zero: the outputs stay, up to rounding.
 
     Done every few thousand steps, adapters of low rank make a change of high rank. Slots of the optimizer stay as they
-    are; an average begins anew. The state is not consumed.
+    are, but for those that hold values of the parameters; an average begins anew. The state is not consumed.
 
     Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", 2023.
 
@@ -277,16 +278,19 @@ def folded(program: Program, state: TrainState) -> TrainState:
     new = state.copy()
     arrays = new.read()
     weights = dict(arrays.frozen)
+    written = {}
     for name, adapter in adapters.items():
         prefix = name.removesuffix("weight") + NAME
         delta = adapter.delta(arrays.params[f"{prefix}.A"], arrays.params[f"{prefix}.B"])
         old = arrays.params[name] if name in arrays.params else weights[name]
         sum_ = (old.to(delta.dtype) + delta).to(old.dtype)
         if name in arrays.params:
-            old.copy_(sum_)
+            written[name] = old.copy_(sum_)
         else:
             weights[name] = sum_
-        arrays.params[f"{prefix}.{adapter.zero}"].zero_()
+        zero = f"{prefix}.{adapter.zero}"
+        written[zero] = arrays.params[zero].zero_()
+    rewrite(arrays.opt, written)
     if arrays.ema is not None:
         arrays.ema.assign(arrays.params)
     return attrs.evolve(new, arrays=attrs.evolve(arrays, frozen=weights))

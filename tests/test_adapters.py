@@ -171,6 +171,30 @@ def test_folding_keeps_the_outputs_and_begins_the_adapters_anew():
     assert torch.equal(plain.apply(whole, TOKENS), made.apply(folded, TOKENS))
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ff.optim.schedule_free_adamw(),
+        ff.optim.partitioned({"all": ("*", ff.optim.lookahead(ff.sgd(), steps=2))}),
+        ff.optim.master_weights(ff.optim.lookahead(ff.sgd(), steps=2)),
+    ],
+    ids=["schedule_free", "lookahead", "master_weights"],
+)
+def test_optimizers_that_keep_parameters_do_not_undo_a_folding(optimizer):
+    """With a rate of 0 the next updates leave what was begun anew at zero."""
+    made = program(
+        ff.lora(lambda: classifier().bfloat16(), "*weight", rank=2, alpha=4),
+        optimizer=optimizer,
+        schedule=ff.schedules.piecewise(boundaries=(3,), values=(0.1, 0.0)),
+    )
+    batches = [(x.bfloat16(), y) for x, y in labelled_batches(5)]
+    folded = adapters.folded(made, ff.fold(made.step, made.init(0), batches[:3]))
+    expected = made.evaluate(folded, batches)
+    final = ff.fold(made.step, folded, batches[3:])
+    assert not final.params["2.lora.B"].any()
+    assert made.evaluate(final, batches) == expected
+
+
 def test_a_state_of_the_plain_model_is_converted():
     plain = program(classifier)
     state = ff.fold(plain.step, plain.init(0), labelled_batches(3))

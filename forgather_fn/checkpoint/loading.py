@@ -20,6 +20,9 @@ from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import COUNTERS, STATE
 from forgather_fn.checkpoint.system import path_of
 from forgather_fn.flat import Flat, filled, layout_of, listed
+from forgather_fn.joining import PARTS as JOINT
+from forgather_fn.joining import parts
+from forgather_fn.optim.base import OptState, rewrite
 from forgather_fn.part import Part
 from forgather_fn.plan import Plan
 from forgather_fn.shards import Rows
@@ -307,7 +310,8 @@ def load_weights(
     """Take the model out of a checkpoint, and nothing else: to start a new run from its weights.
 
     Args:
-        state: A fresh state, which is consumed. An average that it keeps starts from the weights.
+        state: A fresh state, which is consumed. An average that it keeps starts from the weights, and so
+            do the copies of parameters that optimizers keep.
         path: As in :func:`load`.
         select: Which parameters, frozen ones among them, and which persistent buffers, by name; others keep their
             values.
@@ -333,6 +337,7 @@ def load_weights(
         reason = f"{loaded.path} has no {listed(missing)}" if missing else "select chose nothing"
         raise CheckpointError(f"load_weights: {reason}. The model here has {listed(sorted(held))}")
     _check_kinds(chosen, model, loaded.path)
+    owners = _optimizers(state)
     arrays = state.consume("load_weights")
     averages = arrays.ema if arrays.ema is not None else {}
     with torch.no_grad():
@@ -340,5 +345,14 @@ def load_weights(
             for flat in (arrays.params, arrays.buffers, averages):
                 if name in flat:
                     flat[name].copy_(model[name])
+        for prefix, opt in owners:
+            rewrite(opt, {n.removeprefix(prefix): model[n] for n in chosen if n.startswith(prefix)})
     frozen = {n: _shared(t, model[n]) if n in chosen else t for n, t in arrays.frozen.items()}
     return attrs.evolve(state, arrays=attrs.evolve(arrays, frozen=frozen), ownership=Ownership())
+
+
+def _optimizers(state: TrainState) -> list[tuple[str, OptState]]:
+    """Give what optimizers keep, with what the names of their parameters begin with: one, or those of joint parts."""
+    if JOINT in state.controls:
+        return [(f"{name}.", part.opt) for name, part in parts(state).items()]
+    return [("", state.opt)]

@@ -1,6 +1,6 @@
 """The contract of optimizers: pairs of pure functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import attrs
@@ -20,7 +20,11 @@ class OptimizerInit(Protocol):
     """Make the optimizer's state for these parameters."""
 
     def __call__(self, params: Flat, /) -> OptState:
-        """Give slots by name: mappings in the layout of the parameters, tensors, numbers."""
+        """Give slots by name: mappings in the layout of the parameters, tensors, numbers.
+
+        A slot that holds values of the parameters has one of the names in :data:`COPIES`, so that what writes to
+        parameters between two steps finds it.
+        """
         ...
 
 
@@ -152,6 +156,27 @@ def apply(
         more |= {"step": step, "seed": seed}
     update: Callable[..., OptState] = optimizer.update
     return update(gradients, state, params, learning_rate=rates.learning_rate, found_inf=found_inf, **more)
+
+
+COPIES: Final = ("master", "slow", "z")
+"""Names of slots that hold values of the parameters: the next update would undo what is written to those alone."""
+
+
+def copies(state: OptState) -> Iterator[Flat]:
+    """Give the slots that hold values of the parameters, also those of optimizers inside of others."""
+    for name, held in state.items():
+        if isinstance(held, Flat):
+            if name in COPIES and len(held):
+                yield held
+        elif isinstance(held, Mapping):
+            yield from copies(held)
+
+
+def rewrite(state: OptState, values: Mapping[str, Tensor]) -> None:
+    """Write new values of parameters to the slots that hold such values, in place."""
+    for slot in copies(state):
+        for name in (name for name in values if name in slot):
+            slot[name].copy_(values[name])
 
 
 def slots_like(params: Flat) -> Flat:

@@ -9,7 +9,7 @@ from forgather_fn.finite import BAD, applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply
+from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, copies
 from forgather_fn.state import counter
 
 
@@ -27,7 +27,8 @@ def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> Op
         alpha: The part of the way, in (0, 1].
 
     Raises:
-        ValueError: A number is out of its range, or the optimizer evaluates other parameters than it trains.
+        ValueError: A number is out of its range, or the optimizer evaluates other parameters than it trains; or, when a
+            state is made, it keeps copies of the parameters, which would not be set back.
     """
     if steps < 1 or not 0 < alpha <= 1:
         raise ValueError(f"lookahead: steps must be at least 1, and alpha in (0, 1]; got steps={steps}, alpha={alpha}")
@@ -38,8 +39,13 @@ def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> Op
         )
 
     def init(params: Flat) -> OptState:
-        device = params.buffers[0].device
-        return {"fast": optimizer.init(params), "slow": params.copy(), "count": counter(0, device)}
+        device, fast = params.buffers[0].device, optimizer.init(params)
+        if any(copies(fast)):
+            raise ValueError(
+                f"lookahead: {optimizer!r} keeps copies of the parameters, from which its next update would undo that "
+                "they are set back; write it the other way round: ff.optim.master_weights(ff.optim.lookahead(...))"
+            )
+        return {"fast": fast, "slow": params.copy(), "count": counter(0, device)}
 
     def update(
         gradients: Gradients,

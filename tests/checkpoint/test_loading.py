@@ -17,6 +17,11 @@ from tests.specimens import mlp, partly_frozen
 from tests.toys import Noisy, assert_equal, classifier, labelled_batches
 
 
+def stepping_one(programs, states, batch):
+    states["one"], metrics = programs["one"].step(states["one"], batch)
+    return states, metrics
+
+
 @pytest.fixture(scope="module")
 def program():
     made = small()
@@ -260,8 +265,8 @@ class TestMismatch:
             ("schedule", {"schedule": 2e-2}, "0.01", "0.02"),
             ("loss", {"loss": ff.losses.mse}, "cross_entropy", "mse"),
             ("transforms", {"transforms": (ff.clipped(1.0),)}, "()", "clipped(max_norm=1.0)"),
-            ("average", {"average": ff.ema(0.9)}, "ema(decay=0.5)", "ema(decay=0.9)"),
-            ("average", {"average": None}, "ema(decay=0.5)", "None"),
+            ("average", {"average": ff.ema(0.9)}, "ema(decay=0.5", "ema(decay=0.9"),
+            ("average", {"average": None}, "ema(decay=0.5", "None"),
             ("precision", {"precision": "bfloat16"}, "as_built", "bfloat16"),
             ("on_nonfinite", {"on_nonfinite": "skip"}, "raise", "skip"),
             ("model", {"model": Wider}, "subjects.Small", "test_loading.Wider"),
@@ -461,6 +466,29 @@ class TestLoadWeights:
     def test_starts_the_average_from_the_weights(self, program, run):
         state = load_weights(program.init(7), run)
         assert torch.equal(state.ema["body.weight"], state.params["body.weight"])
+
+    @pytest.mark.parametrize("joint", [False, True])
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            ff.optim.schedule_free_adamw(),
+            ff.optim.partitioned({"all": ("*", ff.optim.lookahead(ff.sgd(), steps=1))}),
+            ff.optim.master_weights(ff.sgd()),
+        ],
+        ids=["schedule_free", "lookahead", "master_weights"],
+    )
+    def test_optimizers_that_keep_parameters_start_from_them_too(self, tmp_path, optimizer, joint):
+        """With a rate of 0 the first update leaves the weights where they are."""
+        batch = (torch.ones(2, 2, dtype=torch.bfloat16),) * 2
+        plan = ff.Plan(model=lambda: nn.Linear(2, 2).bfloat16(), loss=ff.losses.mse, optimizer=optimizer, schedule=0.0)
+        made = ff.joined({"one": plan}, stepping_one) if joint else ff.single(plan)
+        there = made.init(3).copy()
+        save(tmp_path, there, made)
+        state, _ = made.step(load_weights(made.init(7), tmp_path), batch)
+        exported, expected = (made.export(one).state_dict() for one in (state, there))
+        for name, weight in there.params.items():
+            assert torch.equal(state.params[name], weight)
+            assert torch.equal(exported[name], expected[name])
 
     def test_can_be_trained_from(self, run):
         one, other = another(), another()

@@ -72,3 +72,18 @@ def test_numbers_outside_their_range_are_refused(options):
 def test_an_optimizer_that_evaluates_another_point_is_refused():
     with pytest.raises(ValueError, match="trains one point and evaluates another"):
         ff.optim.lookahead(ff.optim.schedule_free_adamw())
+
+
+def test_an_optimizer_that_keeps_copies_of_the_parameters_is_refused():
+    """Its next update would start from the copies, as if nothing had been set back."""
+    inner = ff.optim.partitioned({"all": ("*", ff.optim.master_weights(ff.sgd()))})
+    made = ff.single(
+        ff.Plan(
+            model=lambda: torch.nn.Linear(2, 2).bfloat16(),
+            loss=ff.losses.mse,
+            optimizer=ff.optim.lookahead(inner),
+            schedule=0.1,
+        )
+    )
+    with pytest.raises(ValueError, match=r"keeps copies .* the other way round"):
+        made.init()
