@@ -10,6 +10,7 @@ import attrs
 from forgather_fn.loop import Demand, Stage, Steps, Tick, closing
 from forgather_fn.mean import Mean
 from forgather_fn.reducers import Reducer
+from forgather_fn.reducers.base import kept_of
 from forgather_fn.state import TrainState
 
 
@@ -51,8 +52,8 @@ def _as_tick(change: Change) -> Callable[[Tick], Tick]:
     return changed
 
 
-def _changes(begin: Callable[[Steps], Callable[[Tick], Tick]]) -> Stage:
-    """Make a stage of what changes ticks, made anew for each stream that is opened."""
+def _changes(begin: Callable[[Steps], Callable[[Tick], Tick]], keeps: str | None = None) -> Stage:
+    """Make a stage of what changes ticks, made anew for each stream that is opened, and may keep something by name."""
 
     def stage(steps: Steps) -> Steps:
         if "save" in steps.answers:
@@ -62,7 +63,7 @@ def _changes(begin: Callable[[Steps], Callable[[Tick], Tick]]) -> Stage:
             )
 
         def opened(demand: Demand) -> Iterator[Tick]:
-            ticks = steps.open(demand)
+            ticks = steps.open(demand if keeps is None else demand.keeping_as(keeps))
             with closing(ticks):
                 changed = begin(steps)
                 for tick in ticks:
@@ -85,7 +86,8 @@ def folded(name: str, reducer: Reducer, *, of: str = "loss") -> Stage:
         of: The metric of the step.
 
     Raises:
-        ValueError: It is written after what saves; or, at a tick, the step has no such metric.
+        ValueError: It is written after what saves; another stage, or the schedule, keeps something under that name; or,
+            at a tick, the step has no such metric, or another reducer has kept something there.
 
     Example:
         >>> import forgather_fn as ff
@@ -94,14 +96,14 @@ def folded(name: str, reducer: Reducer, *, of: str = "loss") -> Stage:
     """
 
     def fold(tick: Tick) -> Tick:
-        kept = tick.state.controls[name] if name in tick.state.controls else reducer.init()
+        kept = kept_of(reducer, tick.state.controls, name)
         metric = _metric(tick, of)
         if not isinstance(metric, Mean) or float(metric.weight):  # a mean over nothing says nothing
             kept = reducer.add(kept, float(metric))
         changed = tick.changed(tick.state.controlled({**tick.state.controls, name: kept}))
         return changed.found({name: reducer.result(kept)})
 
-    return _changes(lambda steps: fold)
+    return _changes(lambda steps: fold, keeps=name)
 
 
 def _metric(tick: Tick, name: str) -> Any:
@@ -139,7 +141,7 @@ def rollback(*, after: int, every: int, on: str | None = None) -> Stage:
     """
     if after < 1 or every < 1:
         raise ValueError(f"rollback: after and every must be at least 1; got {after} and {every}")
-    base = _changes(lambda steps: _Rollback(steps.state.copy(), after, every, on).look)
+    base = _changes(lambda steps: _Rollback(steps.state.copy(), after, every, on).look, keeps=ROLLBACK)
 
     def stage(steps: Steps) -> Steps:
         if on is None and steps.plan is not None and steps.plan.on_nonfinite == "raise":

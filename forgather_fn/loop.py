@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import attrs
 
-from forgather_fn import interrupt
+from forgather_fn import interrupt, joining
 from forgather_fn.data import Stream
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics, Program
@@ -142,11 +142,13 @@ class Demand:
         wants: For each observer, ``step -> names``: what it wants of the step that leads to that number.
         horizon: The step at which the stream will end, if known.
         controls: What is to be made of results where they are found, so that whatever saves after that saves it too.
+        kept: Under which names stages keep something in the state's ``controls``.
     """
 
     wants: tuple[Callable[[int], frozenset[str]], ...] = ()
     horizon: int | None = None
     controls: tuple[Control, ...] = ()
+    kept: frozenset[str] = frozenset()
 
     def at(self, step: int) -> frozenset[str]:
         """Join what all observers want of the step that leads to this number."""
@@ -162,9 +164,19 @@ class Demand:
         Raises:
             ValueError: Another stage keeps something under the same name.
         """
-        if any(one.name == control.name for one in self.controls):
-            raise ValueError(f"two stages keep something under controls[{control.name!r}]; leave one of them out")
-        return attrs.evolve(self, controls=(*self.controls, control))
+        return attrs.evolve(self.keeping_as(control.name), controls=(*self.controls, control))
+
+    def keeping_as(self, name: str) -> "Demand":
+        """Add the name under which a stage keeps something.
+
+        Raises:
+            ValueError: Another stage keeps something under it.
+        """
+        if name in self.kept:
+            raise ValueError(
+                f"two stages keep something under controls[{name!r}]; leave one of them out, or give it another name"
+            )
+        return attrs.evolve(self, kept=self.kept | {name})
 
     def ending(self, step: int | None) -> "Demand":
         """Add an end; the earliest counts."""
@@ -258,6 +270,8 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     if isinstance(data, Stream) and data.total_samples is not None:
         left = data.count(state.samples, data.total_samples)
         demand = demand.ending(None if left is None else state.step + left)
+    for name in (*(control.name for control in program.plan.controls), joining.PARTS):
+        demand.keeping_as(name)
     course = Course(state, (*program.plan.controls, *demand.controls))
     run = Run(program, data, state.step, demand.horizon, course)
     batches = program.batches(state, data)

@@ -202,6 +202,33 @@ class TestFolded:
             run(made, ff.folded("x", ff.reducers.stale(), of="los"), ff.last)
 
 
+class TestNames:
+    """What is kept has a name, which nothing else may have: one would overwrite the other."""
+
+    @pytest.mark.parametrize(
+        "stages",
+        [
+            lambda: (ff.folded("a", ff.reducers.stale()), ff.folded("a", ff.reducers.stale(), of="grad_norm")),
+            lambda: (ff.folded("plateau", ff.reducers.stale()),),
+            lambda: (ff.folded("parts", ff.reducers.stale()),),
+            lambda: (ff.folded("rollback", ff.reducers.spikes()), ff.rollback(after=1, every=1, on="rollback")),
+            lambda: (ff.rollback(after=1, every=1), ff.rollback(after=2, every=1)),
+            lambda: (ff.folded("early_stopped/eval_loss", ff.reducers.stale()), ff.early_stopped(patience=1)),
+        ],
+        ids=["twice", "of the schedule", "of a joint state", "of a rollback", "two rollbacks", "of an ending"],
+    )
+    def test_two_of_one_name_are_refused(self, stages):
+        made = program(classifier(), schedule=plateau(), on_nonfinite="skip")
+        with pytest.raises(ValueError, match=r"keep something under controls\["):
+            run(made, *stages(), ff.last)
+
+    def test_what_another_reducer_has_kept_is_refused(self):
+        made = program(classifier())
+        state = run(made, ff.folded("a", ff.reducers.stale()), ff.until(steps=1), ff.last)
+        with pytest.raises(ValueError, match=r"controls\['a'\] of the state is .* spikes\(.* has not kept: it keeps"):
+            run(made, ff.folded("a", ff.reducers.spikes()), ff.last, state=state)
+
+
 def poisoned(*bad, count=8):
     """Make batches, some of which have a nan."""
     batches = labelled_batches(count)

@@ -70,9 +70,27 @@ class Control:
     reducer: Reducer
 
     def kept(self, controls: Mapping[str, Any]) -> Kept:
-        """Give what is kept so far: what a reducer begins with, where nothing is."""
-        found: Kept = controls[self.name] if self.name in controls else self.reducer.init()
-        return found
+        """Give what is kept so far; see :func:`kept_of`."""
+        return kept_of(self.reducer, controls, self.name)
+
+
+def kept_of(reducer: Reducer, controls: Mapping[str, Any], name: str) -> Kept:
+    """Give what a reducer has kept under a name so far: what it begins with, where nothing is.
+
+    Raises:
+        ValueError: Something else is kept there.
+    """
+    first = reducer.init()
+    if name not in controls:
+        return first
+    found = controls[name]
+    if not isinstance(found, Mapping) or not first.keys() <= found.keys():
+        raise ValueError(
+            f"controls[{name!r}] of the state is {found!r}, which {reducer!r} has not kept: it keeps {list(first)}. Let "
+            "it begin anew: restore with without={'controls'}; or keep it under another name"
+        )
+    kept: Kept = found
+    return kept
 
 
 def begun(controls: Iterable[Control]) -> dict[str, Kept]:
