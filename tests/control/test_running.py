@@ -63,6 +63,8 @@ class TestCommands:
         assert saved_steps(started.run) == [answer["step"]]
         assert answer["checkpoint"] == str(latest(started.run).path)
         assert left(state_home) == []
+        assert main(["control", "list"]) == 0
+        assert capsys.readouterr().err.startswith("no jobs: ")
 
     def test_abort(self, job, state_home, logs, options):
         started = job(logs=logs, **options)
