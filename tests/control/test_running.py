@@ -63,8 +63,6 @@ class TestCommands:
         assert saved_steps(started.run) == [answer["step"]]
         assert answer["checkpoint"] == str(latest(started.run).path)
         assert left(state_home) == []
-        assert main(["control", "list"]) == 0
-        assert capsys.readouterr().err.startswith("no jobs: ")
 
     def test_abort(self, job, state_home, logs, options):
         started = job(logs=logs, **options)
@@ -157,6 +155,8 @@ class TestTheEnd:
         assert main(["control", "list"]) == 0
         assert capsys.readouterr().out.split()[:2] == ["a", "dead"]
         assert left(state_home) == []
+        assert main(["control", "list"]) == 0
+        assert capsys.readouterr().err.startswith("no jobs: ")
 
     def test_cleanup_removes_the_dead_one(self, job, capsys, state_home):
         dead, alive = job("dead"), job("alive")
