@@ -33,6 +33,22 @@ def check_batches(data: Any) -> None:
     raise ValueError(f"expected a stream or an iterable of batches: {what}. Use ff.batches(data, batch_size=...)")
 
 
+def outline(data: Any) -> str:
+    """Tell the types and shapes of a batch, for a message.
+
+    Example:
+        >>> outline({"x": torch.zeros(8, 3), "names": ["a", "b"]})
+        "{'x': float32 [8, 3], 'names': list}"
+    """
+    if isinstance(data, Tensor):
+        return f"{str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
+    if isinstance(data, Mapping):
+        return f"{{{', '.join(f'{name!r}: {outline(item)}' for name, item in data.items())}}}"
+    if isinstance(data, tuple):
+        return f"({', '.join(map(outline, data))})"
+    return type(data).__name__
+
+
 def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any:
     """Move a batch's tensors to a device, and floating ones to a data type if one is given; share what is there."""
     if isinstance(data, Tensor):
