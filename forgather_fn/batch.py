@@ -1,6 +1,7 @@
 """Batches: what a step consumes, and how it is cut into microbatches."""
 
 from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -34,16 +35,17 @@ def check_batches(data: Any) -> None:
 
 
 def outline(data: Any) -> str:
-    """Tell the types and shapes of a batch, for a message.
+    """Tell the types and shapes of a batch, for a message; numbers and None beside them are left out.
 
     Example:
-        >>> outline({"x": torch.zeros(8, 3), "names": ["a", "b"]})
+        >>> outline({"x": torch.zeros(8, 3), "names": ["a", "b"], "scale": 1.0})
         "{'x': float32 [8, 3], 'names': list}"
     """
     if isinstance(data, Tensor):
         return f"{str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
     if isinstance(data, Mapping):
-        return f"{{{', '.join(f'{name!r}: {outline(item)}' for name, item in data.items())}}}"
+        told = {name: outline(item) for name, item in data.items() if item is not None and not isinstance(item, Number)}
+        return f"{{{', '.join(f'{name!r}: {what}' for name, what in told.items())}}}"
     if isinstance(data, tuple):
         return f"({', '.join(map(outline, data))})"
     return type(data).__name__

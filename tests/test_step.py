@@ -725,7 +725,7 @@ class TestPrecision:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_error_of_torch_says_what_the_batch_was(compiled):
-    made = program(classifier(), compile=compiled)
+    made = program(classifier(), compile=compiled, backend="aot_eager")
     state = made.init(0)
     rows, labels = labelled(6)
     with pytest.raises(RuntimeError, match="dtype") as error:
