@@ -1,10 +1,12 @@
 """Batches: what a step consumes, and how it is cut into microbatches."""
 
 from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from forgather_fn.data import Batch
 from forgather_fn.losses import leading_dimension
@@ -15,6 +17,38 @@ from forgather_fn.tree import rebuilt
 def as_batch(batch: Any) -> Batch:
     """Wrap plain data as a batch of as many samples as its leading dimension."""
     return batch if isinstance(batch, Batch) else Batch(batch, leading_dimension(batch), None)
+
+
+def check_batches(data: Any) -> None:
+    """Make sure that data which is iterated gives batches.
+
+    Raises:
+        ValueError: It is one batch, or a dataset, whose items are samples.
+    """
+    if isinstance(data, Dataset) and hasattr(type(data), "__getitem__"):
+        what = f"the items of a dataset ({type(data).__name__}) are samples"
+    elif isinstance(data, Mapping | Tensor) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
+        what = f"a {type(data).__name__} is one batch; one batch alone is [batch]"
+    else:
+        return
+    raise ValueError(f"expected a stream or an iterable of batches: {what}. Use ff.batches(data, batch_size=...)")
+
+
+def outline(data: Any) -> str:
+    """Tell the types and shapes of a batch, for a message; numbers and None beside them are left out.
+
+    Example:
+        >>> outline({"x": torch.zeros(8, 3), "names": ["a", "b"], "scale": 1.0})
+        "{'x': float32 [8, 3], 'names': list}"
+    """
+    if isinstance(data, Tensor):
+        return f"{str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
+    if isinstance(data, Mapping):
+        told = {name: outline(item) for name, item in data.items() if item is not None and not isinstance(item, Number)}
+        return f"{{{', '.join(f'{name!r}: {what}' for name, what in told.items())}}}"
+    if isinstance(data, tuple):
+        return f"({', '.join(map(outline, data))})"
+    return type(data).__name__
 
 
 def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any:

@@ -1,6 +1,7 @@
 """The command line: each subcommand is one function, in the package of what it is about."""
 
 import argparse
+import difflib
 import os
 import pkgutil
 import sys
@@ -73,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments cannot be parsed (2), or ask for help (0).
     """
-    chosen = _parser().parse_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.exit(2, parser.format_help())
+    chosen = parser.parse_args(argv)
     before = [("--template", chosen.template), ("--project-dir", chosen.project_dir)]
     arguments = [part for name, value in before if value is not None for part in (name, value)] + chosen.arguments
     try:
@@ -125,9 +129,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-t", "--template", metavar="CONFIG", help="the configuration that the command is about")
     parser.add_argument("-p", "--project-dir", metavar="DIR", help="the project that the command is about")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print it, and end")
+    parser.add_argument("command", type=_known, metavar="COMMAND", help="one of those below")
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False  # as of Python 3.12; before, a command that is missing is told as two things that are
     return parser
+
+
+def _known(name: str) -> str:
+    if name in COMMANDS:
+        return name
+    near = difflib.get_close_matches(name, COMMANDS, n=3) or sorted(COMMANDS)
+    raise argparse.ArgumentTypeError(f"{name!r} is unknown: expected {' or '.join(near)}; forgather --help lists all")
+
+
+class _Version(argparse.Action):
+    """Look the version up when it is asked for: that takes longer than everything else here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
+        try:
+            found = importlib.metadata.version("forgather-fn")
+        except importlib.metadata.PackageNotFoundError:
+            found = "(not installed)"
+        print(f"forgather-fn {found}")
+        parser.exit()
 
 
 def _command_parser(name: str) -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from forgather_fn.batch import as_batch, owned
+from forgather_fn.batch import as_batch, check_batches, owned
 from forgather_fn.data import Batch, Stream
 from forgather_fn.share import Parts, Share
 from forgather_fn.state import TrainState
@@ -15,6 +15,7 @@ from forgather_fn.world import PeerError, World, known_to_all
 def opened(data: Iterable[Any] | Stream, state: TrainState, share: Share | None) -> Iterator[Any]:
     """Give the batches of a stream from where a state left it, or of any iterable from where it starts."""
     if not isinstance(data, Stream):
+        check_batches(data)
         return iter(data)
     return data.start(state.seed, state.samples, share, cursor=state.cursor)
 

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from forgather_fn import interrupt
-from forgather_fn.batch import as_batch
+from forgather_fn.batch import as_batch, check_batches
 from forgather_fn.built import Built
 from forgather_fn.data import Stream
 from forgather_fn.flat import Flat
@@ -102,6 +102,7 @@ def own_batches(data: Any, world: World) -> Numbered:
             itertools.count(world.rank, world.size), data.one_pass(world.rank, world.size), strict=False
         )
     else:
+        check_batches(data)
         own = itertools.islice(enumerate(data), world.rank, None, world.size)
     for numbered in own:
         if world.size == 1:  # several heed a signal together, after a step

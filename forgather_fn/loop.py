@@ -22,7 +22,7 @@ from forgather_fn.data import Stream
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics, Program
 from forgather_fn.reducers import Control
-from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.state import TrainState, as_state, raise_if_nonfinite
 from forgather_fn.world import ALONE, World
 
 Clock = Callable[[], float]
@@ -237,6 +237,7 @@ def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
     Raises:
         ValueError: The state was trained on another stream, or the stream's batches are smaller than the microbatches.
     """
+    state = as_state(state)
     if isinstance(data, Stream):
         fingerprint = data.fingerprint(state.seed, program.share)
         if state.data is not None and state.data != fingerprint:

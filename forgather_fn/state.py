@@ -234,6 +234,21 @@ def difference(one: TrainState, other: TrainState) -> str | None:
     return tree.difference(one.as_tree(), other.as_tree())
 
 
+def as_state(given: Any) -> TrainState:
+    """Give back what is a state, and say what was given instead of one.
+
+    Raises:
+        ValueError: It is something else, such as the pair that a step returns.
+    """
+    if isinstance(given, TrainState):
+        return given
+    if isinstance(given, tuple) and given and isinstance(given[0], TrainState):
+        fix = "that is what a step returns; take it apart: state, metrics = program.step(state, batch)"
+    else:
+        fix = "make one by program.init(seed), or by program.restore(run)"
+    raise ValueError(f"expected a TrainState, got a {type(given).__name__}: {fix}")
+
+
 def raise_if_nonfinite(state: TrainState) -> None:
     """Look at the flag that non-finite steps set on the device, and raise if it is set. This waits for the device.
 

@@ -85,6 +85,31 @@ def test_arguments_that_cannot_be_parsed_exit_with_two(arguments, capsys):
     assert capsys.readouterr().err.startswith("usage: forgather")
 
 
+def test_no_command_shows_them_all(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    err = capsys.readouterr().err
+    assert all(summary in err for summary, _ in COMMANDS.values())
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["dmo"])
+    assert "'dmo' is unknown: expected demo; forgather --help lists all" in capsys.readouterr().err
+
+
+def test_a_missing_command_is_the_one_thing_that_is_missing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["-t", "mine.yaml"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: COMMAND\n")
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"forgather-fn \S.*\n", capsys.readouterr().out)
+
+
 def test_the_exit_code_is_the_commands_own(monkeypatch):
     monkeypatch.setattr("forgather_fn.demo.command", lambda parser: lambda options: 7)
     assert main(["demo"]) == 7

@@ -45,6 +45,12 @@ def consumed():
     made.step(state, labelled(6))
 
 
+def with_state(call):
+    """Call with a program that has a state, and its state."""
+    made = program(classifier())
+    call(made, made.init(0))
+
+
 CASES = {
     "a loss that returns a plain tensor": (
         lambda: trains(loss=lambda outputs, batch: F.cross_entropy(outputs, batch[1])),
@@ -105,7 +111,31 @@ CASES = {
     ),
     "a batch that cannot be counted": (
         lambda: trains(["text"]),
-        r"cannot count the samples of a batch without tensors: str; use Batch\(data, samples\)",
+        r"cannot count the samples of a batch without tensors: str; make tensors of arrays and lists .*Batch\(data",
+    ),
+    "a state that was not taken apart": (
+        lambda: with_state(lambda made, state: made.step(made.step(state, labelled(6)), labelled(6))),
+        r"expected a TrainState, got a tuple: .*state, metrics = program\.step\(state, batch\)",
+    ),
+    "an evaluation of what a step returned": (
+        lambda: with_state(lambda made, state: made.evaluate(made.step(state, labelled(6)), [labelled(6)])),
+        r"expected a TrainState, got a tuple: .*take it apart",
+    ),
+    "a function in the place of a state": (
+        lambda: with_state(lambda made, state: made.steps(made.init, labelled_batches(1))),
+        r"expected a TrainState, got a function: make one by program\.init\(seed\)",
+    ),
+    "a loop over one batch": (
+        lambda: trains(labelled(6)),
+        r"expected a stream or an iterable of batches: a tuple is one batch; one batch alone is \[batch\]",
+    ),
+    "a loop over a dataset": (
+        lambda: trains(torch.utils.data.TensorDataset(*labelled(6))),
+        r"the items of a dataset \(TensorDataset\) are samples. Use ff\.batches\(data, batch_size=",
+    ),
+    "an evaluation of one batch": (
+        lambda: with_state(lambda made, state: made.evaluate(state, labelled(6))),
+        r"a tuple is one batch; one batch alone is \[batch\]",
     ),
     "a step that is not finite": (
         lambda: trains([(labelled(6)[0] / 0, labelled(6)[1])]),
@@ -125,7 +155,7 @@ CASES = {
     ),
     "a dataset that can only be iterated": (
         lambda: trains(ff.batches(iter([1, 2]), batch_size=1)),
-        r"cannot be indexed, or has no length",
+        r"a list_iterator can be read only once.*Give what makes it: ff\.batches\(lambda: read",
     ),
     "epochs of data without a length": (
         lambda: toolz.pipe(

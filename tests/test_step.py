@@ -721,3 +721,16 @@ class TestPrecision:
         features, labels = labelled(6)
         full = F.cross_entropy(classifier()(features), labels).item()
         assert made.evaluate(state, [(features, labels)])["loss"] == pytest.approx(full, rel=2e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_error_of_torch_says_what_the_batch_was(compiled):
+    made = program(classifier(), compile=compiled, backend="aot_eager")
+    state = made.init(0)
+    rows, labels = labelled(6)
+    with pytest.raises(RuntimeError, match="dtype") as error:
+        made.step(state, (rows.long(), labels))
+    (note,) = error.value.__notes__
+    what = f"(int64 {list(rows.shape)}, int64 [6])"
+    assert note == f"The batch was {what}; the parameters are float32, precision='as_built'."
+    made.step(state, (rows, labels))

@@ -212,6 +212,7 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
     device, record = plan.device, loaded.record
     model = dict(loaded.tensors["model"])
     buffers = _buffer_values(loaded, model)
+    _check_model(fresh, model, loaded.path)  # first: slots that do not fit are so because their parameters do not
     kept: dict[str, Any] = {}
     for name, part, group in _SLOTS if _both_scaled(fresh, record) else _SLOTS[:-1]:
         if part not in without:
@@ -229,7 +230,6 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
         if not record["ema"]:
             raise CheckpointError(f"{loaded.path} holds no average of the parameters; leave it out: without={{'ema'}}")
         fill(fresh.ema, loaded.tensors.get("ema", {}), f"{loaded.path}: ema")
-    _check_model(fresh, model, loaded.path)
     if "progress" not in without:
         for name in COUNTERS:
             getattr(fresh, name).copy_(counter(int(record["counters"][name]), device))

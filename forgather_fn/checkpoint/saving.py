@@ -53,9 +53,12 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
         OSError: It could not be written; what was there before is as it was.
         PeerError: One of these happened on the first process.
     """
+    if not (isinstance(program, Program) and isinstance(state, TrainState)):
+        raise ValueError(
+            "save takes a program, its state, and a run directory, in this order; got a "
+            f"{type(program).__name__} and a {type(state).__name__}"
+        )
     place = path_of(run, "save")
-    if not isinstance(state, TrainState):
-        raise ValueError(f"save takes a run directory, a state and its program; the state is a {type(state).__name__}")
     raise_if_nonfinite(state)
     part = program.part()
     if part is not None:

@@ -153,7 +153,19 @@ def _located(config: str, project_dir: Path | None) -> tuple[Path | str, Project
     if file.is_file():
         return file, project
     where = f"the project {project.directory}" if project else "a project here (there is no meta.yaml)"
-    raise ConfigError(f"there is no configuration {config!r}: expected a file, or one of {where}; see forgather ls")
+    near = nearest(config, _names(project))
+    hint = f"did you mean {near!r}? " if near else ""
+    raise ConfigError(
+        f"there is no configuration {config!r}: {hint}expected a file, or one of {where}, or one that comes with the "
+        "library; see forgather ls"
+    )
+
+
+def _names(project: Project | None) -> list[str]:
+    """List what a configuration of the library, of a project, or of this folder can be called."""
+    names = [path.relative_to(SHIPPED).as_posix() for path in (SHIPPED / "projects").glob("*.yaml")]
+    names += [path.name for path in Path.cwd().glob("*.yaml")]
+    return [*names, *(project.configurations() if project else ())]
 
 
 def _check_used(names: Collection[str], referred: Collection[str], graph: Graph) -> None:

@@ -92,6 +92,8 @@ def _target(options: argparse.Namespace) -> Target:
 def _list(as_json: bool) -> int:
     """Print one job a line, and clean the dead ones."""
     found = jobs.list_jobs()
+    if not found and not as_json:
+        print("no jobs: forgather demo, forgather train, and scripts that serve are listed here", file=sys.stderr)
     for job in found:
         state = "running" if job.running else "dead"
         if as_json:

@@ -66,7 +66,8 @@ def leading_dimension(data: Any) -> int:
         elif isinstance(item, tuple | list):
             pending = [*item, *pending]
     raise ValueError(
-        f"cannot count the samples of a batch without tensors: {type(data).__name__}; use Batch(data, samples)"
+        f"cannot count the samples of a batch without tensors: {type(data).__name__}; make tensors of arrays and lists "
+        "(torch.as_tensor), or use Batch(data, samples)"
     )
 
 

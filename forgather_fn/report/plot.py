@@ -77,7 +77,8 @@ def _lines(file: Path) -> dict[str, Line]:
     """Read the metrics of a run that have a finite value; what is not finite leaves a gap."""
     if not file.exists():
         raise ValueError(
-            f"plot: {os.fspath(file)!r} does not exist; a run writes it by ff.report(jsonl({os.fspath(file)!r}))"
+            f"plot: {os.fspath(file)!r} does not exist: expected a run directory with a {METRICS}, or such a file, as "
+            f"ff.report(jsonl(RUN/{METRICS})) writes it"
         )
     rows = read(file)
     points = {

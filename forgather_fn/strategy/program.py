@@ -41,7 +41,7 @@ from forgather_fn.program import Metrics, Program, Whole, itself
 from forgather_fn.reducers.base import begun
 from forgather_fn.shards import Rows
 from forgather_fn.share import Share
-from forgather_fn.state import Arrays, TrainState, counter
+from forgather_fn.state import Arrays, TrainState, as_state, counter
 from forgather_fn.workspace import workspace
 from forgather_fn.world import ALONE, World
 
@@ -167,14 +167,14 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
-        batch = as_batch(batch)
+        batch, state = as_batch(batch), as_state(state)
         following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
         return _at(following, batch.cursor), metrics
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
         _, execution = running()
         batch = as_batch(batch)
-        taken, buffers, means = execution.gradients(state, batch)
+        taken, buffers, means = execution.gradients(as_state(state), batch)
         copied = taken.copy()
         return copied if batch.cursor is None else attrs.evolve(copied, cursor=batch.cursor), buffers, means
 
@@ -188,6 +188,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     ) -> tuple[TrainState, Metrics]:
         assert buffers is None or isinstance(buffers, Flat)
         machine, execution = running()
+        state = as_state(state)
         own = None if batch is None else as_batch(batch)
         if not isinstance(gradients, Gradients):
             taken = own_gradients(machine.binding.layout, gradients, own)
@@ -200,7 +201,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return _at(following, taken.cursor), metrics
 
     def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
-        return storage.export(built(), state, params)
+        return storage.export(built(), as_state(state), params)
 
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:
@@ -217,9 +218,11 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         gradients=gradients,
         update=update,
         evaluate=lambda state, data, /, *, params="params", metrics=(): looking.evaluate(
-            built(), state, data, params, metrics
+            built(), as_state(state), data, params, metrics
         ),
-        apply=lambda state, /, *inputs, params="params", **named: looking.apply(built(), state, inputs, named, params),
+        apply=lambda state, /, *inputs, params="params", **named: looking.apply(
+            built(), as_state(state), inputs, named, params
+        ),
         export=export,
         carry=converted,
         batches=batches,

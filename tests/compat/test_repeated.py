@@ -187,6 +187,7 @@ def test_a_directory_that_another_process_writes_to_is_refused(tmp_path):
     ("options", "error", "message"),
     [
         ({"model": None}, RuntimeError, "requires either a `model` or `model_init`"),
+        ({"model": "gpt2"}, ValueError, "expected a torch.nn.Module as its model, got 'gpt2'; a name is loaded by you"),
         ({"model_init": Regression}, ValueError, "but not both"),
         ({"processing_class": 1, "tokenizer": 2}, ValueError, "another name of processing_class"),
         ({"optimizer_cls_and_kwargs": (1, {}), "optimizers": (1, None)}, RuntimeError, "incompatible"),
@@ -204,6 +205,9 @@ def test_what_does_not_fit_together_is_refused(options, error, message, tmp_path
 def test_what_is_missing_is_named(tmp_path):
     made = ours.Trainer(model=regression(), args=ours.TrainingArguments(str(tmp_path)))
     with pytest.raises(ValueError, match="training requires a train_dataset"):
+        made.train()
+    made.train_dataset = []
+    with pytest.raises(ValueError, match=r"the train_dataset \(a list\) is empty"):
         made.train()
     with pytest.raises(ValueError, match="evaluation requires an eval_dataset"):
         made.evaluate()

@@ -240,7 +240,9 @@ def test_what_a_configuration_declares_is_in_the_help(run, capsys):
     ("arguments", "message"),
     [
         ("train", "which configuration? Name it"),
-        ("train nowhere.yaml", "there is no configuration 'nowhere.yaml'"),
+        ("train nowhere.yaml", "there is no configuration 'nowhere.yaml': "),
+        ("train projects/demos.yaml", "'projects/demos.yaml': did you mean 'projects/demo.yaml'? expected"),
+        ("train min.yaml", "there is no configuration 'min.yaml': did you mean 'mine.yaml'?"),
         ("train mine.yaml --set x=1", "no template refers to the variable x"),
         ("train mine.yaml --set contxt=1", "no template refers to the variable contxt: did you mean context?"),
         ("train mine.yaml --set main.max_stps=1", "assembled has no argument max_stps: did you mean max_steps?"),

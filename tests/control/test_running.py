@@ -155,6 +155,8 @@ class TestTheEnd:
         assert main(["control", "list"]) == 0
         assert capsys.readouterr().out.split()[:2] == ["a", "dead"]
         assert left(state_home) == []
+        assert main(["control", "list"]) == 0
+        assert capsys.readouterr().err.startswith("no jobs: ")
 
     def test_cleanup_removes_the_dead_one(self, job, capsys, state_home):
         dead, alive = job("dead"), job("alive")

@@ -16,7 +16,7 @@ import forgather_fn as ff
 from forgather_fn import evaluation, step, testing
 from forgather_fn.batch import as_batch, microbatches
 from forgather_fn.binding import Binding
-from forgather_fn.data import fetch, order
+from forgather_fn.data import IndexedStream, fetch, order
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.model import Modes
@@ -93,8 +93,12 @@ def position_off_by_one(patch: Patch) -> None:
 
 def start_off_by_one(patch: Patch) -> None:
     """A stream that is not started at its beginning starts one sample late."""
-    start = ff.Stream.start
-    patch.setattr(ff.Stream, "start", lambda self, seed, samples: start(self, seed, samples + (samples > 0)))
+    start = IndexedStream.start
+
+    def planted(self: IndexedStream, seed: int, samples: int, *share: Any, **cursor: Any) -> Any:
+        return start(self, seed, samples + (samples > 0), *share, **cursor)
+
+    patch.setattr(IndexedStream, "start", planted)
 
 
 def drawn_with_replacement(patch: Patch) -> None:
@@ -167,9 +171,9 @@ def mean_of_batch_means(patch: Patch) -> None:
     """An evaluation is the mean of the batches' results, whatever they weigh."""
     evaluate = evaluation.evaluate
 
-    def planted(built: Any, state: Any, data: Any, params: Any, **world: Any) -> dict[str, float]:
+    def planted(built: Any, state: Any, data: Any, params: Any, metrics: Any, **world: Any) -> dict[str, float]:
         batches = data.one_pass() if isinstance(data, ff.Stream) else data
-        results = [evaluate(built, state, [batch], params, **world) for batch in batches]
+        results = [evaluate(built, state, [batch], params, metrics, **world) for batch in batches]
         return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
 
     patch.setattr(evaluation, "evaluate", planted)

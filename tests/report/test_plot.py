@@ -120,7 +120,7 @@ def test_runs_of_one_name_are_named_by_more_of_their_paths(tmp_path):
     ("arguments", "message"),
     [
         ("a -o a.pdf", r"'a.pdf' must end in .png or .svg"),
-        ("none", r"'none' does not exist; a run writes it by ff.report"),
+        ("none", r"'none' does not exist: expected a run directory with a metrics.jsonl, or such a file, as ff.report"),
         ("empty", r"'empty/metrics.jsonl' does not exist"),
         ("a a", "a run is given twice: a, a"),
         ("a --smooth 0", "smooth=0 is a number of rows, of at least 1"),

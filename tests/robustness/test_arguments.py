@@ -65,8 +65,14 @@ def served(**arguments):
 
 
 OTHERS = {
-    "a state that is none": (lambda p: save(p, None, "run"), "the state is a NoneType"),
-    "arguments in another order": (lambda p: save(trajectory()[1], p, "run"), "the state is a Program"),
+    "a state that is none": (
+        lambda p: save(p, None, "run"),
+        "save takes a program, its state, and a run directory, in this order; got a Program and a NoneType",
+    ),
+    "arguments in another order": (
+        lambda p: save(trajectory()[1], p, "run"),
+        "in this order; got a TrainState and a Program",
+    ),
     "weights for no state": (lambda p: load_weights("run", "run"), "takes a state, and the path of a checkpoint"),
     "select": (lambda p: load_weights(trajectory()[1].copy(), "run", select="body"), "expected a function of a name"),
     "allow None": (lambda p: p.restore("run", allow=None), "allow=None: expected a set of names out of"),

@@ -155,7 +155,13 @@ class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
             raise RuntimeError("`Trainer` requires either a `model` or `model_init` argument")
         if model is not None and self.model_init is not None:
             raise ValueError("`Trainer` requires either a `model` or `model_init` argument, but not both.")
-        return self.call_model_init() if model is None else model
+        given = self.call_model_init() if model is None else model
+        if not isinstance(given, nn.Module):
+            raise ValueError(
+                f"Trainer: expected a torch.nn.Module as its model, got {given!r}; a name is loaded by you: "
+                "AutoModelForCausalLM.from_pretrained(name)"
+            )
+        return given
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build a model by ``model_init``.

@@ -54,10 +54,12 @@ class DataPart(Attributes):
         """Make the loader of the training set; override it for one of your own.
 
         Raises:
-            ValueError: There is no training set.
+            ValueError: There is no training set, or nothing in it.
         """
         if self.train_dataset is None:
             raise ValueError("Trainer: training requires a train_dataset.")
+        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
+            raise ValueError(f"Trainer: the train_dataset (a {type(self.train_dataset).__name__}) is empty.")
         return self._get_dataloader(
             self.train_dataset, "Training", self._train_batch_size, self._get_train_sampler, is_training=True
         )
