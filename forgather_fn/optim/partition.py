@@ -28,7 +28,8 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
     gives one a factor.
 
     Args:
-        parts: By name: ``(pattern, patterns, or predicate, optimizer)``. In order; ``"*"`` matches all that is left.
+        parts: By name: ``(pattern, patterns, or predicate, optimizer)``. In order; ``"*"`` matches all that is left, if
+            anything is.
 
     Raises:
         ValueError: There are none, a name has a slash or is empty; or, when a state is made, a parameter has no part,
@@ -134,7 +135,7 @@ def _assigned(
     if left:
         raise ValueError(f"partitioned: {listed(left)} match no part; let the last one match the rest with '*'")
     for name, held in own.items():
-        if not held:
+        if not held and parts[name][0] != "*":
             raise ValueError(
                 f"partitioned: part {name!r} matches no parameter that is left by those before it; the parameters are "
                 f"{listed(sorted(params))}"
