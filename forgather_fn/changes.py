@@ -188,10 +188,11 @@ class _Rollback:
                 )
             if tick.results[self.on]:
                 return True
-        told = [_metric(tick, "loss").total]
-        if tick.run.program.plan.precision != "float16":
-            told.append(_metric(tick, "grad_norm"))
-        return not all(math.isfinite(number) for number in told)
+        told = ["loss"] if tick.run.program.plan.precision == "float16" else ["loss", "grad_norm"]
+        if self.on is not None:  # a joint step reports what its function chooses
+            told = [name for name in told if name in tick.metrics]
+        found = [_metric(tick, name) for name in told]
+        return not all(math.isfinite(one.total if isinstance(one, Mean) else one) for one in found)
 
 
 def returned(state: TrainState, good: TrainState) -> TrainState:

@@ -86,8 +86,8 @@ def kept_of(reducer: Reducer, controls: Mapping[str, Any], name: str) -> Kept:
     found = controls[name]
     if not isinstance(found, Mapping) or not first.keys() <= found.keys():
         raise ValueError(
-            f"controls[{name!r}] of the state is {found!r}, which {reducer!r} has not kept: it keeps {list(first)}. Let "
-            "it begin anew: restore with without={'controls'}; or keep it under another name"
+            f"controls[{name!r}] of the state is {found!r}, which {reducer!r} has not kept: it keeps {list(first)}. "
+            "Let it begin anew: restore with without={'controls'}; or keep it under another name"
         )
     kept: Kept = found
     return kept
