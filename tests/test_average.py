@@ -203,8 +203,8 @@ def _evaluating(model, features):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ff.swa(start=0), "start and every must be at least 1"),
-        (lambda: ff.swa(start=1, every=0), "start and every must be at least 1"),
+        (lambda: ff.swa(start=0), "start and every must be integers of at least 1"),
+        (lambda: ff.swa(start=1, every=0), "start and every must be integers of at least 1"),
         (lambda: ff.power_ema(-1.0), "gamma must be a finite number of at least 0"),
         (lambda: ff.power_ema(math.nan), "gamma must be a finite number of at least 0"),
     ],

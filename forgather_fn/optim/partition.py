@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import attrs
 from torch import Tensor
 
-from forgather_fn.describe import described
+from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat, listed
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Predicate, matches
 from forgather_fn.hyper import NO_VALUES, Hyper, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply
+from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer
 from forgather_fn.optim.sections import sections
 from forgather_fn.schedules import Schedule
 
@@ -42,9 +42,13 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
         >>> [hyper.part for hyper in hypers.values()]
         ['sparse', 'rest']
     """
+    if not isinstance(parts, Mapping) or not all(isinstance(part, tuple) and len(part) == 2 for part in parts.values()):
+        raise ValueError(f"partitioned: expected a mapping of names to (match, optimizer); got {describe(parts)}")
     odd = [name for name in parts if not name or "/" in name]
     if odd or not parts:
         raise ValueError(f"partitioned: expected names without a slash, each with (match, optimizer); got {[*parts]}")
+    for name, (_, optimizer) in parts.items():
+        check_optimizer(f"partitioned: part {name!r}", optimizer)
     optimizers = {name: optimizer for name, (_, optimizer) in parts.items()}
     renamed = {
         name: {own: _renamed(own, name) for own in optimizer.schedules} for name, optimizer in optimizers.items()

@@ -114,7 +114,7 @@ def test_slots_are_kept_for_the_parameters_of_each_part_only():
     ("options", "message"),
     [
         ({"momentum": 1.0}, "momentum must be a number in"),
-        ({"iterations": 0}, "iterations must be from 1 to 99"),
+        ({"iterations": 0}, "iterations must be an integer from 1 to 99"),
         ({"coefficients": (1.0, 2.0)}, "coefficients three numbers"),
         ({"adjust": "originl"}, "'originl' is not one of"),
         ({"weight_decay": -1.0}, "weight_decay"),
