@@ -483,7 +483,7 @@ class TestLoadWeights:
         plan = ff.Plan(model=lambda: nn.Linear(2, 2).bfloat16(), loss=ff.losses.mse, optimizer=optimizer, schedule=0.0)
         made = ff.joined({"one": plan}, stepping_one) if joint else ff.single(plan)
         there = made.init(3).copy()
-        save(tmp_path, there, made)
+        save(made, there, tmp_path)
         state, _ = made.step(load_weights(made.init(7), tmp_path), batch)
         exported, expected = (made.export(one).state_dict() for one in (state, there))
         for name, weight in there.params.items():
