@@ -103,8 +103,8 @@ def swa(*, start: int, every: int = 1) -> Average:
     Raises:
         ValueError: A number is less than 1.
     """
-    if start < 1 or every < 1:
-        raise ValueError(f"swa: start and every must be at least 1, got start={start} and every={every}")
+    if not (isinstance(start, int) and isinstance(every, int) and start >= 1 and every >= 1):
+        raise ValueError(f"swa: start and every must be integers of at least 1, got start={start} and every={every}")
 
     def update(average: Flat, params: Flat, *, good: Tensor | float, updates: Tensor) -> Flat:
         since = updates - start

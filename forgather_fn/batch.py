@@ -51,6 +51,11 @@ def outline(data: Any) -> str:
     return type(data).__name__
 
 
+def as_it_came(batch: Batch) -> list[Any]:
+    """Give the data of a batch, or the microbatches as which it came to this process."""
+    return list(batch.data.parts) if isinstance(batch.data, Parts) else [batch.data]
+
+
 def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any:
     """Move a batch's tensors to a device, and floating ones to a data type if one is given; share what is there."""
     if isinstance(data, Tensor):

@@ -94,6 +94,11 @@ def folded(name: str, reducer: Reducer, *, of: str = "loss") -> Stage:
         >>> watched = ff.folded("spike", ff.reducers.spikes())
         >>> ends = ff.stopped_by(lambda tick: tick.results["spike"] > 0)
     """
+    if not isinstance(name, str) or not isinstance(reducer, Reducer):
+        raise ValueError(
+            f"folded takes a name and a reducer, such as ff.folded('spike', ff.reducers.spikes()); got {name!r} and "
+            f"{reducer!r}"
+        )
 
     def fold(tick: Tick) -> Tick:
         kept = kept_of(reducer, tick.state.controls, name)
@@ -139,8 +144,8 @@ def rollback(*, after: int, every: int, on: str | None = None) -> Stage:
         ValueError: A number is less than 1; it is written after what saves; or nothing could ever be bad, since the
             plan raises at a step that is not finite, and ``on`` is None.
     """
-    if after < 1 or every < 1:
-        raise ValueError(f"rollback: after and every must be at least 1; got {after} and {every}")
+    if not (isinstance(after, int) and isinstance(every, int) and after >= 1 and every >= 1):
+        raise ValueError(f"rollback: after and every must be integers of at least 1; got {after} and {every}")
     base = _changes(lambda steps: _Rollback(steps.state.copy(), after, every, on).look, keeps=ROLLBACK)
 
     def stage(steps: Steps) -> Steps:
@@ -188,10 +193,11 @@ class _Rollback:
                 )
             if tick.results[self.on]:
                 return True
-        told = [_metric(tick, "loss").total]
-        if tick.run.program.plan.precision != "float16":
-            told.append(_metric(tick, "grad_norm"))
-        return not all(math.isfinite(number) for number in told)
+        told = ["loss"] if tick.run.program.plan.precision == "float16" else ["loss", "grad_norm"]
+        if self.on is not None:  # a joint step reports what its function chooses
+            told = [name for name in told if name in tick.metrics]
+        found = [_metric(tick, name) for name in told]
+        return not all(math.isfinite(one.total if isinstance(one, Mean) else one) for one in found)
 
 
 def returned(state: TrainState, good: TrainState) -> TrainState:

@@ -89,7 +89,7 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
     restore it with ``without={"controls"}``.
 
     Args:
-        metric: The name of a result of an observer upstream.
+        metric: The name of a result of an observer, upstream or downstream.
         patience: After how many looks without improvement in a row the stream ends.
         min_delta: By how much a result must be better than the best to count.
         greater: Whether greater is better.
@@ -114,7 +114,8 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
                 for tick in ticks:
                     ended = over(tick.state)  # now: downstream the state may be consumed
                     yield tick
-                    if ended:
+                    newest = tick.run.course.state  # which has what was found downstream
+                    if ended or (not newest.consumed and over(newest)):
                         return
 
         return attrs.evolve(steps, open=opened)

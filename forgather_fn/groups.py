@@ -80,8 +80,10 @@ def schedules_of(groups: Sequence[Group], **given: float | Schedule | None) -> d
     """Collect the schedules among an optimizer's hyperparameters, by the names of their values.
 
     Raises:
-        ValueError: Two groups have schedules of one name.
+        ValueError: Two groups have schedules of one name; or they are no sequence of groups.
     """
+    if isinstance(groups, Group) or not all(isinstance(one, Group) for one in groups):
+        raise ValueError(f"groups takes a sequence of them: groups=[ff.group(...)]; got {describe(groups)}")
     found = {name: number for name, number in given.items() if callable(number)}
     for one in groups:
         for name, schedule in one.schedules().items():

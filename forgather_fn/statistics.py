@@ -10,6 +10,7 @@ from torch.optim.swa_utils import update_bn
 from forgather_fn.batch import as_batch
 from forgather_fn.data import Stream
 from forgather_fn.program import Program
+from forgather_fn.random import key, seeded
 from forgather_fn.state import TrainState
 
 
@@ -21,7 +22,8 @@ def refreshed_statistics(
     An average of parameters makes other activations than the parameters that are trained, whose statistics the buffers
     of a state are. The result is for ``evaluate``, ``apply`` and ``export`` with the same ``params``; training goes on
     from the state that was given. This is ``torch.optim.swa_utils.update_bn``: the mean over the batches, forward
-    passes in training mode, and nothing else that a forward pass changes is kept.
+    passes in training mode, and nothing else that a forward pass changes is kept. What they draw derives from the
+    state's seed and step.
 
     Args:
         program: Whose model is run.
@@ -43,7 +45,9 @@ def refreshed_statistics(
         raise ValueError(
             f"refreshed_statistics: {type(module).__name__} has no batch norm, so nothing is to be measured"
         )
-    update_bn(_inputs(data, next(module.parameters())), module)
+    like = next(module.parameters())
+    with seeded(key(state.seed, state.step, "statistics"), like.device):
+        update_bn(_inputs(data, like), module)
     measured = dict(module.named_buffers())
     refreshed = state.copy()
     with torch.no_grad():

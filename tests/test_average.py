@@ -173,6 +173,17 @@ class TestRefreshedStatistics:
         other = ff.refreshed_statistics(made, state, [(rows[:6], labels[:6]), (rows[6:], labels[6:])])
         assert ff.difference(one, other) is None
 
+    def test_dropout_draws_neither_from_the_global_generator_nor_for_it(self):
+        model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
+        made = program(model, average=ff.swa(start=1))
+        state, found = made.init(0), []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            found.append(ff.refreshed_statistics(made, state, [(torch.ones(6, 5), torch.zeros(6))]))
+            assert torch.equal(torch.get_rng_state(), before)
+        assert ff.difference(*found) is None
+
     def test_a_model_without_batch_norms_is_refused(self):
         made = program(classifier(), average=ff.swa(start=1))
         with pytest.raises(ValueError, match="Sequential has no batch norm"):
@@ -192,8 +203,8 @@ def _evaluating(model, features):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ff.swa(start=0), "start and every must be at least 1"),
-        (lambda: ff.swa(start=1, every=0), "start and every must be at least 1"),
+        (lambda: ff.swa(start=0), "start and every must be integers of at least 1"),
+        (lambda: ff.swa(start=1, every=0), "start and every must be integers of at least 1"),
         (lambda: ff.power_ema(-1.0), "gamma must be a finite number of at least 0"),
         (lambda: ff.power_ema(math.nan), "gamma must be a finite number of at least 0"),
     ],

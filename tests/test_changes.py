@@ -172,6 +172,13 @@ class TestEarlyStopped:
         assert final.step == 4
         assert list(run(made, *stages(), state=final, batches=data())) == []
 
+    @pytest.mark.parametrize("first", [True, False])
+    def test_it_ends_at_the_tick_of_the_result_wherever_it_is_written(self, first):
+        """Otherwise a run would end a step later than one that is taken up where it ought to have ended."""
+        stages = [results([1.0] * 6), ff.early_stopped(patience=2)]
+        made = program(classifier())
+        assert run(made, *(reversed(stages) if first else stages), ff.last).step == 3
+
     def test_its_place_does_not_matter_to_what_is_saved(self, tmp_path):
         made = program(classifier())
         saved = ff.every(1, ff.saved(tmp_path))
@@ -310,7 +317,7 @@ class TestRollback:
 
     @pytest.mark.parametrize("options", [{"after": 0, "every": 1}, {"after": 1, "every": 0}])
     def test_numbers_below_one_are_refused(self, options):
-        with pytest.raises(ValueError, match="after and every must be at least 1"):
+        with pytest.raises(ValueError, match="after and every must be integers of at least 1"):
             ff.rollback(**options)
 
 

@@ -411,3 +411,34 @@ def test_what_is_of_the_parts_alone_is_refused():
         program.evaluate(state, [gaussian(8)])
     with pytest.raises(ValueError, match="parts: this state is of one model"):
         ff.parts(ff.single(PLAN).init(0))
+
+
+class TestRollback:
+    """A joint step reports what its function chooses, and its parts leave steps out."""
+
+    def made(self) -> Any:
+        part = ff.Plan(
+            model=classifier, loss=ff.losses.cross_entropy, optimizer=ff.sgd(), schedule=0.1, on_nonfinite="skip"
+        )
+        return ff.joined({"one": part}, self.step)
+
+    @staticmethod
+    def step(programs: Any, states: dict[str, ff.TrainState], batch: Any) -> Any:
+        states["one"], metrics = programs["one"].step(states["one"], batch)
+        return states, {"loss": metrics["loss"], "found": metrics["grad_norm"]}
+
+    def batches(self) -> list[Any]:
+        (features, labels), last = labelled_batches(2)
+        return [(features, labels), (features * math.nan, labels), last]
+
+    def test_on_a_result(self):
+        made = self.made()
+        watched = ff.folded("spike", ff.reducers.spikes(), of="found")
+        ticks = made.steps(made.init(0), self.batches())
+        final = toolz.pipe(ticks, watched, ff.rollback(after=1, every=1, on="spike"), ff.last)
+        assert final.controls["rollback"] == {"bad": 0, "times": 1}
+
+    def test_the_metrics_that_it_looks_at_without_one_are_named(self):
+        made = self.made()
+        with pytest.raises(ValueError, match="the step has no metric 'grad_norm'; it has 'loss', 'found'"):
+            toolz.pipe(made.steps(made.init(0), self.batches()), ff.rollback(after=1, every=1), ff.last)

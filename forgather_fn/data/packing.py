@@ -215,8 +215,8 @@ def _longest_first(lengths: Indices, length: int) -> Indices:
 
 
 def _measured(documents: Any, length: int, lengths: Any) -> Indices:
-    if length < 1:
-        raise ValueError(f"length={length}: a row needs at least one token")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length={length}: a row needs at least one token, and a whole number of them")
     if isinstance(documents, str | bytes) or not isinstance(documents, MapDataset):
         raise ValueError(
             f"a {type(documents).__name__} is no collection of documents: expected something with __len__ and "

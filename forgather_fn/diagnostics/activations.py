@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from forgather_fn.batch import as_batch, as_it_came
 from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
 from forgather_fn.program import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState
+from forgather_fn.world import World
 
 
 @attrs.frozen
@@ -54,7 +56,7 @@ def activations(
 
     Nothing is changed by it: hooks are there for this one forward pass, and the state, the modules' modes, buffers and
     the random generators are left as they were. A compiled model is run as it stands. All processes of a program call
-    it together; the batch is the first's.
+    it together; the batch is the first's: of a step's, those microbatches that it has.
 
     Args:
         program: Whose model it is.
@@ -79,12 +81,19 @@ def activations(
         seen = stack.enter_context(_watching({name: named[name] for name in names}))
         if program.plan.compile:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        program.evaluate(state, [batch], params=params)
+        program.evaluate(state, _of_the_first(batch, program.world), params=params)
     own = {name: _statistics(sums) for name, sums in seen.items() if sums}
     found: dict[str, Activation] = program.world.broadcast(own)
     if not found:
         raise ValueError(f"activations: {', '.join(names[:5])} give out no floating tensor in a forward pass")
     return found
+
+
+def _of_the_first(batch: Any, world: World) -> list[Any]:
+    """Give what the first process has of a batch, so that it alone looks at it; batches are dealt out in turn."""
+    if not world.main:
+        return []
+    return [part for part in as_it_came(as_batch(batch)) for _ in range(world.size)]
 
 
 @contextlib.contextmanager

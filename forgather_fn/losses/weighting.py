@@ -1,6 +1,6 @@
 """What elements of a loss count for: weights of samples, tokens and classes, and masks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -92,6 +92,8 @@ def class_weighted(loss: Objective, weights: Sequence[float]) -> Objective:
             of more classes.
     """
     terms = terms_of(loss, "class_weighted", classes=True)
+    if not isinstance(weights, Iterable):
+        raise ValueError(f"class_weighted: weights must be one number for each class; got {weights!r}")
     table = torch.tensor(tuple(weights), dtype=torch.float64)
     if table.dim() != 1 or not len(table) or not bool(torch.isfinite(table).all() & (table >= 0).all()):
         raise ValueError(f"class_weighted: weights must be numbers of at least 0, one for each class; got {weights}")

@@ -46,7 +46,8 @@ def adafactor(
         clip_threshold: The highest root mean square of an update, in units of the step.
         decay_power: How fast the running means slow down.
         beta1: Decay of a running mean of updates, which is another slot as large as the parameters; None for none.
-        eps: Added to squared gradients; the least root mean square of a parameter.
+        eps: Added to squared gradients, where 0 is for gradients that are never 0 themselves; the least root mean
+            square of a parameter.
         weight_decay: Times the learning rate (neither scaled nor relative), of those parameters that decay.
         decays: Which parameters those are; by default, those of two or more dimensions.
         groups: Parameters with hyperparameters of their own.

@@ -184,13 +184,26 @@ def slots_like(params: Flat) -> Flat:
     return flat_storage.zeros(params.layout, params.buffers[0].device)
 
 
+def check_optimizer(name: str, given: object) -> None:
+    """Make sure that what an optimizer is composed of is one of this library's.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(given, Optimizer):
+        raise ValueError(
+            f"{name}: {describe(given)} is not one of this library's optimizers: use ff.adamw(), ff.optim.lion(), or "
+            "adapt one of torch with ff.from_torch"
+        )
+
+
 def check_betas(name: str, betas: Sequence[float | Schedule], eps: float) -> None:
     """Make sure that an optimizer's decay rates are in [0, 1); those that schedules give are checked as they are read.
 
     Raises:
         ValueError: They are not two such numbers, or ``eps`` is negative.
     """
-    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or eps < 0:
+    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or not eps >= 0:
         raise ValueError(
             f"{name}: betas must be two numbers in [0, 1) and eps at least 0; got betas={betas}, eps={eps}"
         )

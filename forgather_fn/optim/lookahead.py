@@ -9,7 +9,7 @@ from forgather_fn.finite import BAD, applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, copies
+from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer, copies
 from forgather_fn.state import counter
 
 
@@ -17,7 +17,8 @@ from forgather_fn.state import counter
 def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> Optimizer:
     """Let another optimizer go some steps ahead, then go a part of the way behind it, and let it begin there again.
 
-    Its slots go on as they are. The slow weights are what is evaluated and exported.
+    Its slots go on as they are. All parameters are set back, also those without a gradient at that update. The slow
+    weights are what is evaluated and exported.
 
     Source: Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", arXiv 1907.08610.
 
@@ -30,8 +31,11 @@ def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> Op
         ValueError: A number is out of its range, or the optimizer evaluates other parameters than it trains; or, when a
             state is made, it keeps copies of the parameters, which would not be set back.
     """
-    if steps < 1 or not 0 < alpha <= 1:
-        raise ValueError(f"lookahead: steps must be at least 1, and alpha in (0, 1]; got steps={steps}, alpha={alpha}")
+    check_optimizer("lookahead", optimizer)
+    if not isinstance(steps, int) or steps < 1 or not 0 < alpha <= 1:
+        raise ValueError(
+            f"lookahead: steps must be an integer of at least 1, and alpha in (0, 1]; got steps={steps}, alpha={alpha}"
+        )
     if optimizer.evaluated is not None:
         raise ValueError(
             f"lookahead: {optimizer!r} trains one point and evaluates another, and setting back the one would tear "

@@ -12,7 +12,7 @@ from forgather_fn.describe import described
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply
+from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer
 
 
 @described
@@ -27,7 +27,11 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
 
     Args:
         optimizer: Of the copies. Where no parameter is in half precision, there are none, and it works as alone.
+
+    Raises:
+        ValueError: It is not an optimizer of this library.
     """
+    check_optimizer("master_weights", optimizer)
 
     def init(params: Flat) -> OptState:
         layouts = _layouts(params.layout)

@@ -129,9 +129,9 @@ def orthogonal(
     """
     if not (callable(momentum) or 0 <= momentum < 1):
         raise ValueError(f"muon: momentum must be a number in [0, 1) or a schedule; got {momentum}")
-    if not 1 <= iterations < 100 or len(coefficients) != 3 or eps < 0:
+    if not (isinstance(iterations, int) and 1 <= iterations < 100 and len(coefficients) == 3 and eps >= 0):
         raise ValueError(
-            "muon: iterations must be from 1 to 99, coefficients three numbers, and eps at least 0; got "
+            "muon: iterations must be an integer from 1 to 99, coefficients three numbers, and eps at least 0; got "
             f"{iterations}, {coefficients} and {eps}"
         )
     if adjust not in ("match_rms_adamw", "original", "none"):

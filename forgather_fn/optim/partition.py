@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import attrs
 from torch import Tensor
 
-from forgather_fn.describe import described
+from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat, listed
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Predicate, matches
 from forgather_fn.hyper import NO_VALUES, Hyper, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply
+from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer
 from forgather_fn.optim.sections import sections
 from forgather_fn.schedules import Schedule
 
@@ -28,7 +28,8 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
     gives one a factor.
 
     Args:
-        parts: By name: ``(pattern, patterns, or predicate, optimizer)``. In order; ``"*"`` matches all that is left.
+        parts: By name: ``(pattern, patterns, or predicate, optimizer)``. In order; ``"*"`` matches all that is left, if
+            anything is.
 
     Raises:
         ValueError: There are none, a name has a slash or is empty; or, when a state is made, a parameter has no part,
@@ -41,9 +42,13 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
         >>> [hyper.part for hyper in hypers.values()]
         ['sparse', 'rest']
     """
+    if not isinstance(parts, Mapping) or not all(isinstance(part, tuple) and len(part) == 2 for part in parts.values()):
+        raise ValueError(f"partitioned: expected a mapping of names to (match, optimizer); got {describe(parts)}")
     odd = [name for name in parts if not name or "/" in name]
     if odd or not parts:
         raise ValueError(f"partitioned: expected names without a slash, each with (match, optimizer); got {[*parts]}")
+    for name, (_, optimizer) in parts.items():
+        check_optimizer(f"partitioned: part {name!r}", optimizer)
     optimizers = {name: optimizer for name, (_, optimizer) in parts.items()}
     renamed = {
         name: {own: _renamed(own, name) for own in optimizer.schedules} for name, optimizer in optimizers.items()
@@ -134,7 +139,7 @@ def _assigned(
     if left:
         raise ValueError(f"partitioned: {listed(left)} match no part; let the last one match the rest with '*'")
     for name, held in own.items():
-        if not held:
+        if not held and parts[name][0] != "*":
             raise ValueError(
                 f"partitioned: part {name!r} matches no parameter that is left by those before it; the parameters are "
                 f"{listed(sorted(params))}"

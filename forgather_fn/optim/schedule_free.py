@@ -56,7 +56,7 @@ def schedule_free_adamw(
             f"schedule_free_adamw: the first of betas says where the evaluated point lies, and must be a number in "
             f"(0, 1); got {betas}"
         )
-    if power < 0 or rate_power < 0:
+    if not (power >= 0 and rate_power >= 0):
         raise ValueError(f"schedule_free_adamw: powers must be at least 0; got {power} and {rate_power}")
     number = named("beta2", betas[1])
 

@@ -239,6 +239,7 @@ def _plan(programs: Programs, step: JointStep) -> Plan:
         loss=Joint(programs, f"{describe(step)}; {said(*_OURS)}"),
         optimizer=Optimizer(start, refused, refused, description=said("optimizer"), compiles=False),
         schedule=Joint(programs, said("schedule")),
+        on_nonfinite="skip" if any(one.plan.on_nonfinite == "skip" for one in programs.values()) else "raise",
         device=next(iter(programs.values())).plan.device,
         donate=all(program.plan.donate for program in programs.values()),
     )

@@ -108,3 +108,25 @@ def refused(strategy: str) -> str:
 )
 def test_what_no_process_has_is_refused(two: Any, strategy: str, message: str) -> None:
     assert all(message in told for told in two.run(refused, strategy))
+
+
+def of_the_step(strategy: str) -> list[dict[str, float]]:
+    """Look at the batch of each step, the last of which ends an epoch."""
+    program, seen = STRATEGIES[strategy](plan()), []
+    stream = ff.batches(labelled(7, dtype=torch.float64), batch_size=4, last="ragged", epochs=1)
+    look = diagnostics.activation_statistics(modules="0")
+    note = ff.every(1, look, lambda tick: seen.append(dict(tick.results)))
+    toolz.pipe(program.steps(program.init(seed=1), stream), note, ff.last)
+    return seen
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_the_batch_of_a_step_is_looked_at_in_the_microbatches_that_the_first_process_has(
+    two: Any, strategy: str
+) -> None:
+    alone, whole = of_the_step("replicated"), of_the_step("single")
+    for row, other in zip(alone, whole, strict=True):
+        assert row == pytest.approx(other, rel=1e-12)
+    first, second = two.run(of_the_step, strategy)
+    assert first == second
+    assert len(first) == 2

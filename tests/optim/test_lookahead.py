@@ -65,7 +65,7 @@ def test_a_step_that_is_left_out_does_not_count():
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"alpha": 0.0}, {"alpha": 1.5}])
 def test_numbers_outside_their_range_are_refused(options):
-    with pytest.raises(ValueError, match="lookahead: steps must be at least 1, and alpha in"):
+    with pytest.raises(ValueError, match="lookahead: steps must be an integer of at least 1, and alpha in"):
         ff.optim.lookahead(ff.sgd(), **options)
 
 

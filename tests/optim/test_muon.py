@@ -4,7 +4,7 @@ from torch import nn
 
 import forgather_fn as ff
 from tests.optim.comparing import DTYPES, STORAGES, compare
-from tests.toys import Branches, branching, classifier, program
+from tests.toys import Branches, branching, classifier, labelled_batches, program
 
 
 def split(model, weight_decay, muon, match=lambda name: "0" in name, **options):
@@ -114,7 +114,7 @@ def test_slots_are_kept_for_the_parameters_of_each_part_only():
     ("options", "message"),
     [
         ({"momentum": 1.0}, "momentum must be a number in"),
-        ({"iterations": 0}, "iterations must be from 1 to 99"),
+        ({"iterations": 0}, "iterations must be an integer from 1 to 99"),
         ({"coefficients": (1.0, 2.0)}, "coefficients three numbers"),
         ({"adjust": "originl"}, "'originl' is not one of"),
         ({"weight_decay": -1.0}, "weight_decay"),
@@ -128,3 +128,12 @@ def test_numbers_outside_their_range_are_refused(options, message):
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"muon: '0.bias' has less than two dimensions"):
         program(classifier(), optimizer=ff.optim.muon(match="0.*")).init(0)
+
+
+def test_a_model_of_matrices_alone_leaves_nothing_for_the_rest():
+    """As one whose adapters of low rank are trained, and nothing else."""
+    adapted = ff.lora(classifier, "*weight", rank=2, alpha=4)
+    made = program(adapted, optimizer=ff.optim.muon())
+    state = ff.fold(made.step, made.init(0), labelled_batches(2))
+    assert set(state.opt["muon"]["momentum"]) == set(state.params)
+    assert state.opt["rest"] == {}

@@ -114,6 +114,7 @@ def test_a_section_is_a_view_of_its_tensors():
         ({}, "expected names without a slash"),
         ({"a/b": ("*", ff.sgd())}, r"expected names without a slash.*'a/b'"),
         ({"a": ("0.*", ff.sgd())}, "'2.weight', '2.bias' match no part"),
+        ({"a": ("*", ff.sgd()), "b": (["*"], ff.sgd())}, "part 'b' matches no parameter that is left"),
         ({"a": ("*", ff.sgd()), "b": ("0.*", ff.sgd())}, "part 'b' matches no parameter that is left"),
         ({"a": ("*", ff.sgd(groups=[ff.group("5.*")]))}, "group '5.*' matches no parameter"),
     ],

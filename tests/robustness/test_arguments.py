@@ -4,6 +4,7 @@ import math
 import os
 
 import pytest
+from torch.optim import SGD
 
 import forgather_fn as ff
 from forgather_fn.checkpoint import list_checkpoints, load, load_weights, save, verify
@@ -100,6 +101,21 @@ OTHERS = {
     "serve on a number": (lambda p: served(port=0, host=3), "host: expected str, or None; got 3"),
     "controlled by nothing": (lambda p: ff.controlled(None), "takes an inbox, as `with ff.serve"),
     "a command that is none": (lambda p: Inbox().post(3), "3 is not a command; there are save"),
+    "half a step of lookahead": (lambda p: ff.optim.lookahead(ff.sgd(), steps=1.5), "steps must be an integer"),
+    "lookahead of torch's": (lambda p: ff.optim.lookahead(SGD), "is not one of this library's optimizers"),
+    "master weights of a number": (lambda p: ff.optim.master_weights(3), "3 is not one of this library's optimizers"),
+    "a part without a match": (lambda p: ff.optim.partitioned({"a": ff.sgd()}), r"names to \(match, optimizer\)"),
+    "a part of torch's": (lambda p: ff.optim.partitioned({"a": ("*", SGD)}), "part 'a': .* is not one of"),
+    "half an iteration": (lambda p: ff.optim.orthogonal(iterations=2.5), "iterations must be an integer from 1"),
+    "a power that is none": (lambda p: ff.optim.schedule_free_adamw(power=math.nan), "powers must be at least 0"),
+    "an eps that is none": (lambda p: ff.adamw(eps=math.nan), "eps at least 0; got"),
+    "one group": (lambda p: ff.adamw(groups=ff.group("*")), "groups takes a sequence of them"),
+    "a group by its pattern": (lambda p: ff.adamw(groups=["*"]), "groups takes a sequence of them"),
+    "half an update": (lambda p: ff.swa(start=1.5), "start and every must be integers of at least 1"),
+    "half a bad step": (lambda p: ff.rollback(after=1.5, every=1), "after and every must be integers of at least 1"),
+    "a number for a reducer": (lambda p: ff.folded("a", 3), "folded takes a name and a reducer"),
+    "half a token": (lambda p: ff.data.packed([[1]], length=1.5), "a row needs at least one token"),
+    "one class": (lambda p: ff.losses.class_weighted(ff.losses.cross_entropy, 3), "one number for each class; got 3"),
     "a schedule that is none": (lambda p: kind_of(3), "schedule=3 is not one of GPipe"),
 }
 
