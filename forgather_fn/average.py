@@ -7,6 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn import flat
 from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat
 
@@ -116,9 +117,32 @@ def swa(*, start: int, every: int = 1) -> Average:
     return Average(update)
 
 
+def begun(params: Flat) -> Flat:
+    """Begin an average: a copy of the parameters, in at least float32.
+
+    In half precision an average would stand still: a step towards the parameters that is smaller than the distance to
+    the next number is none.
+    """
+    wide = params.layout.widened()
+    if wide is params.layout:
+        return params.copy()
+    average = flat.zeros(wide, params.buffers[0].device)
+    average.assign(params)
+    return average
+
+
+def narrowed(average: Flat, params: Flat) -> Flat:
+    """Give an average in the data types of the parameters: itself, where it has them."""
+    if average.layout.dtypes == params.layout.dtypes:
+        return average
+    found = flat.zeros(params.layout, params.buffers[0].device)
+    found.assign(average)
+    return found
+
+
 def _moved(average: Flat, params: Flat, share: Tensor | float) -> Flat:
     """Move every element of an average by a share of the way to the parameters, in place."""
     for mine, current in zip(average.buffers, params.buffers, strict=True):
         if mine.is_floating_point():
-            mine.lerp_(current, share if isinstance(share, float) else share.to(mine.dtype))
+            mine.lerp_(current.to(mine.dtype), share if isinstance(share, float) else share.to(mine.dtype))
     return average

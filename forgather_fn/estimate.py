@@ -94,7 +94,7 @@ def memory(plan: Plan, batch: Any) -> Memory:
         "parameters": layout.bytes,
         "buffers": sum(map(_size, subject.buffers)),
         "slots": slots + _bytes([transform.init(zeros(layout, META)) for transform in plan.transforms]),
-        "averages": layout.bytes if plan.average is not None else 0,
+        "averages": layout.widened().bytes if plan.average is not None else 0,
     }
     frozen = sum(_size(tensor) for tensor in subject.still.values())
     data = as_batch(batch)

@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from forgather_fn import interrupt
+from forgather_fn.average import narrowed
 from forgather_fn.batch import as_batch, check_batches
 from forgather_fn.built import Built
 from forgather_fn.data import Stream
@@ -159,4 +160,5 @@ def chosen(plan: Plan, arrays: Arrays, which: Which) -> Flat:
         raise ValueError(f"params={which!r} is not one of 'params', 'ema'")
     if arrays.ema is None:
         raise ValueError("params='ema', but the plan keeps no average; add Plan(average=ff.ema(decay))")
-    return arrays.ema
+    with torch.no_grad():
+        return narrowed(arrays.ema, arrays.params)

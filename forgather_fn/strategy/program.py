@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from forgather_fn import evaluation, flat, scaling
+from forgather_fn import average, evaluation, flat, scaling
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built, own_gradients
@@ -349,6 +349,11 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
     """Copy the module's values into storage of the state's own, and bind the program's module to it."""
     plan, binding, device = built.plan, built.binding, built.device
     params, frozen, stored = storage.first(built, module)
+    if plan.average is not None and storage.rows is not None and params.layout.widened() is not params.layout:
+        raise ValueError(
+            f"{plan.average!r} is kept in float32, and shards of parameters in half precision have no place for that: "
+            'use float32 parameters with Plan(precision="bfloat16")'
+        )
     transforms = tuple(transform.init(params) for transform in plan.transforms)
     arrays = Arrays(
         updates=counter(0, device),
@@ -360,7 +365,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
         buffers=stored,
         opt=plan.optimizer.init(params),
         transforms=transforms,
-        ema=params.copy() if plan.average is not None else None,
+        ema=None if plan.average is None else average.begun(params),
         controls=begun(plan.controls),
         loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
