@@ -6,7 +6,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
+from multiprocessing import process
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ class Ending(Protocol):
 
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
+_BOOTSTRAP: Any = process.BaseProcess._bootstrap.__code__  # type: ignore[attr-defined]  # typeshed leaves it out
+"""What runs a process that multiprocessing has forked, and prints an error that nobody caught."""
 
 
 def tell(ending: Ending) -> Callable[[], None]:
@@ -54,7 +56,7 @@ def tell(ending: Ending) -> Callable[[], None]:
 
     def uncaught_in_fork(*arguments: Any, **options: Any) -> None:
         error = sys.exc_info()[1]
-        if error is not None and ending in _told and sys._getframe(1).f_code is BaseProcess._bootstrap.__code__:
+        if error is not None and ending in _told and sys._getframe(1).f_code is _BOOTSTRAP:
             ending.fail(error)
         before_in_forks(*arguments, **options)
 
