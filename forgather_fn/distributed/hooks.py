@@ -3,8 +3,10 @@
 import os
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
+from multiprocessing import process
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, Protocol
@@ -27,6 +29,8 @@ class Ending(Protocol):
 
 
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
+_BOOTSTRAP: Any = process.BaseProcess._bootstrap.__code__  # type: ignore[attr-defined]  # typeshed leaves it out
+"""What runs a process that multiprocessing has forked, and prints an error that nobody caught."""
 
 
 def tell(ending: Ending) -> Callable[[], None]:
@@ -50,7 +54,14 @@ def tell(ending: Ending) -> Callable[[], None]:
             ending.fail(arguments.exc_value)
         before_in_threads(arguments)
 
+    def uncaught_in_fork(*arguments: Any, **options: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and ending in _told and sys._getframe(1).f_code is _BOOTSTRAP:
+            ending.fail(error)
+        before_in_forks(*arguments, **options)
+
     def leaving() -> None:
+        _told.discard(ending)
         ending.leave(sys.exc_info()[1])
 
     def undo() -> None:
@@ -60,10 +71,15 @@ def tell(ending: Ending) -> Callable[[], None]:
             sys.excepthook = before
         if threading.excepthook is uncaught_in_thread:
             threading.excepthook = before_in_threads
+        if traceback.print_exc is uncaught_in_fork:
+            traceback.print_exc = before_in_forks
 
     sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
     # What atexit calls, and what processes call that multiprocessing has forked, which end without atexit, and without
     # excepthook. (What it does is undone by a process that was forked from this one.)
+    # As of Python 3.13 the error is no longer there by then: it was printed, which is what can be heard of it.
+    before_in_forks = traceback.print_exc
+    traceback.print_exc = uncaught_in_fork
     at_exit = Finalize(None, leaving, exitpriority=100)
     _told.add(ending)
     return undo
