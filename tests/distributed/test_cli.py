@@ -122,7 +122,7 @@ def test_an_error_on_one_process_ends_the_run_and_is_named():
     assert "rank 0 of 2: 2, ['raise', '--x']" in done.stdout
     root = done.stderr.index("ValueError: what")
     assert "Connection" not in done.stderr[:root]
-    assert "\nrank 1 failed: ValueError: what\nTraceback (most recent call last):\n" in done.stderr
+    assert "\nrank 1 failed: ValueError: what\nTraceback (most recent call last):\n" in "\n" + done.stderr
     # The launcher's summary has it from the process that failed, and not from the one that was ended.
     assert re.search(r"Root Cause[^=]*rank +: 1[^=]*ValueError: what", done.stderr)
 
