@@ -259,7 +259,7 @@ def unmerged(module: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def folded(program: Program, state: TrainState) -> TrainState:
+def restarted(program: Program, state: TrainState) -> TrainState:
     """Add the adapters of a state to its weights, and begin them anew at zero: the outputs stay, up to rounding.
 
     Done every few thousand steps, adapters of low rank make a change of high rank. Slots of the optimizer stay as they
@@ -274,7 +274,7 @@ def folded(program: Program, state: TrainState) -> TrainState:
     Raises:
         ValueError: The model has no adapters.
     """
-    adapters = _adapters(program.module(), "folded")
+    adapters = _adapters(program.module(), "restarted")
     new = state.copy()
     arrays = new.read()
     weights = dict(arrays.frozen)

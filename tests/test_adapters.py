@@ -159,16 +159,16 @@ def test_folding_keeps_the_outputs_and_begins_the_adapters_anew():
     state = made.init(0)
     kept = state.copy()
     expected = made.apply(state, TOKENS)
-    folded = adapters.folded(made, state)
-    torch.testing.assert_close(made.apply(folded, TOKENS), expected, rtol=1e-5, atol=1e-6)
-    assert not folded.params["0.lora.A"].any()
-    assert not folded.params["2.lora.B"].any()
-    assert not folded.ema["2.lora.B"].any()
-    assert not torch.equal(folded.frozen["2.weight"], state.frozen["2.weight"])
+    restarted = adapters.restarted(made, state)
+    torch.testing.assert_close(made.apply(restarted, TOKENS), expected, rtol=1e-5, atol=1e-6)
+    assert not restarted.params["0.lora.A"].any()
+    assert not restarted.params["2.lora.B"].any()
+    assert not restarted.ema["2.lora.B"].any()
+    assert not torch.equal(restarted.frozen["2.weight"], state.frozen["2.weight"])
     assert_equal(state, kept)
     plain = program(lambda: copy.deepcopy(model))
-    whole = made.convert(folded, plain, dropping=["*.lora.*"])
-    assert torch.equal(plain.apply(whole, TOKENS), made.apply(folded, TOKENS))
+    whole = made.convert(restarted, plain, dropping=["*.lora.*"])
+    assert torch.equal(plain.apply(whole, TOKENS), made.apply(restarted, TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_optimizers_that_keep_parameters_do_not_undo_a_folding(optimizer):
         schedule=ff.schedules.piecewise(boundaries=(3,), values=(0.1, 0.0)),
     )
     batches = [(x.bfloat16(), y) for x, y in labelled_batches(5)]
-    folded = adapters.folded(made, ff.fold(made.step, made.init(0), batches[:3]))
-    expected = made.evaluate(folded, batches)
-    final = ff.fold(made.step, folded, batches[3:])
+    restarted = adapters.restarted(made, ff.fold(made.step, made.init(0), batches[:3]))
+    expected = made.evaluate(restarted, batches)
+    final = ff.fold(made.step, restarted, batches[3:])
     assert not final.params["2.lora.B"].any()
     assert made.evaluate(final, batches) == expected
 

@@ -102,7 +102,7 @@ def packed(
         pad: The token that fills up the last row.
 
     Raises:
-        ValueError: The length is less than 1, there are no tokens, or a document's length is not what was given.
+        ValueError: The length is less than 2, there are no tokens, or a document's length is not what was given.
 
     Example:
         >>> rows = packed([[1, 2, 3], [4, 5], [6, 7, 8, 9]], length=4)
@@ -215,8 +215,10 @@ def _longest_first(lengths: Indices, length: int) -> Indices:
 
 
 def _measured(documents: Any, length: int, lengths: Any) -> Indices:
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length}: a row needs at least one token, and a whole number of them")
+    if not isinstance(length, int) or length < 2:
+        raise ValueError(
+            f"length={length}: a row has a whole number of tokens, at least 2: each is predicted from those before"
+        )
     if isinstance(documents, str | bytes) or not isinstance(documents, MapDataset):
         raise ValueError(
             f"a {type(documents).__name__} is no collection of documents: expected something with __len__ and "

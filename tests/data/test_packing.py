@@ -45,12 +45,12 @@ documents_of = st.lists(st.lists(st.integers(1, 99), max_size=12), min_size=1, m
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@given(documents=documents_of, length=st.integers(1, 10))
+@given(documents=documents_of, length=st.integers(2, 10))
 def test_no_token_is_lost_or_doubled(layout: str, documents: list[list[int]], length: int) -> None:
     check_packing(LAYOUTS[layout](documents, length=length, pad=77), documents, length)
 
 
-@given(documents=documents_of, length=st.integers(1, 10))
+@given(documents=documents_of, length=st.integers(2, 10))
 def test_rows_are_full_but_for_the_last(documents: list[list[int]], length: int) -> None:
     rows = packed(documents, length=length)
     assert len(rows) == -(-sum(map(len, documents)) // length)
@@ -59,7 +59,7 @@ def test_rows_are_full_but_for_the_last(documents: list[list[int]], length: int)
     assert flat[: len(joined)] == joined
 
 
-@given(documents=documents_of, length=st.integers(1, 10))
+@given(documents=documents_of, length=st.integers(2, 10))
 def test_a_document_that_fits_is_not_cut(documents: list[list[int]], length: int) -> None:
     rows = best_fit(documents, length=length)
     pieces = Counter(piece.document for number in range(len(rows)) for piece in rows.pieces(number))
@@ -78,7 +78,7 @@ def slow_best_fit(lengths: list[int], length: int) -> list[int]:
     return sorted(rooms)
 
 
-@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any), length=st.integers(1, 20))
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any), length=st.integers(2, 20))
 def test_best_fit_is_the_published_procedure(lengths: list[int], length: int) -> None:
     rows = best_fit([[1] * n for n in lengths], length=length)
     used = [sum(piece.stop - piece.start for piece in rows.pieces(number)) for number in range(len(rows))]
@@ -166,7 +166,7 @@ def test_sdpa_takes_the_mask() -> None:
         torch.testing.assert_close(found[row : row + 1], torch.cat(alone, 2), rtol=0, atol=1e-12)
 
 
-@given(documents=documents_of, length=st.integers(1, 10))
+@given(documents=documents_of, length=st.integers(2, 10))
 def test_flash_arguments_bound_the_pieces(documents: list[list[int]], length: int) -> None:
     rows = packed(documents, length=length)
     batch = torch.stack([rows[number]["position_ids"] for number in range(len(rows))])
@@ -181,7 +181,7 @@ def test_flash_arguments_bound_the_pieces(documents: list[list[int]], length: in
 @pytest.mark.parametrize(
     ("documents", "given", "message"),
     [
-        (DOCUMENTS, {"length": 0}, "at least one token"),
+        (DOCUMENTS, {"length": 0}, "at least 2"),
         ([[], []], {}, "nothing to pack"),
         (DOCUMENTS, {"lengths": [1, 2]}, "expected one for each of 6 documents"),
         (DOCUMENTS, {"lengths": [3, 1, 7, -1, 2, 4]}, "expected one for each of 6 documents"),
