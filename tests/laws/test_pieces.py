@@ -1,5 +1,6 @@
 """Every law, over every piece of the registry (``tests/pieces``)."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import forgather_fn as ff
 from forgather_fn import testing, tree
+from forgather_fn.losses import Objective
 from forgather_fn.program import Program
 from forgather_fn.testing.compare import beyond, snapshot
 from forgather_fn.testing.processes import Processes, processes
@@ -120,3 +122,37 @@ def in_world(name: str) -> dict[str, Any]:
 
 def test_every_law_is_run() -> None:
     assert {name.removeprefix("test_") for name in globals() if name.startswith("test_")} >= set(LAWS)
+
+
+NAMESPACES = ("", "data", "losses", "optim", "reducers", "schedules", "transforms")
+KINDS = ("Average", "Mixture", "Objective", "Optimizer", "Packed", "Reactive", "Reducer", "Stream", "Transform")
+WITHIN = {
+    "chunked_causal_lm": "chunked",
+    "orthogonal": "optim.muon",
+    "plateau": "on_plateau",
+    "spikes": "folded",
+    "stale": "early_stopped",
+}
+"""Pieces that are a part of another, in whose row they are."""
+
+
+def public_pieces() -> Iterator[str]:
+    """Name what makes a piece, by what it says that it returns."""
+    for namespace in NAMESPACES:
+        module = getattr(ff, namespace) if namespace else ff
+        for name in dir(module):
+            member = getattr(module, name)
+            if isinstance(member, Objective):
+                yield name
+            elif inspect.isfunction(member) and not name.startswith("_"):
+                made = inspect.signature(member).return_annotation
+                if getattr(made, "__name__", "") in KINDS:
+                    yield name
+
+
+def test_every_piece_has_a_row() -> None:
+    rows = {name.partition("/")[0].rpartition(".")[2] for name in REGISTRY}
+    found = set(public_pieces())
+    assert {"adamw", "clipped", "ema", "mse", "mixture", "on_plateau", "spikes"} <= found
+    assert found - rows - set(WITHIN) == set()
+    assert set(WITHIN) <= found

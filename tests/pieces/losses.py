@@ -73,6 +73,13 @@ def composed() -> Objective:
 
 entropy, tokens = ff.losses.cross_entropy, ff.losses.causal_lm
 PIECES = {
+    "causal_lm": of_words(ff.losses.causal_lm),
+    "cross_entropy": of_classes(ff.losses.cross_entropy),
+    "from_output": Piece(
+        fields=lambda: {"loss": ff.losses.from_output(weight="samples"), "model": specimens.Returning},
+        batch=specimens.pairs_by_name,
+    ),
+    "mse": of_values(ff.losses.mse),
     "l1": of_values(ff.losses.l1),
     "huber": of_values(ff.losses.huber(delta=0.5)),
     "binary_cross_entropy": Piece(fields=lambda: {"loss": ff.losses.binary_cross_entropy}, batch=answers),
