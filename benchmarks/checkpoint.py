@@ -26,7 +26,7 @@ from benchmarks.table import Reach, Table
 from benchmarks.task import MAX_NORM, PEAK, WEIGHT_DECAY, Task
 from benchmarks.turns import Spent, Timed, in_turns, timing
 from forgather_fn.checkpoint import latest, saved
-from forgather_fn.loop import Run
+from forgather_fn.loop import Course, Run
 from forgather_fn.stages import Observe, Observer
 
 ROUNDS: Final = 9
@@ -159,7 +159,7 @@ class Both:
         """Make a step, so that the next checkpoint is a new one, and room for it in the run."""
         self.state, self.metrics = self.program.step(self.state, self.batch)
         _remove((run / "checkpoints").glob("checkpoint-*"))
-        return ff.Tick(self.state, self.metrics, self.batch, Run(self.program, [], 0, None))
+        return ff.Tick(self.state, self.metrics, self.batch, Run(self.program, [], 0, None, Course(self.state, ())))
 
     def torch_load(self) -> Mapping[str, Spent]:
         """Read by hand."""

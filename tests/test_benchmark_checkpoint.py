@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import forgather_fn as ff
 from benchmarks import checkpoint, resume
 from benchmarks.checkpoint import BESIDE, BLOCKED, FIRST, RESTORE, SAVED, STEP, TINY, TORCH, WRITTEN, Both
 from benchmarks.resume import MADE, OURS, SAME, SKIPPED, WHOLE_OURS, WHOLE_SKIPPED
@@ -16,6 +15,7 @@ from benchmarks.table import Table
 from benchmarks.turns import Spent, in_turns, timing
 from forgather_fn.checkpoint import saved, saving
 from forgather_fn.checkpoint.snapshot import snapshot
+from forgather_fn.data import IndexedStream
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_the_resume_row_runs() -> None:
 
 
 def test_a_start_at_another_sample_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = ff.Stream.start
-    monkeypatch.setattr(ff.Stream, "start", lambda stream, seed, samples: start(stream, seed, samples - 32))
+    start = IndexedStream.start
+    monkeypatch.setattr(IndexedStream, "start", lambda stream, seed, samples: start(stream, seed, samples - 32))
     with pytest.raises(ValueError, match="the first batch is not the one that comes next"):
         list(resume.run(quick=True))
 
