@@ -12,6 +12,7 @@ from forgather_fn.model import (
     initialise_by_name,
     parameter_anatomy,
 )
+from tests.named import named
 from tests.toys import classifier, labelled, program
 
 
@@ -85,7 +86,7 @@ class TestRefusals:
             (lambda: torch.zeros(3), "the model factory returned Tensor; expected a torch.nn.Module"),
             ("model", "model must be a torch.nn.Module or a function that builds one, got str"),
         ],
-        ids=str,
+        ids=named,
     )
     def test_what_cannot_be_trained_is_refused_by_name(self, module, message):
         with pytest.raises(ValueError, match=message):

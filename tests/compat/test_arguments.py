@@ -21,6 +21,7 @@ from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments, TrainingArg
 from forgather.ml.trainer.legacy import OLD, UnknownArgumentError
 from forgather.ml.trainer.parallel_arguments import AccelTrainingArguments, PipelineTrainingArguments
 from forgather.ml.trainer.refusals import table
+from tests.named import named
 
 THEIR_FIELDS = {field.name: field for field in dataclasses.fields(Theirs)}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -193,7 +194,7 @@ UNHONOURED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), UNHONOURED, ids=[str(given) for given, _ in UNHONOURED])
+@pytest.mark.parametrize(("given", "message"), UNHONOURED, ids=[named(given) for given, _ in UNHONOURED])
 def test_what_is_not_honoured_is_refused_with_a_reason(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingArguments("x", **given)
@@ -513,13 +514,13 @@ def test_what_is_refused_of_the_arguments_of_accelerate(given: dict[str, Any], n
 
 
 def test_what_several_processes_cannot_do_is_refused() -> None:
-    for given, named in (
+    for given, message in (
         ({"auto_find_batch_size": True}, "where memory runs out on one"),
         ({"accelerator_config": {"split_batches": True}}, "give per_device_train_batch_size=4 instead"),
     ):
         args = AccelTrainingArguments("x", **given)
         args.check_processes(1)
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=message):
             args.check_processes(2)
 
 

@@ -12,6 +12,7 @@ import transformers
 import forgather.ml as ours
 from tests.compat.test_checkpoints import entries, trainer
 from tests.compat.tiny import Regression, regression, rows
+from tests.named import named
 
 BOTH = (ours, transformers)
 
@@ -194,7 +195,7 @@ def test_a_directory_that_another_process_writes_to_is_refused(tmp_path):
         ({"model": None, "model_init": Regression, "optimizers": (1, None)}, RuntimeError, "`model_init` is incomp"),
         ({"train_dataset": iter([])}, ValueError, "does not implement __len__"),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_what_does_not_fit_together_is_refused(options, error, message, tmp_path):
     given = {"model": regression(), "args": ours.TrainingArguments(str(tmp_path)), **options}

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import forgather_fn as ff
 from forgather_fn.losses import Objective
+from tests.named import named
 from tests.pieces import losses as rows
 from tests.toys import program
 
@@ -118,7 +119,7 @@ def test_focal_is_its_formula():
         (ff.losses.huber(delta=0.7), lambda p, y: F.huber_loss(p, y, delta=0.7)),
         (ff.losses.weighted(ff.losses.mse, by="one"), F.mse_loss),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_losses_of_values_are_torchs(loss, reference):
     close(loss(LOGITS[0], {"y": LOGITS[1], "one": torch.ones(5, dtype=torch.float64)}), reference(LOGITS[0], LOGITS[1]))

@@ -114,7 +114,7 @@ OTHERS = {
     "half an update": (lambda p: ff.swa(start=1.5), "start and every must be integers of at least 1"),
     "half a bad step": (lambda p: ff.rollback(after=1.5, every=1), "after and every must be integers of at least 1"),
     "a number for a reducer": (lambda p: ff.folded("a", 3), "folded takes a name and a reducer"),
-    "half a token": (lambda p: ff.data.packed([[1]], length=1.5), "a row needs at least one token"),
+    "half a token": (lambda p: ff.data.packed([[1]], length=1.5), "a whole number of tokens, at least 2"),
     "one class": (lambda p: ff.losses.class_weighted(ff.losses.cross_entropy, 3), "one number for each class; got 3"),
     "a schedule that is none": (lambda p: kind_of(3), "schedule=3 is not one of GPipe"),
 }
