@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from forgather_fn.distributed.launched import check_world_size, idle_devices
+from forgather_fn.distributed.rest import rest_at_exit
 from forgather_fn.distributed.watch import watching
 from forgather_fn.world import ALONE, World
 
@@ -52,6 +53,7 @@ def joined(local_rank: int) -> World:
         return ALONE
     group = distributed.group.WORLD
     if group not in _known:
+        rest_at_exit()
         control = group if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
         world = World(distributed.get_rank(), distributed.get_world_size(), local_rank, group, control)
         _known[group] = attrs.evolve(world, watch=watching(world))

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from forgather_fn.distributed.rest import rest_at_exit
+
 
 @dataclass
 class StaticDistributedEnvironment:
@@ -148,6 +150,7 @@ class DistributedEnvironment(StaticDistributedEnvironment):
             timeout=timedelta(seconds=timeout),
             **where,
         )
+        rest_at_exit()
         self._opened = True
 
     def close(self) -> None:
