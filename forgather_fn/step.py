@@ -22,8 +22,7 @@ from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective
 from forgather_fn.mean import Mean
-from forgather_fn.optim import base as optim
-from forgather_fn.optim.base import OptState, Rates, rates_at
+from forgather_fn.optim.base import OptState, Rates, UpdateContext, rates_at
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
@@ -259,16 +258,8 @@ def update_arrays(
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         begin()
         updated = wanted.of_update(arrays.params, wants, gradients.spread) if wants else None
-        opt = optim.apply(
-            plan.optimizer,
-            gradients,
-            arrays.opt,
-            arrays.params,
-            rates=rates,
-            found_inf=verdict.found_inf,
-            step=step,
-            seed=seed,
-        )
+        context = UpdateContext(rates.learning_rate, verdict.found_inf, rates.scheduled, step, seed)
+        opt = plan.optimizer.update(gradients, arrays.opt, arrays.params, context)
         arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf)
         extra |= updated() if updated else {}
         arrays = _counted(plan, arrays, gradients, buffers, verdict)

@@ -234,7 +234,7 @@ class TestRefused:
             program.step(state, specimens.classes(4))
 
     def test_states_of_optimizers_that_are_numbers(self) -> None:
-        def update(gradients: Any, state: Any, params: Any, **_: Any) -> Any:
+        def update(gradients: Any, state: Any, params: Any, context: Any) -> Any:
             return {"steps": state["steps"] + 1}
 
         counting = ff.Optimizer(lambda params: {"steps": 0}, update, ff.sgd().groups)

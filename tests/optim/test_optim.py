@@ -248,10 +248,10 @@ def test_numbers_outside_their_range_are_refused(make, message):
 
 def test_an_optimizer_of_ones_own():
     # Signed descent, on whole pieces; and an optimizer that needs shapes, on named views.
-    def update(gradients, state, params, *, learning_rate, found_inf):
+    def update(gradients, state, params, context):
         for name, gradient in gradients.items():
-            params[name].sub_(learning_rate * gradient.sign() * (1 - found_inf))
-            state["seen"][name].add_(1 - found_inf)
+            params[name].sub_(context.learning_rate * gradient.sign() * (1 - context.found_inf))
+            state["seen"][name].add_(1 - context.found_inf)
         return state
 
     optimizer = ff.Optimizer(
