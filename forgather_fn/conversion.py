@@ -85,7 +85,7 @@ def _arrays(
     old: Program, new: Program, given: Arrays, fresh: Arrays, carrying: "_Carrying", without: Collection[str]
 ) -> Arrays:
     """Fill the storage of a fresh state; frozen parameters, which other states may share, are not written to."""
-    if new.part() is not None or old.part() is not None:
+    if new.portion() is not None or old.portion() is not None:
         raise ValueError(
             "convert: a process has only its stages of a pipeline; save the state, and restore it with the other "
             "program, which may be of any strategy"

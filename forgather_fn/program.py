@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from forgather_fn.data import Stream
 from forgather_fn.gradient import Gradients
 from forgather_fn.metrics import Measure as Measure
-from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.world import ALONE, World
@@ -211,7 +211,7 @@ class Program:
     ``step`` is ``gradients`` and ``update`` composed; a step of your own takes its place by
     ``attrs.evolve(program, step=...)``. ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
-    ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it; ``whole``
+    ``batches`` how they come to it; ``portion`` which of a state this process has, None for all of it; ``whole``
     brings a state together that they have in shards.
     """
 
@@ -230,7 +230,7 @@ class Program:
     open_steps: OpenSteps
     world: World = ALONE
     share: Share | None = None
-    part: Callable[[], Part | None] = lambda: None
+    portion: Callable[[], Portion | None] = lambda: None
     whole: Whole = itself
 
     def steps(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":

@@ -37,7 +37,7 @@ def refreshed_statistics(
     Raises:
         ValueError: The model has no batch norm, the processes have shards or stages, or the data are not sequences.
     """
-    if program.part() is not None or program.whole(state) is not state:
+    if program.portion() is not None or program.whole(state) is not state:
         raise ValueError("refreshed_statistics: this process has a part of the model only; export it, and measure that")
     module = program.export(state, params=params)
     norms = {name for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}

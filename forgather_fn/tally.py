@@ -98,12 +98,12 @@ class Found:
     Attributes:
         sums: For each batch by its number, the total and the weight of each mean.
         counts: For each reducer, its integers, added up.
-        parts: For each reducer, its floating tensors, for each batch by its number.
+        floats: For each reducer, its floating tensors, for each batch by its number.
     """
 
     sums: Mapping[int, Mapping[str, tuple[float, float]]]
     counts: Sequence[Partial]
-    parts: Sequence[Mapping[int, Partial]]
+    floats: Sequence[Mapping[int, Partial]]
 
 
 @attrs.define(eq=False)
@@ -113,20 +113,20 @@ class Tally:
     look: Look
     means: dict[int, Mapping[str, Mean]] = attrs.field(factory=dict)
     counts: list[dict[str, Tensor]] = attrs.field(factory=list)
-    parts: list[dict[int, Partial]] = attrs.field(factory=list)
+    floats: list[dict[int, Partial]] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.counts = [{} for _ in self.look.reducers]
-        self.parts = [{} for _ in self.look.reducers]
+        self.floats = [{} for _ in self.look.reducers]
 
     def take(self, number: int, seen: Seen) -> None:
         """Take in what was measured of a batch."""
         self.means[number] = seen.means
-        for counts, parts, partial in zip(self.counts, self.parts, seen.partials, strict=True):
+        for counts, floats, partial in zip(self.counts, self.floats, seen.partials, strict=True):
             for name, tensor in partial.items():
                 if not tensor.is_floating_point():
                     counts[name] = counts[name] + tensor if name in counts else tensor.detach().long()
-            parts[number] = {name: tensor.detach() for name, tensor in partial.items() if tensor.is_floating_point()}
+            floats[number] = {name: tensor.detach() for name, tensor in partial.items() if tensor.is_floating_point()}
 
     def found(self) -> Found:
         """Bring all of it to the host."""
@@ -136,7 +136,7 @@ class Tally:
                 for number, means in self.means.items()
             },
             counts=[_on_host(counts) for counts in self.counts],
-            parts=[{number: _on_host(one) for number, one in parts.items()} for parts in self.parts],
+            floats=[{number: _on_host(one) for number, one in floats.items()} for floats in self.floats],
         )
 
 
@@ -164,8 +164,8 @@ def combined(told: Sequence[Found], reducers: Sequence[Reducer]) -> dict[str, fl
     numbers = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
     for i, reducer in enumerate(reducers):
         counts = [found.counts[i] for found in told]
-        parts = {number: one for found in told for number, one in found.parts[i].items()}
-        result = reducer.result(_added([*counts, *(one for _, one in sorted(parts.items()))]))
+        floats = {number: one for found in told for number, one in found.floats[i].items()}
+        result = reducer.result(_added([*counts, *(one for _, one in sorted(floats.items()))]))
         _check_new(set(numbers), result)
         numbers |= {name: float(value) for name, value in result.items()}
     return numbers

@@ -217,7 +217,7 @@ class TestNames:
         [
             lambda: (ff.folded("a", ff.reducers.stale()), ff.folded("a", ff.reducers.stale(), of="grad_norm")),
             lambda: (ff.folded("plateau", ff.reducers.stale()),),
-            lambda: (ff.folded("parts", ff.reducers.stale()),),
+            lambda: (ff.folded("members", ff.reducers.stale()),),
             lambda: (ff.folded("rollback", ff.reducers.spikes()), ff.rollback(after=1, every=1, on="rollback")),
             lambda: (ff.rollback(after=1, every=1), ff.rollback(after=2, every=1)),
             lambda: (ff.folded("early_stopped/eval_loss", ff.reducers.stale()), ff.early_stopped(patience=1)),

@@ -20,11 +20,10 @@ from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import COUNTERS, STATE
 from forgather_fn.checkpoint.system import path_of
 from forgather_fn.flat import Flat, filled, layout_of, listed
-from forgather_fn.joining import PARTS as JOINT
-from forgather_fn.joining import parts
+from forgather_fn.joining import MEMBERS, members
 from forgather_fn.optim.base import OptState, rewrite
-from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.shards import Rows
 from forgather_fn.state import Arrays, Ownership, TrainState, counter
 from forgather_fn.world import World
@@ -122,7 +121,7 @@ def restored(
     plan: Plan,
     fresh: Callable[[int], TrainState],
     world: World,
-    part: Callable[[], Part | None],
+    portion: Callable[[], Portion | None],
     path: str | Path,
     allow: Collection[str],
     without: Collection[str],
@@ -138,11 +137,11 @@ def restored(
         _check_plan(plan, record["plan"], loaded.path, allow)
         seed = int(record["seed"])
     state = fresh(seed)
-    own = part()
+    own = portion()
     if own is not None:
-        from forgather_fn.checkpoint.shards import part_of  # when used: it writes as well
+        from forgather_fn.checkpoint.shards import portion_of  # when used: it writes as well
 
-        loaded = part_of(loaded, own)
+        loaded = portion_of(loaded, own)
     with _explained(loaded.path):
         state = attrs.evolve(state, arrays=_arrays(plan, state.read(), loaded, without))
         if "progress" in without:
@@ -352,7 +351,7 @@ def load_weights(
 
 
 def _optimizers(state: TrainState) -> list[tuple[str, OptState]]:
-    """Give what optimizers keep, with what the names of their parameters begin with: one, or those of joint parts."""
-    if JOINT in state.controls:
-        return [(f"{name}.", part.opt) for name, part in parts(state).items()]
+    """Give what optimizers keep, with what the names of their parameters begin with: one, or one for each member."""
+    if MEMBERS in state.controls:
+        return [(f"{name}.", member.opt) for name, member in members(state).items()]
     return [("", state.opt)]

@@ -72,7 +72,7 @@ def activations(
     Raises:
         ValueError: No module has such a name, or none of them was called; or the model is cut into stages.
     """
-    if program.part() is not None:
+    if program.portion() is not None:
         raise ValueError("activations: each process has a stage of this model only; use ff.single or ff.accelerated")
     root = program.module()
     named = {name: module for name, module in root.named_modules() if name}

@@ -42,19 +42,21 @@ def evaluate(
     batches = own_batches(data, World(rank=line.number, size=line.pipelines))
     with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
         while window := [(i, built.place(as_batch(item).data)) for i, item in itertools.islice(batches, line.stages)]:
-            parts = {i: part for i, part in window if i is not None}
-            _prove(machine, next(iter(parts.values())))
+            microbatches = {i: microbatch for i, microbatch in window if i is not None}
+            _prove(machine, next(iter(microbatches.values())))
 
-            def run(stage: int, number: int, hidden: Tensor | None, parts: Mapping[int, Any] = parts) -> Any:
+            def run(
+                stage: int, number: int, hidden: Tensor | None, microbatches: Mapping[int, Any] = microbatches
+            ) -> Any:
                 path = (number, "evaluate", stage) if stage else (number, "evaluate")
                 reseed(key(state.seed, state.step, *path), built.device)
-                result = machine.run(stage, parts[number], hidden)
+                result = machine.run(stage, microbatches[number], hidden)
                 if stage < line.stages - 1:
                     return result
                 with built.autocast():
-                    return measured(result, parts[number])
+                    return measured(result, microbatches[number])
 
-            for number, seen in forward_only(line, list(parts), run, built.device).items():
+            for number, seen in forward_only(line, list(microbatches), run, built.device).items():
                 tally.take(number, seen)
     return combined(line.world.gather(tally.found()), measured.reducers)
 
@@ -79,9 +81,9 @@ def apply(
     return told[line.number * line.ranks + line.rank_of(line.stages - 1)]
 
 
-def _prove(machine: Machine, part: Any) -> None:
+def _prove(machine: Machine, microbatch: Any) -> None:
     if machine.flow is None:
-        machine.line.world.each(lambda: machine.prove(part))
+        machine.line.world.each(lambda: machine.prove(microbatch))
 
 
 def export(machine: Machine, built: Built, state: TrainState, params: Which) -> nn.Module:

@@ -15,7 +15,6 @@ from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
 from forgather_fn.metrics import Measure
 from forgather_fn.model import build, call_arguments
-from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
 from forgather_fn.pipeline.alone import proved
 from forgather_fn.pipeline.balance import balanced, measured
@@ -27,6 +26,7 @@ from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
@@ -94,7 +94,7 @@ def pipelined(
             share=share if pipelines > 1 else None,
             storage=stand.storage(),
             looking=Looking(stand.evaluate, stand.apply) if ranks > 1 else None,
-            part=stand.part,
+            portion=stand.portion,
         ),
     )
 
@@ -207,8 +207,8 @@ class _Standing:
         self.trained = tuple(name for name in self.assignment.params if name in everywhere)
         return pipelining(Pipeline(machine, self.ties, self.share))
 
-    def part(self) -> Part | None:
-        """Tell which part of a state this process has."""
+    def portion(self) -> Portion | None:
+        """Tell which portion of a state this process has."""
         if self.line.ranks == 1:
             return None
         assert self.assignment is not None
@@ -216,7 +216,7 @@ class _Standing:
         stages = frozenset(self.line.own)
         own = frozenset(name for name, used in self.assignment.params.items() if used & stages)
         first = {name: self.line.rank_of(min(used)) for name, used in self.assignment.buffers.items()}
-        return Part(
+        return Portion(
             number=self.line.rank,
             count=self.line.ranks,
             writes=self.line.number == 0,

@@ -35,8 +35,8 @@ from forgather_fn.model import (
     parameter_anatomy,
     surrounded,
 )
-from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.program import Metrics, Program, Whole, itself
 from forgather_fn.reducers.base import begun
 from forgather_fn.shards import Rows
@@ -114,7 +114,7 @@ class Strategy:
         dispatch: Whether the first process alone reads data, and sends the others theirs.
         storage: How states hold parameters; None for whole ones.
         looking: How the model is run besides; None for each batch on one process.
-        part: Which part of a state this process has, when its model is built; None for all of it.
+        portion: Which portion of a state this process has, when its model is built; None for all of it.
     """
 
     execution: Callable[[Built], Execution]
@@ -124,7 +124,7 @@ class Strategy:
     dispatch: bool = False
     storage: Storage | None = None
     looking: Looking | None = None
-    part: Callable[[], Part | None] = lambda: None
+    portion: Callable[[], Portion | None] = lambda: None
 
 
 def assembled(plan: Plan, strategy: Strategy) -> Program:
@@ -163,7 +163,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, strategy.part, path, allow, without, storage.rows)
+        return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
@@ -229,7 +229,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         open_steps=open_steps,
         world=strategy.world,
         share=strategy.share,
-        part=strategy.part,
+        portion=strategy.portion,
         whole=storage.whole,
     )
 

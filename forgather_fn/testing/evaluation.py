@@ -68,7 +68,7 @@ def check_evaluation(
     compare_cuts(plan, cuts, length, tolerance, seed, metrics)
 
 
-def check_parts(plan: Plan, batch: Any, *, tolerance: float, seed: int) -> None:
+def check_microbatches(plan: Plan, batch: Any, *, tolerance: float, seed: int) -> None:
     """Check the same on the samples of one batch, cut as microbatches are."""
     whole = as_batch(batch)
     counts = sorted({1, 2, _ragged(whole.samples), whole.samples})

@@ -19,7 +19,7 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.program import Program
 from forgather_fn.random import key, seeded
-from forgather_fn.share import Parts
+from forgather_fn.share import Microbatches
 from forgather_fn.state import NonFiniteError, TrainState
 
 INSIDE = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
@@ -186,7 +186,7 @@ class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
         if engine.halves:
             return self._step_in_halves(engine, window)
         parts = microbatches(window, watch=self._uses_items is None)
-        data = Parts(tuple(parts), window.first) if engine.program.plan.microbatches > 1 else parts[0]
+        data = Microbatches(tuple(parts), window.first) if engine.program.plan.microbatches > 1 else parts[0]
         state, metrics = engine.program.step(engine.state, ff.Batch(data, int(window.all.samples), None))
         engine.state = state
         return metrics["loss"], metrics["grad_norm"]
