@@ -13,12 +13,11 @@ import torch
 
 from forgather_fn.flat import Flat, Hyper, Layout, Leaf
 from forgather_fn.random import key
-from forgather_fn.state import Arrays, TrainState
+from forgather_fn.state import COUNTERS, Arrays, TrainState
 
 MEMBERS: Final = "members"
 """Under which name a joint state's ``controls`` have what is each member's own, and its storage that of the members."""
 
-_COUNTERS: Final = ("updates", "skipped", "tokens", "nonfinite")
 _HOST: Final = tuple(
     field.name for field in attrs.fields(TrainState) if field.name not in ("seed", "_arrays", "_ownership")
 )
@@ -38,15 +37,15 @@ def joined(members: Mapping[str, TrainState], before: Arrays | None = None) -> A
             controls are.
     """
     every = {name: member.read() for name, member in members.items()}
-    stored = None if before is None else (before.params, before.buffers, before.ema)
-    averages = {name: arrays.ema for name, arrays in every.items() if arrays.ema is not None}
+    stored = None if before is None else (before.params, before.buffers, before.average)
+    averages = {name: arrays.average for name, arrays in every.items() if arrays.average is not None}
     own = {
         name: {field: getattr(members[name], field) for field in _HOST}
-        | {counter: getattr(arrays, counter) for counter in _COUNTERS}
+        | {counter: getattr(arrays, counter) for counter in COUNTERS}
         | {"controls": arrays.controls}
         for name, arrays in every.items()
     }
-    counts = {name: torch.stack([getattr(arrays, name) for arrays in every.values()]) for name in _COUNTERS}
+    counts = {name: torch.stack([getattr(arrays, name) for arrays in every.values()]) for name in COUNTERS}
     arrays = Arrays(
         updates=counts["updates"].sum(),
         skipped=counts["skipped"].sum(),
@@ -57,7 +56,7 @@ def joined(members: Mapping[str, TrainState], before: Arrays | None = None) -> A
         buffers=_side_by_side({name: arrays.buffers for name, arrays in every.items()}, stored and stored[1]),
         opt={name: arrays.opt for name, arrays in every.items()},
         transforms=tuple(arrays.transforms for arrays in every.values()),
-        ema=_side_by_side(averages, stored and stored[2]) if averages else None,
+        average=_side_by_side(averages, stored and stored[2]) if averages else None,
         controls={**(before.controls if before else {}), MEMBERS: own},
         loss_scale={name: arrays.loss_scale for name, arrays in every.items() if arrays.loss_scale},  # type: ignore[misc]
     )
@@ -86,18 +85,18 @@ def members(state: TrainState) -> Mapping[str, TrainState]:
 def _taken_apart(state: TrainState, arrays: Arrays) -> dict[str, TrainState]:
     own: Mapping[str, Any] = arrays.controls[MEMBERS]
     params, buffers = (apart(flat, tuple(own)) for flat in (arrays.params, arrays.buffers))
-    averages = {} if arrays.ema is None else apart(arrays.ema, _owners(arrays.ema))
+    averages = {} if arrays.average is None else apart(arrays.average, _owners(arrays.average))
     states = {}
     for number, (name, kept) in enumerate(own.items()):
         prefix = f"{name}."
         member = Arrays(
-            **{counter: kept[counter] for counter in _COUNTERS},
+            **{counter: kept[counter] for counter in COUNTERS},
             params=params[name],
             frozen={n.removeprefix(prefix): t for n, t in arrays.frozen.items() if n.startswith(prefix)},
             buffers=buffers[name],
             opt=arrays.opt[name],
             transforms=arrays.transforms[number],
-            ema=averages.get(name),
+            average=averages.get(name),
             controls=kept["controls"],
             loss_scale=arrays.loss_scale.get(name, {}),  # type: ignore[arg-type]
         )

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
-from forgather_fn.evaluation import Which, chosen, evaluating, own_batches
+from forgather_fn.evaluation import chosen, evaluating, own_batches
 from forgather_fn.metrics import Measure
 from forgather_fn.pipeline.freeing import Freed, filled
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
-from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.state import Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Tally, combined, look
 from forgather_fn.world import World
 
 
 def evaluate(
-    machine: Machine, built: Built, state: TrainState, data: Any, params: Which, metrics: Sequence[Measure] = ()
+    machine: Machine, built: Built, state: TrainState, data: Any, params: Params, metrics: Sequence[Measure] = ()
 ) -> dict[str, float]:
     """Measure every sample once, by the loss and by metrics, on every process; of any schedule, any batches.
 
@@ -58,11 +58,11 @@ def evaluate(
 
             for number, seen in forward_only(line, list(microbatches), run, built.device).items():
                 tally.take(number, seen)
-    return combined(line.world.gather(tally.found()), measured.reducers)
+    return combined(line.world.gather(tally.found()), measured.aggregates)
 
 
 def apply(
-    machine: Machine, built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which
+    machine: Machine, built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params
 ) -> Any:
     """Call the model on inputs in evaluation mode, and give its outputs on every process."""
     line = machine.line
@@ -86,7 +86,7 @@ def _prove(machine: Machine, microbatch: Any) -> None:
         machine.line.world.each(lambda: machine.prove(microbatch))
 
 
-def export(machine: Machine, built: Built, state: TrainState, params: Which) -> nn.Module:
+def export(machine: Machine, built: Built, state: TrainState, params: Params) -> nn.Module:
     """Give the whole module, with the parameters of all stages, on every process."""
     arrays = state.read()
     built.bound(arrays)

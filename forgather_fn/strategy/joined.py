@@ -12,7 +12,6 @@ from forgather_fn.batch import as_batch
 from forgather_fn.data import Stream
 from forgather_fn.describe import describe
 from forgather_fn.dispatch import opened
-from forgather_fn.evaluation import Which
 from forgather_fn.flat import listed
 from forgather_fn.joining import members, seed_of
 from forgather_fn.loop import open_steps
@@ -20,7 +19,7 @@ from forgather_fn.optim import Optimizer
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics, Program
 from forgather_fn.random import key, seeded
-from forgather_fn.state import Ownership, TrainState
+from forgather_fn.state import Ownership, Params, TrainState
 from forgather_fn.step import following
 from forgather_fn.strategy.single import single
 
@@ -124,7 +123,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
         return _step(programs, step, plan, state if plan.donate else state.copy(), batch, wants)
 
     def measure(
-        state: TrainState, data: Any, /, *, params: Which = "params", metrics: Sequence[Any] = ()
+        state: TrainState, data: Any, /, *, params: Params = "params", metrics: Sequence[Any] = ()
     ) -> dict[str, float]:
         if evaluate is None or params != "params" or metrics:
             raise ValueError(
@@ -133,7 +132,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
             )
         return dict(evaluate(programs, joining.members(state), data))
 
-    def export(state: TrainState, /, *, params: Which = "params") -> nn.Module:
+    def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
         states = joining.members(state)
         return nn.ModuleDict({name: one.export(states[name], params=params) for name, one in programs.items()})
 

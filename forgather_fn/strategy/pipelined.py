@@ -7,7 +7,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from forgather_fn import evaluation
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
@@ -29,7 +28,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.share import Share
-from forgather_fn.state import TrainState
+from forgather_fn.state import Params, TrainState
 from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import launched_on
 from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
@@ -244,7 +243,7 @@ class _Standing:
                     )
 
     def evaluate(
-        self, built: Built, state: TrainState, data: Any, params: evaluation.Which, metrics: Sequence[Measure]
+        self, built: Built, state: TrainState, data: Any, params: Params, metrics: Sequence[Measure]
     ) -> dict[str, float]:
         """Measure a state; see :func:`~forgather_fn.pipeline.looking.evaluate`."""
         return looking.evaluate(self._running(), built, state, data, params, metrics)
@@ -255,12 +254,12 @@ class _Standing:
         state: TrainState,
         inputs: tuple[Any, ...],
         named: dict[str, Any],
-        params: evaluation.Which,
+        params: Params,
     ) -> Any:
         """Call the model; see :func:`~forgather_fn.pipeline.looking.apply`."""
         return looking.apply(self._running(), built, state, inputs, named, params)
 
-    def export(self, built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+    def export(self, built: Built, state: TrainState, params: Params) -> nn.Module:
         """Take the model out; see :func:`~forgather_fn.pipeline.looking.export`."""
         return looking.export(self._running(), built, state, params)
 

@@ -35,7 +35,7 @@ from forgather_fn.reduction import Reduction
 from forgather_fn.sharded import added, on_shards, shard_workspace
 from forgather_fn.shards import Shards, shards_of
 from forgather_fn.share import Share
-from forgather_fn.state import Arrays, Ownership, TrainState
+from forgather_fn.state import Arrays, Ownership, Params, TrainState
 from forgather_fn.strategy.program import (
     Agree,
     Storage,
@@ -226,7 +226,7 @@ class Sharding:
         found = {name: shards.mapped(value, brought) for name, value in fields.items()}
         return attrs.evolve(state, arrays=Arrays(**found), ownership=Ownership()) if self.world.main else None
 
-    def export(self, built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+    def export(self, built: Built, state: TrainState, params: Params) -> nn.Module:
         """Make a whole model on the host of every process. This is collective.
 
         Raises:
