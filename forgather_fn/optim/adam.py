@@ -11,10 +11,9 @@ from forgather_fn.finite import applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
 from forgather_fn.optim import unfused
-from forgather_fn.optim.base import Optimizer, OptState, check_betas
-from forgather_fn.optim.parts import parts
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_betas
+from forgather_fn.optim.kernel_calls import kernel_calls
 from forgather_fn.schedules import Schedule
 
 
@@ -38,18 +37,10 @@ def _adam_family(
         count = torch.zeros(len(params), dtype=torch.float32, device=params.buffers[0].device)
         return {"exp_avg": params.map(torch.zeros_like), "exp_avg_sq": params.map(torch.zeros_like), "count": count}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
-        gradients = gradients.for_kernel()
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        gradients, found_inf = gradients.for_kernel(), context.found_inf
         count = state["count"]
-        beta1, beta2 = valued(numbers[0], scheduled), valued(numbers[1], scheduled)
+        beta1, beta2 = context.valued(numbers[0]), context.valued(numbers[1])
         compiling = torch.compiler.is_compiling()
         together = not compiling and _counted_alike(gradients, params, count)
         if all(gradients.active):
@@ -65,26 +56,24 @@ def _adam_family(
                 state["exp_avg_sq"],
                 count,
                 decoupled=decoupled,
-                learning_rate=learning_rate,
                 betas=(beta1, beta2),
                 eps=eps,
-                found_inf=found_inf,
-                scheduled=scheduled,
+                context=context,
             )
             return state
         counts = _unbound(params, count)
-        for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
+        for call in kernel_calls(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
             kernel(
-                part.params,
-                gradients.pieces(part.chunks),
-                part.slots[0],
-                part.slots[1],
+                call.params,
+                gradients.slices(call.chunks),
+                call.slots[0],
+                call.slots[1],
                 [],
-                [counts[chunk.first] for chunk in part.chunks],
-                lr=learning_rate * valued(part.hyper.learning_rate, scheduled),
+                [counts[chunk.first] for chunk in call.chunks],
+                lr=context.learning_rate * context.valued(call.hyper.learning_rate),
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=valued(part.hyper.weight_decay or 0.0, scheduled),
+                weight_decay=context.valued(call.hyper.weight_decay or 0.0),
                 eps=eps,
                 amsgrad=False,
                 maximize=False,

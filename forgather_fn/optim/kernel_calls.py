@@ -1,4 +1,4 @@
-"""The parts that element-wise updates work on."""
+"""The calls of fused kernels that an element-wise update is."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from forgather_fn.gradient import Gradients
 
 
 @attrs.frozen(eq=False)
-class Part:
-    """The tensors of one group and data type that one kernel call updates.
+class KernelCall:
+    """The tensors of one group and data type, which one call of a fused kernel updates.
 
     Attributes:
         hyper: The hyperparameters of the group.
         chunks: Where they lie.
-        params: Parts of the parameters.
-        slots: Parts of each slot.
+        params: Ranges of the parameters.
+        slots: The same ranges of each slot.
     """
 
     hyper: Hyper
@@ -26,7 +26,7 @@ class Part:
     slots: tuple[list[Tensor], ...]
 
 
-def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = True) -> list[Part]:
+def kernel_calls(gradients: Gradients, params: Flat, *slots: Flat, together: bool = True) -> list[KernelCall]:
     """Sort what an element-wise update works on by group: one call of a fused kernel each.
 
     The lists are made once and shared by later steps as long as the same parameters get gradients.
@@ -40,10 +40,10 @@ def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = Tru
     layout, active = gradients.layout, gradients.active
     cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
     chunks = cut(active)
-    found = params.kept.get("parts")
+    found = params.kept.get("kernel calls")
     if found is None or found[0] is not chunks or not _same(found[1], slots):
-        found = params.kept["parts"] = (chunks, slots, _parts(chunks, params, slots))
-    result: list[Part] = found[2]
+        found = params.kept["kernel calls"] = (chunks, slots, _calls(chunks, params, slots))
+    result: list[KernelCall] = found[2]
     return result
 
 
@@ -51,10 +51,10 @@ def _same(ones: Sequence[Flat], others: Sequence[Flat]) -> bool:
     return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
 
 
-def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[Part]:
+def _calls(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[KernelCall]:
     result = []
     for buffer, group in dict.fromkeys((chunk.buffer, chunk.group) for chunk in chunks):
         own = tuple(chunk for chunk in chunks if (chunk.buffer, chunk.group) == (buffer, group))
-        lists = tuple(list(flat.pieces(own)) for flat in (params, *slots))
-        result.append(Part(params.layout.groups[group], own, lists[0], lists[1:]))
+        lists = tuple(list(flat.slices(own)) for flat in (params, *slots))
+        result.append(KernelCall(params.layout.groups[group], own, lists[0], lists[1:]))
     return result
