@@ -44,7 +44,7 @@ class Restore(Protocol):
             path: A checkpoint directory, which must be whole, or a run directory.
             allow: What may differ from the plan that it was made by, on purpose: ``"schedule"``, ``"optimizer"``,
                 ``"loss"``, ... and, of the stream that goes on, ``"batch_size"`` and ``"data"``.
-            without: What is not read and starts fresh: ``"optimizer"``, ``"average"``, ``"transforms"``,
+            without: What is not read and starts fresh: ``"optimizer"``, ``"ema"``, ``"transforms"``,
                 ``"controls"``, ``"loss_scale"``, ``"progress"`` (steps, samples, counters).
 
         Raises:

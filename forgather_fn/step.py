@@ -282,17 +282,17 @@ def _transformed(
 def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor) -> Arrays:
     good = applied(found_inf)
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
-    averaged = arrays.average
+    ema = arrays.ema
     if plan.average is not None:
-        assert averaged is not None
-        averaged = plan.average.update(averaged, arrays.params, good=good, updates=arrays.updates)
+        assert ema is not None
+        ema = plan.average.update(ema, arrays.params, good=good, updates=arrays.updates)
     if any(held is not None for held in transforms):
         transforms = tuple(
             tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
         )
-    if opt is arrays.opt and averaged is arrays.average and not any(held is not None for held in transforms):
+    if opt is arrays.opt and ema is arrays.ema and not any(held is not None for held in transforms):
         return arrays
-    return attrs.evolve(arrays, opt=opt, average=averaged, transforms=transforms)
+    return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
 
 
 def _counted(plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, verdict: Verdict) -> Arrays:

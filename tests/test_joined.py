@@ -69,7 +69,7 @@ def distance(programs: Any, states: Any, data: Any) -> dict[str, float]:
     """How far the averages of what is generated are from the data's."""
     (real,) = next(iter(data))
     noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
-    fake = programs["generator"].apply(states["generator"], noise, params="average")
+    fake = programs["generator"].apply(states["generator"], noise, params="ema")
     return {"mean": float((fake.mean(0) - real.mean(0)).norm()), "spread": float((fake.std(0) - real.std(0)).norm())}
 
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_one_commit_under_names_of_the_members(tmp_path: Path):
     loaded = ff.checkpoint.load(ff.checkpoint.save(program, state, tmp_path))
     assert {name.partition(".")[0] for name in loaded.tensors["model"]} == {"critic", "generator"}
     assert "generator.1.running_mean" in loaded.tensors["model"]
-    assert set(loaded.tensors["average"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}
+    assert set(loaded.tensors["ema"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}
     other = ff.joined({**GAN, "critic": attrs.evolve(GAN["critic"], optimizer=ff.sgd())}, gan_step)
     with pytest.raises(ff.checkpoint.CheckpointError, match=r"optimizer:\n.*critic: optimizer=adam\("):
         other.restore(tmp_path)
@@ -236,7 +236,7 @@ def test_a_checkpoint_is_one_commit_under_names_of_the_members(tmp_path: Path):
     assert (fresh.step, ff.members(fresh)["critic"].step) == (0, 0)
     assert not any(tensor.any() for tensor in fresh.opt["critic"]["exp_avg"].values())
     with pytest.raises(ValueError, match="takes only 'optimizer' and 'progress'"):
-        gan().restore(tmp_path, without={"average"})
+        gan().restore(tmp_path, without={"ema"})
 
 
 def test_steps_may_be_over_some_of_the_members():

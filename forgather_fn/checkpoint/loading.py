@@ -43,7 +43,7 @@ class Loaded:
     Attributes:
         path: The directory.
         record: ``state.json``.
-        tensors: All tensors of each file group: model, optimizer, buffers, average, other.
+        tensors: All tensors of each file group: model, optimizer, buffers, ema, other.
     """
 
     path: Path
@@ -218,16 +218,16 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
             f"{loaded.path} was saved with {saved} transforms, and the plan has {len(fresh.transforms)}: let them "
             "begin with fresh states, without={'transforms'}"
         )
-    if "average" not in without and fresh.average is not None:
-        if not record["average"]:
-            raise CheckpointError(f"{loaded.path} holds no average; leave it out: without={{'average'}}")
-        fill(fresh.average, loaded.tensors.get("average", {}), f"{loaded.path}: average")
+    if "ema" not in without and fresh.ema is not None:
+        if not record["ema"]:
+            raise CheckpointError(f"{loaded.path} holds no average of the parameters; leave it out: without={{'ema'}}")
+        fill(fresh.ema, loaded.tensors.get("ema", {}), f"{loaded.path}: ema")
     if "progress" not in without:
         for name in COUNTERS:
             getattr(fresh, name).copy_(counter(int(record["counters"][name]), device))
     fill(fresh.params, {name: model[name] for name in fresh.params}, f"{loaded.path}: params")
-    if fresh.average is not None and "average" in without:
-        fresh.average.assign(fresh.params)
+    if fresh.ema is not None and "ema" in without:
+        fresh.ema.assign(fresh.params)
     if "optimizer" in without:
         kept["opt"] = plan.optimizer.init(fresh.params)
     if "transforms" in without:
@@ -331,7 +331,7 @@ def load_weights(
     _check_kinds(chosen, model, loaded.path)
     owners = _optimizers(state)
     arrays = state.consume("load_weights")
-    averages = arrays.average if arrays.average is not None else {}
+    averages = arrays.ema if arrays.ema is not None else {}
     with torch.no_grad():
         for name in chosen:
             for flat in (arrays.params, arrays.buffers, averages):

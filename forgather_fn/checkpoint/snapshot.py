@@ -119,7 +119,7 @@ def snapshot(
         "optimizer.safetensors": optimizer,
         "buffers.safetensors": {name: tensor for name, tensor in buffers.items() if name not in persistent},
         "other.safetensors": others,
-        "average.safetensors": dict(flat_later("average", arrays.average)) if arrays.average is not None else {},
+        "ema.safetensors": dict(flat_later("ema", arrays.ema)) if arrays.ema is not None else {},
     }
     texts, weights = _weights(model)
     tensors = {name: held for name, held in (*weights.items(), *tensors.items()) if held}
@@ -135,7 +135,7 @@ def snapshot(
             "counters": {name: int(getattr(arrays, name)) for name in COUNTERS},
             "structure": structure,
             "buffers": list(arrays.buffers),
-            "average": arrays.average is not None,
+            "ema": arrays.ema is not None,
             "plan": program.plan.describe(),
             "stream": repr(data) if isinstance(data, Stream) else type(data).__name__,
             "versions": versions(),

@@ -365,7 +365,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
         buffers=stored,
         opt=plan.optimizer.init(params),
         transforms=transforms,
-        average=None if plan.average is None else average.begun(params),
+        ema=None if plan.average is None else average.begun(params),
         controls=begun(plan.controls),
         loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
