@@ -342,7 +342,7 @@ def resumed(run: str) -> list[str]:
     notes: list[str] = []
     reader = logging.Handler()
     reader.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("forgather_fn.checkpoint.loading").addHandler(reader)
+    logging.getLogger("forgather_fn.checkpoint.restoring").addHandler(reader)
     ff.accelerated(plan()).restore(run)
     return notes
 

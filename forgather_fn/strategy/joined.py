@@ -111,7 +111,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
         return modules[0]
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
-        from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
+        from forgather_fn.checkpoint.restoring import restored  # when used: it reads safetensors
 
         if isinstance(without, str) or set(without) - {"optimizer", "progress"}:
             raise ValueError(f"restore: without={without!r}: a joint program takes only 'optimizer' and 'progress'")

@@ -100,7 +100,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return state
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
-        from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
+        from forgather_fn.checkpoint.restoring import restored  # when used: it reads safetensors
 
         return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
 
