@@ -27,7 +27,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, TrainState
-from forgather_fn.transforms import apply
+from forgather_fn.transforms.base import apply
 
 T = TypeVar("T")
 

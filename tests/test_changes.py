@@ -206,7 +206,7 @@ class TestFolded:
     def test_an_unknown_metric_is_refused_with_the_known_ones(self):
         made = program(classifier())
         with pytest.raises(ValueError, match="the step has no metric 'los'; it has 'loss'"):
-            run(made, ff.folded("x", ff.reducers.stale(), of="los"), ff.last)
+            run(made, ff.folded("x", ff.reducers.stale(), metric="los"), ff.last)
 
 
 class TestNames:
@@ -215,7 +215,7 @@ class TestNames:
     @pytest.mark.parametrize(
         "stages",
         [
-            lambda: (ff.folded("a", ff.reducers.stale()), ff.folded("a", ff.reducers.stale(), of="grad_norm")),
+            lambda: (ff.folded("a", ff.reducers.stale()), ff.folded("a", ff.reducers.stale(), metric="grad_norm")),
             lambda: (ff.folded("plateau", ff.reducers.stale()),),
             lambda: (ff.folded("members", ff.reducers.stale()),),
             lambda: (ff.folded("rollback", ff.reducers.spikes()), ff.rollback(after=1, every=1, on="rollback")),

@@ -123,7 +123,24 @@ def snapshot(
     }
     texts, weights = _weights(model)
     tensors = {name: held for name, held in (*weights.items(), *tensors.items()) if held}
-    texts[STATE] = _json(
+    texts[STATE] = _index(state, program, data, structure, metrics)
+    config = _config(program.module())
+    if config is not None:
+        texts["config.json"] = config
+
+    def copy() -> None:
+        for host, source in copies:
+            host.copy_(source)
+
+    return Snapshot(state.step, state.samples, tensors, texts, metrics), copy
+
+
+def _index(
+    state: TrainState, program: Program, data: Any, structure: Mapping[str, Any], metrics: Mapping[str, float]
+) -> bytes:
+    """Write what a checkpoint says of a state besides its tensors."""
+    arrays = state.read()
+    return _json(
         {
             "version": VERSION,
             "step": state.step,
@@ -143,15 +160,6 @@ def snapshot(
             "metrics": {name: repr(float(value)) for name, value in metrics.items()},
         }
     )
-    config = _config(program.module())
-    if config is not None:
-        texts["config.json"] = config
-
-    def copy() -> None:
-        for host, source in copies:
-            host.copy_(source)
-
-    return Snapshot(state.step, state.samples, tensors, texts, metrics), copy
 
 
 def _weights(model: Mapping[str, Tensor]) -> tuple[dict[str, bytes], dict[str, Mapping[str, Tensor]]]:
