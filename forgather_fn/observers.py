@@ -27,7 +27,7 @@ def evaluated(
 
     Args:
         data: A stream, of which one ordered pass is made, or a list of batches.
-        params: Params parameters: the trained ones, or their average.
+        params: Which parameters: the trained ones, or their average.
         metrics: What is measured besides the loss: ``(ff.metrics.accuracy, ff.metrics.f1(classes=10))``.
         name: What the results begin with.
     """

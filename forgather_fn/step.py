@@ -285,7 +285,7 @@ def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, 
     ema = arrays.ema
     if plan.average is not None:
         assert ema is not None
-        ema = plan.average.update(ema, arrays.params, good=good, updates=arrays.updates)
+        ema = plan.average.update(ema, arrays.params, found_inf=found_inf, updates=arrays.updates)
     if any(held is not None for held in transforms):
         transforms = tuple(
             tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
