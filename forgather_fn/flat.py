@@ -91,7 +91,7 @@ class Flat(Mapping[str, Tensor]):
         found = self._pieces.get(id(chunks))
         if found is None or found[0] is not chunks:
             cut = tuple(self[c.name] if c.name else self.buffers[c.buffer][c.start : c.stop] for c in chunks)
-            if len(self._pieces) >= CUTS_KEPT:
+            if len(self._pieces) >= CUTS_KEPT + len(self):
                 self._pieces.clear()
             found = self._pieces[id(chunks)] = (chunks, cut)
         return found[1]

@@ -50,14 +50,8 @@ def _adam_family(
         gradients = gradients.for_kernel()
         count = state["count"]
         beta1, beta2 = valued(numbers[0], scheduled), valued(numbers[1], scheduled)
-        compiling = torch.compiler.is_compiling()
-        together = not compiling and _counted_alike(gradients, params, count)
-        if all(gradients.active):
-            count.add_(applied(found_inf))
-        else:
-            active = torch.tensor(gradients.active, dtype=count.dtype, device=count.device)
-            count.add_(active * applied(found_inf))
-        if compiling:
+        if torch.compiler.is_compiling():
+            _count_up(count, gradients.active, applied(found_inf))
             unfused.adam(
                 gradients,
                 params,
@@ -72,7 +66,12 @@ def _adam_family(
                 scheduled=scheduled,
             )
             return state
+        together = _counted_alike(gradients, params, count)
         counts = _unbound(params, count)
+        if gradients.active.count(True) == 1:
+            counts[gradients.active.index(True)].add_(applied(found_inf))
+        else:
+            _count_up(count, gradients.active, applied(found_inf))
         for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
             kernel(
                 part.params,
@@ -99,12 +98,20 @@ def _adam_family(
     )
 
 
+def _count_up(count: Tensor, active: tuple[bool, ...], by: Tensor | float) -> None:
+    count.add_(by if all(active) else torch.tensor(active, dtype=count.dtype, device=count.device) * by)
+
+
 def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
     """Tell whether all active parameters have been updated equally often, so that they may share a count.
 
     That holds as long as the same ones get a gradient at every update. Storage that is new here (a first step, a copy,
-    a restored state) is asked once; that waits for the device.
+    a restored state) is asked once; that waits for the device. Where each gradient has storage of its own, nothing is
+    updated together, and nobody asks.
     """
+    if gradients.flat is None:
+        params.kept.pop("counted", None)
+        return False
     known = params.kept.get("counted")
     if known is None or known[0] is not count:
         counts = list(itertools.compress(count.tolist(), gradients.active))

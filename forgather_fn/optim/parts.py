@@ -1,11 +1,12 @@
 """The parts that element-wise updates work on."""
 
+import operator
 from collections.abc import Sequence
 
 import attrs
 from torch import Tensor
 
-from forgather_fn.flat import Chunk, Flat, Hyper
+from forgather_fn.flat import CUTS_KEPT, Chunk, Flat, Hyper
 from forgather_fn.gradient import Gradients
 
 
@@ -40,15 +41,17 @@ def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = Tru
     layout, active = gradients.layout, gradients.active
     cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
     chunks = cut(active)
-    found = params.kept.get("parts")
+    known: dict[int, tuple[tuple[Chunk, ...], tuple[Flat, ...], list[Part]]] = params.kept.setdefault("parts", {})
+    found = known.get(id(chunks))
     if found is None or found[0] is not chunks or not _same(found[1], slots):
-        found = params.kept["parts"] = (chunks, slots, _parts(chunks, params, slots))
-    result: list[Part] = found[2]
-    return result
+        if len(known) >= CUTS_KEPT + len(params):
+            known.clear()
+        found = known[id(chunks)] = (chunks, slots, _parts(chunks, params, slots))
+    return found[2]
 
 
 def _same(ones: Sequence[Flat], others: Sequence[Flat]) -> bool:
-    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
 
 def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[Part]:

@@ -55,7 +55,7 @@ class Piece:
 
     def write(self, new: Sequence[Tensor], active: Sequence[bool], found_inf: Tensor) -> None:
         """Take new values, but for rows of leaves without a gradient, and not where the flag is set."""
-        rows = self.constant([float(on) for on in active])
+        rows = self.constant(active)
         if found_inf is FINE and not isinstance(rows, Tensor):
             for held, tensor in zip(self.held, new, strict=True):
                 held.copy_(tensor)
@@ -70,6 +70,10 @@ class Piece:
         self, layout: Layout, learning_rate: float | Tensor, scheduled: Values
     ) -> tuple[float | Tensor, float | Tensor]:
         """Give learning rate and weight decay of each row."""
+        if self.owners is None:
+            hyper = layout.groups[layout.leaves[self.leaves[0]].group]
+            decay = valued(hyper.weight_decay or 0.0, scheduled)
+            return learning_rate * valued(hyper.learning_rate, scheduled), decay
         rates = [valued(group.learning_rate, scheduled) for group in layout.groups]
         decays = [valued(group.weight_decay or 0.0, scheduled) for group in layout.groups]
         own = [leaf.group for leaf in layout.leaves]
