@@ -28,7 +28,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, TrainState
-from forgather_fn.transforms import apply
+from forgather_fn.transforms import apply_all
 
 T = TypeVar("T")
 
@@ -172,7 +172,7 @@ def known_weight(plan: Plan, parts: Sequence[Any]) -> Tensor | float | None:
 
 def inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Divide one by a weight; nothing to weigh gives zero, so that a batch without labels moves nothing."""
-    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+    if isinstance(weight, Tensor) and weight.is_cpu:
         weight = weight.item()  # looking is free here, and one call is faster than three
     if not isinstance(weight, Tensor):
         return torch.scalar_tensor(1.0 / weight if weight else 0.0, dtype=dtype, device=device)
@@ -248,8 +248,9 @@ def update_arrays(
     """
     with torch.no_grad():
         extra: dict[str, Any] = dict(wanted.of_gradients(gradients, wants)) if wants else {}
-        gradients, transforms = _transformed(plan, gradients, arrays, step, seed)
-        gradients = gradients.measured()
+        gradients, transforms = apply_all(
+            plan.transforms, gradients, arrays.transforms, params=arrays.params, step=step, seed=seed
+        )
         norm = gradients.norm()
         loss, overflow = means["loss"].total if "loss" in means else None, None
         if arrays.loss_scale:
@@ -278,16 +279,6 @@ def update_arrays(
     return arrays, {"grad_norm": norm, **gradients.reports, **extra}, stopped
 
 
-def _transformed(
-    plan: Plan, gradients: Gradients, arrays: Arrays, step: int | Tensor, seed: int | Tensor
-) -> tuple[Gradients, tuple[Any, ...]]:
-    states = []
-    for transform, held in zip(plan.transforms, arrays.transforms, strict=True):
-        gradients, held = apply(transform, gradients, held, params=arrays.params, step=step, seed=seed)
-        states.append(held)
-    return gradients, tuple(states)
-
-
 def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor) -> Arrays:
     good = applied(found_inf)
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
@@ -295,12 +286,12 @@ def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, 
     if plan.average is not None:
         assert ema is not None
         ema = plan.average.update(ema, arrays.params, good=good, updates=arrays.updates)
-    if any(held is not None for held in transforms):
+    if opt is arrays.opt and ema is arrays.ema and transforms is arrays.transforms:
+        return arrays
+    if transforms is not arrays.transforms:
         transforms = tuple(
             tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
         )
-    if opt is arrays.opt and ema is arrays.ema and not any(held is not None for held in transforms):
-        return arrays
     return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
 
 

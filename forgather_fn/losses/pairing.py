@@ -72,10 +72,10 @@ def not_left_out(targets: Tensor) -> Tensor:
 
 
 def _next_logits(outputs: Any, batch: Any) -> Tensor:
-    logits, labels = logits_of(outputs), next_labels(batch)
-    if logits.dim() < 2 or logits[..., :-1, :].shape[:-1] != labels.shape:
+    logits, labels = logits_of(outputs), _token_labels(batch)
+    if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(target_of(batch).shape)}: "
+            f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             "expected [batch, time, words] against [batch, time]"
         )
     return logits[..., :-1, :]
@@ -87,10 +87,14 @@ def next_labels(batch: Any) -> Tensor:
     Raises:
         ValueError: They are no integers.
     """
+    return _token_labels(batch)[..., 1:]
+
+
+def _token_labels(batch: Any) -> Tensor:
     labels = target_of(batch)
     if labels.is_floating_point():
         raise ValueError(f"labels of tokens are class indices (torch.long), got {labels.dtype}")
-    return labels[..., 1:]
+    return labels
 
 
 def itself(tensor: Tensor) -> Tensor:
