@@ -67,19 +67,19 @@ def _adam_family(
             )
             return state
         together = _counted_alike(gradients, params, count)
-        counts = _unbound(params, count)
-        if gradients.active.count(True) == 1:
-            counts[gradients.active.index(True)].add_(applied(found_inf))
+        own = parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together, count=count)
+        if not together and sum(len(part.chunks) for part in own) == 1:  # as in a backward pass that updates
+            own[0].counts[0].add_(applied(found_inf))
         else:
             _count_up(count, gradients.active, applied(found_inf))
-        for part in parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
+        for part in own:
             kernel(
                 part.params,
                 gradients.pieces(part.chunks),
                 part.slots[0],
                 part.slots[1],
                 [],
-                [counts[chunk.first] for chunk in part.chunks],
+                part.counts,
                 lr=learning_rate * valued(part.hyper.learning_rate, scheduled),
                 beta1=beta1,
                 beta2=beta2,
@@ -120,14 +120,6 @@ def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
         known = (count, None)
     params.kept["counted"] = known
     return known[1] is not None
-
-
-def _unbound(params: Flat, count: Tensor) -> Sequence[Tensor]:
-    found = params.kept.get("counts")
-    if found is None or found[0] is not count:
-        found = params.kept["counts"] = (count, count.unbind())
-    counts: Sequence[Tensor] = found[1]
-    return counts
 
 
 @described

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -19,15 +20,19 @@ class Part:
         chunks: Where they lie.
         params: Parts of the parameters.
         slots: Parts of each slot.
+        counts: How often each has been updated, a scalar for each, where that is kept.
     """
 
     hyper: Hyper
     chunks: tuple[Chunk, ...]
     params: list[Tensor]
     slots: tuple[list[Tensor], ...]
+    counts: list[Tensor]
 
 
-def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = True) -> list[Part]:
+def parts(
+    gradients: Gradients, params: Flat, *slots: Flat, together: bool = True, count: Tensor | None = None
+) -> list[Part]:
     """Sort what an element-wise update works on by group: one call of a fused kernel each.
 
     The lists are made once and shared by later steps as long as the same parameters get gradients.
@@ -37,27 +42,26 @@ def parts(gradients: Gradients, params: Flat, *slots: Flat, together: bool = Tru
         params: To be updated.
         slots: In the layout of the parameters.
         together: Whether neighbours of one group may be updated as one tensor. The bits are the same either way.
+        count: How often each leaf has been updated, where that is kept.
     """
     layout, active = gradients.layout, gradients.active
     cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
     chunks = cut(active)
-    known: dict[int, tuple[tuple[Chunk, ...], tuple[Flat, ...], list[Part]]] = params.kept.setdefault("parts", {})
+    given = (chunks, count, *slots)
+    known: dict[int, tuple[tuple[Any, ...], list[Part]]] = params.kept.setdefault("parts", {})
     found = known.get(id(chunks))
-    if found is None or found[0] is not chunks or not _same(found[1], slots):
+    if found is None or len(found[0]) != len(given) or not all(map(operator.is_, found[0], given)):
         if len(known) >= CUTS_KEPT + len(params):
             known.clear()
-        found = known[id(chunks)] = (chunks, slots, _parts(chunks, params, slots))
-    return found[2]
+        found = known[id(chunks)] = (given, _parts(chunks, params, slots, count))
+    return found[1]
 
 
-def _same(ones: Sequence[Flat], others: Sequence[Flat]) -> bool:
-    return len(ones) == len(others) and all(map(operator.is_, ones, others))
-
-
-def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[Part]:
+def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat], count: Tensor | None) -> list[Part]:
     result = []
     for buffer, group in dict.fromkeys((chunk.buffer, chunk.group) for chunk in chunks):
         own = tuple(chunk for chunk in chunks if (chunk.buffer, chunk.group) == (buffer, group))
         lists = tuple(list(flat.pieces(own)) for flat in (params, *slots))
-        result.append(Part(params.layout.groups[group], own, lists[0], lists[1:]))
+        counts = [] if count is None else [count[chunk.first] for chunk in own]
+        result.append(Part(params.layout.groups[group], own, lists[0], lists[1:], counts))
     return result
