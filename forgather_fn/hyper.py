@@ -39,6 +39,13 @@ class Hyper:
     frozen: bool = False
     part: str = ""
 
+    def at(self, learning_rate: float | Tensor, values: Values) -> tuple[float | Tensor, float | Tensor]:
+        """Give learning rate and weight decay at a step, no decay as 0."""
+        rate, decay = self.learning_rate, self.weight_decay or 0.0
+        if isinstance(rate, Scheduled) or isinstance(decay, Scheduled):
+            return learning_rate * valued(rate, values), valued(decay, values)
+        return learning_rate * rate, decay
+
 
 def valued(number: Number, values: Values) -> float | Tensor:
     """Give a hyperparameter's value at a step."""

@@ -7,7 +7,7 @@ from typing import Final
 import attrs
 import torch
 
-_PLAIN: Final = (int, str)
+_PLAIN: Final = frozenset((int, str))
 
 
 def key(seed: int, *path: int | str) -> int:
@@ -30,7 +30,9 @@ def key(seed: int, *path: int | str) -> int:
         >>> key(0, 1) == key(1, 0)
         False
     """
-    parts = tuple([part if type(part) in _PLAIN else int(part) for part in (seed, *path)])
+    parts = seed, *path
+    if not _PLAIN.issuperset(map(type, parts)):
+        parts = tuple(part if type(part) in _PLAIN else int(part) for part in parts)
     digest = hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -71,14 +71,19 @@ def not_left_out(targets: Tensor) -> Tensor:
     return targets[..., 0] == targets[..., 0] if targets.is_floating_point() else targets != -100
 
 
-def _next_logits(outputs: Any, batch: Any) -> Tensor:
+def next_tokens(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Give the logits that have a label, ``[batch, time - 1, words]``, and these labels, ``[batch, time - 1]``.
+
+    Raises:
+        ValueError: They do not fit, or labels are no integers.
+    """
     logits, labels = logits_of(outputs), _token_labels(batch)
     if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             "expected [batch, time, words] against [batch, time]"
         )
-    return logits[..., :-1, :]
+    return logits[..., :-1, :], labels[..., 1:]
 
 
 def next_labels(batch: Any) -> Tensor:
@@ -112,7 +117,7 @@ BY_CLASS = Pairing(
 """Logits against the classes of the same position; -100 is left out."""
 
 NEXT_TOKEN = Pairing(
-    predictions=_next_logits,
+    predictions=lambda outputs, batch: next_tokens(outputs, batch)[0],
     targets=next_labels,
     along=lambda tensor: tensor[..., 1:],
     keep=lambda batch: not_left_out(next_labels(batch)),

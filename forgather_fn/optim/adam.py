@@ -73,6 +73,7 @@ def _adam_family(
         else:
             _count_up(count, gradients.active, applied(found_inf))
         for part in own:
+            rate, decay = part.hyper.at(learning_rate, scheduled)
             kernel(
                 part.params,
                 gradients.pieces(part.chunks),
@@ -80,10 +81,10 @@ def _adam_family(
                 part.slots[1],
                 [],
                 part.counts,
-                lr=learning_rate * valued(part.hyper.learning_rate, scheduled),
+                lr=rate,
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=valued(part.hyper.weight_decay or 0.0, scheduled),
+                weight_decay=decay,
                 eps=eps,
                 amsgrad=False,
                 maximize=False,

@@ -71,9 +71,7 @@ class Piece:
     ) -> tuple[float | Tensor, float | Tensor]:
         """Give learning rate and weight decay of each row."""
         if self.owners is None:
-            hyper = layout.groups[layout.leaves[self.leaves[0]].group]
-            decay = valued(hyper.weight_decay or 0.0, scheduled)
-            return learning_rate * valued(hyper.learning_rate, scheduled), decay
+            return layout.groups[layout.leaves[self.leaves[0]].group].at(learning_rate, scheduled)
         rates = [valued(group.learning_rate, scheduled) for group in layout.groups]
         decays = [valued(group.weight_decay or 0.0, scheduled) for group in layout.groups]
         own = [leaf.group for leaf in layout.leaves]

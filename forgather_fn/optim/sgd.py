@@ -57,28 +57,29 @@ def sgd(
     ) -> OptState:
         gradients = gradients.for_kernel()
         slots = [state["momentum"]] if keeps else []
-        decay = valued(number, scheduled)
+        kept = valued(number, scheduled)
         if torch.compiler.is_compiling():
             unfused.sgd(
                 gradients,
                 params,
                 *slots,
                 learning_rate=learning_rate,
-                momentum=decay,
+                momentum=kept,
                 nesterov=nesterov,
                 found_inf=found_inf,
                 scheduled=scheduled,
             )
             return state
         for part in parts(gradients, params, *slots):
+            rate, decay = part.hyper.at(learning_rate, scheduled)
             kernel: Callable[..., None] = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
             kernel(
                 part.params,
                 gradients.pieces(part.chunks),
                 part.slots[0] if keeps else [],
-                weight_decay=valued(part.hyper.weight_decay or 0.0, scheduled),
-                momentum=decay,
-                lr=learning_rate * valued(part.hyper.learning_rate, scheduled),
+                weight_decay=decay,
+                momentum=kept,
+                lr=rate,
                 dampening=0.0,
                 nesterov=nesterov,
                 maximize=False,

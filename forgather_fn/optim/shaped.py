@@ -9,7 +9,7 @@ from torch import Tensor
 from forgather_fn.finite import BAD, FINE
 from forgather_fn.flat import Flat, Layout, layout_of, zeros
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import Values, valued
+from forgather_fn.hyper import Values
 
 
 @attrs.frozen(eq=False)
@@ -45,15 +45,15 @@ def one_by_one(
     layout = params.layout
     for name, gradient in gradients.views.items():
         number = layout.index[name]
-        hyper = layout.groups[layout.leaves[number].group]
+        rate, decay = layout.groups[layout.leaves[number].group].at(learning_rate, scheduled)
         yield Own(
             name,
             number,
             params[name],
             wide(params[name]),
             wide(gradient),
-            learning_rate * valued(hyper.learning_rate, scheduled),
-            valued(hyper.weight_decay or 0.0, scheduled),
+            rate,
+            decay,
         )
 
 
