@@ -63,11 +63,8 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
     arrays = state.read()
     built.bound(arrays)
     data = built.place(batch.data)
-    parts = (
-        [data]
-        if built.plan.microbatches == 1
-        else microbatches(attrs.evolve(batch, data=data), built.plan.microbatches)
-    )
+    count = built.plan.microbatches
+    parts = [data] if count == 1 else microbatches(attrs.evolve(batch, data=data), count)
     try:
         (means, mean_taken), buffers = passed(built, state, lambda: _accumulate(built, state, parts))
     except (RuntimeError, TypeError, IndexError) as error:
@@ -270,17 +267,20 @@ def update_arrays(
             step=step,
             seed=seed,
         )
-        arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf)
-        extra |= updated() if updated else {}
-        arrays = _counted(plan, arrays, gradients, buffers, verdict)
+        good = applied(verdict.found_inf)
+        arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf, good)
+        if updated is not None:
+            extra |= updated()
+        arrays = _counted(plan, arrays, gradients, buffers, verdict, good)
         if verdict.nonfinite is not arrays.nonfinite:
             arrays.nonfinite.copy_(verdict.nonfinite)
     stopped = verdict.found_inf if verdict.skipped is None else verdict.found_inf - verdict.skipped
     return arrays, {"grad_norm": norm, **gradients.reports, **extra}, stopped
 
 
-def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor) -> Arrays:
-    good = applied(found_inf)
+def _averaged(
+    plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor, good: Tensor | float
+) -> Arrays:
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
     ema = arrays.ema
     if plan.average is not None:
@@ -295,11 +295,13 @@ def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, 
     return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
 
 
-def _counted(plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, verdict: Verdict) -> Arrays:
+def _counted(
+    plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, verdict: Verdict, good: Tensor | float
+) -> Arrays:
     found_inf, _, skipped = verdict
-    weight, good = gradients.weight, applied(found_inf)
+    weight = gradients.weight
     counted = weight.long() if isinstance(weight, Tensor) else int(weight)
-    if plan.on_nonfinite == "raise" and isinstance(good, Tensor):
+    if isinstance(good, Tensor) and plan.on_nonfinite == "raise":
         taken = good if skipped is None else good + skipped
         counted = counted * taken.long()  # a step that raises leaves everything as it was
     arrays.tokens.add_(counted)

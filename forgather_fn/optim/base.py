@@ -1,5 +1,6 @@
 """The contract of optimizers: pairs of pure functions."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -149,13 +150,12 @@ def apply(
     seed: int | Tensor,
 ) -> OptState:
     """Run an optimizer's update with what it asks for; see :class:`OptimizerUpdate`."""
-    more: dict[str, Any] = {}
-    if optimizer.schedules:
-        more["scheduled"] = rates.scheduled
-    if optimizer.random:
-        more |= {"step": step, "seed": seed}
     update: Callable[..., OptState] = optimizer.update
-    return update(gradients, state, params, learning_rate=rates.learning_rate, found_inf=found_inf, **more)
+    if optimizer.schedules:
+        update = functools.partial(update, scheduled=rates.scheduled)
+    if optimizer.random:
+        update = functools.partial(update, step=step, seed=seed)
+    return update(gradients, state, params, learning_rate=rates.learning_rate, found_inf=found_inf)
 
 
 COPIES: Final = ("master", "slow", "z")
