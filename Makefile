@@ -24,8 +24,9 @@ BIN := .venv/bin
 demo: .venv/.run
 	OMP_WAIT_POLICY=passive $(BIN)/forgather demo $(ARGS)
 
+# The tests are dealt out to as many processes as there are cores; each computes with one thread.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses=8 --dist worksteal $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check

@@ -15,7 +15,7 @@ from forgather_fn.functional import frozen
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import group
 from forgather_fn.interrupt import Preempted
-from forgather_fn.joining import parts
+from forgather_fn.joining import members
 from forgather_fn.loop import Steps, Tick, fold, last
 from forgather_fn.mean import Mean
 from forgather_fn.observers import evaluated, report
@@ -78,11 +78,11 @@ __all__ = [
     "last",
     "lora",
     "losses",
+    "members",
     "memory",
     "metrics",
     "noise",
     "optim",
-    "parts",
     "pipelined",
     "power_ema",
     "reducers",

@@ -291,8 +291,8 @@ def restarted(program: Program, state: TrainState) -> TrainState:
         zero = f"{prefix}.{adapter.zero}"
         written[zero] = arrays.params[zero].zero_()
     rewrite(arrays.opt, written)
-    if arrays.ema is not None:
-        arrays.ema.assign(arrays.params)
+    if arrays.average is not None:
+        arrays.average.assign(arrays.params)
     return attrs.evolve(new, arrays=attrs.evolve(arrays, frozen=weights))
 
 

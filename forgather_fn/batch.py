@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from forgather_fn.data import Batch
 from forgather_fn.losses import leading_dimension
-from forgather_fn.share import Parts, Share, cut
+from forgather_fn.share import Microbatches, Share, cut
 from forgather_fn.tree import rebuilt
 
 
@@ -53,7 +53,7 @@ def outline(data: Any) -> str:
 
 def as_it_came(batch: Batch) -> list[Any]:
     """Give the data of a batch, or the microbatches as which it came to this process."""
-    return list(batch.data.parts) if isinstance(batch.data, Parts) else [batch.data]
+    return list(batch.data.items) if isinstance(batch.data, Microbatches) else [batch.data]
 
 
 def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any:
@@ -65,32 +65,34 @@ def placed(data: Any, device: torch.device, floating: torch.dtype | None) -> Any
         return data.to(device=device, dtype=wanted, non_blocking=True)
     if isinstance(data, Mapping):
         return {name: placed(item, device, floating) for name, item in data.items()}
-    if isinstance(data, Parts):
-        return Parts(tuple([placed(part, device, floating) for part in data.parts]), data.first)
+    if isinstance(data, Microbatches):
+        return Microbatches(tuple([placed(part, device, floating) for part in data.items]), data.first)
     if isinstance(data, tuple | list):
         return rebuilt(data, [placed(item, device, floating) for item in data])
     return data
 
 
 def microbatches(batch: Batch, count: int) -> list[Any]:
-    """Cut a batch into near-equal parts along its leading dimension.
+    """Cut a batch into near-equal microbatches along its leading dimension.
 
-    The parts differ by at most one sample, the larger ones first. A batch that ends an epoch (``ragged``) may have
-    fewer samples than parts; empty parts are left out.
+    They differ by at most one sample, the larger ones first. A batch that ends an epoch (``ragged``) may have
+    fewer samples than microbatches; empty ones are left out.
 
     Args:
         batch: Tensors of equal leading dimension; lists of that length are cut too; numbers, strings, None and
-            zero-dimensional tensors go to every part. Data that are :class:`Parts` are cut already.
-        count: How many parts.
+            zero-dimensional tensors go to every one. Data that are :class:`Microbatches` are cut already.
+        count: How many microbatches.
 
     Raises:
-        ValueError: The batch has fewer samples than parts and is not ragged, or the leading dimension of a tensor is
-            not the number of samples.
+        ValueError: The batch has fewer samples than microbatches and is not ragged, or the leading dimension of a
+            tensor is not the number of samples.
     """
-    if isinstance(batch.data, Parts):
-        if not 1 <= len(batch.data.parts) <= count:
-            raise ValueError(f"the batch comes in {len(batch.data.parts)} parts, but the plan has microbatches={count}")
-        return list(batch.data.parts)
+    if isinstance(batch.data, Microbatches):
+        if not 1 <= len(batch.data.items) <= count:
+            raise ValueError(
+                f"the batch comes as {len(batch.data.items)} microbatches, but the plan has microbatches={count}"
+            )
+        return list(batch.data.items)
     if count == 1:
         return [batch.data]
     if batch.samples < count and not batch.ragged:
@@ -105,14 +107,15 @@ def owned(batch: Batch, share: Share) -> list[tuple[int, Any]]:
     """Give the microbatches of a process, each with its number among all of the step.
 
     Args:
-        batch: Of the whole step, equal on every process; or with the process's own :class:`~forgather_fn.share.Parts`.
+        batch: Of the whole step, equal on every process; or with the process's own
+            :class:`~forgather_fn.share.Microbatches`.
         share: Which are its own.
 
     Raises:
         ValueError: As :func:`microbatches`.
     """
-    if isinstance(batch.data, Parts) and batch.data.first:
-        return list(enumerate(batch.data.parts, batch.data.first))
+    if isinstance(batch.data, Microbatches) and batch.data.first:
+        return list(enumerate(batch.data.items, batch.data.first))
     return [
         (number, part) for number, part in enumerate(microbatches(batch, share.microbatches)) if number in share.block
     ]

@@ -4,7 +4,7 @@ import difflib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any
 
 import attrs
 import torch
@@ -14,15 +14,10 @@ from forgather_fn.describe import describe
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.model import buffer_slots
 from forgather_fn.program import Program, itself
-from forgather_fn.state import Arrays, Ownership, TrainState
+from forgather_fn.state import COUNTERS, RESTARTABLE, Arrays, Ownership, TrainState, check_names
 from forgather_fn.tree import copied, rebuilt, walk
 
 logger = logging.getLogger(__name__)
-
-PARTS: Final = frozenset({"optimizer", "ema", "transforms", "controls", "loss_scale", "progress"})
-"""What can be left to start fresh, by the names that ``restore`` has for them."""
-
-_COUNTERS: Final = ("updates", "skipped", "tokens", "nonfinite")
 
 
 @attrs.frozen
@@ -70,9 +65,7 @@ def converted(
 
 
 def _check(old: Program, new: Program, without: Collection[str]) -> None:
-    unknown = sorted(set(without) - PARTS)
-    if isinstance(without, str) or unknown:
-        raise ValueError(f"convert: without={without!r}: expected a set of names out of {sorted(PARTS)}")
+    check_names("convert: without", without, RESTARTABLE)
     for program in (old, new):
         if program.whole is not itself:
             raise ValueError(
@@ -85,7 +78,7 @@ def _arrays(
     old: Program, new: Program, given: Arrays, fresh: Arrays, carrying: "_Carrying", without: Collection[str]
 ) -> Arrays:
     """Fill the storage of a fresh state; frozen parameters, which other states may share, are not written to."""
-    if new.part() is not None or old.part() is not None:
+    if new.portion() is not None or old.portion() is not None:
         raise ValueError(
             "convert: a process has only its stages of a pipeline; save the state, and restore it with the other "
             "program, which may be of any strategy"
@@ -108,12 +101,12 @@ def _arrays(
     for name in ("controls", "loss_scale"):
         mine = getattr(fresh, name)
         parts[name] = mine if name in without else carrying.tree(getattr(given, name), mine, name, names)
-    if fresh.ema is not None:
-        fresh.ema.assign(params)
-        if given.ema is not None and "ema" not in without:
-            carrying.tree(given.ema, fresh.ema, "ema", names)
+    if fresh.average is not None:
+        fresh.average.assign(params)
+        if given.average is not None and "average" not in without:
+            carrying.tree(given.average, fresh.average, "average", names)
     if "progress" not in without:
-        for name in _COUNTERS:
+        for name in COUNTERS:
             getattr(fresh, name).copy_(getattr(given, name))
     buffers = carrying.buffers(given.buffers, fresh.buffers, old, new)
     made = attrs.evolve(fresh, frozen=frozen, buffers=buffers, **parts)
@@ -284,5 +277,5 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _paths(arrays: Arrays) -> Iterator[str]:
     yield from (f"params/{name}" for name in (*arrays.params, *arrays.frozen))
-    for part in ("buffers", "opt", "transforms", "ema", "controls", "loss_scale"):
+    for part in ("buffers", "opt", "transforms", "average", "controls", "loss_scale"):
         yield from (path for path, leaf in walk(getattr(arrays, part), part) if leaf is not None)

@@ -7,7 +7,7 @@ import attrs
 
 from forgather_fn.batch import as_batch, check_batches, owned
 from forgather_fn.data import Batch, Stream
-from forgather_fn.share import Parts, Share
+from forgather_fn.share import Microbatches, Share
 from forgather_fn.state import TrainState
 from forgather_fn.world import PeerError, World, known_to_all
 
@@ -63,4 +63,4 @@ def dispatched(world: World, share: Share, state: TrainState, data: Iterable[Any
 def _own(batch: Batch, share: Share) -> Batch:
     """Cut out of a whole batch what a process has of it."""
     parts = tuple(part for _, part in owned(batch, share))
-    return attrs.evolve(batch, data=Parts(parts, share.block.start))
+    return attrs.evolve(batch, data=Microbatches(parts, share.block.start))

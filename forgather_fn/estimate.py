@@ -26,7 +26,7 @@ from forgather_fn.model import (
     parameter_sites,
     surrounded,
 )
-from forgather_fn.optim.base import apply, rates_at
+from forgather_fn.optim.base import UpdateContext, rates_at
 from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
 
@@ -234,16 +234,9 @@ def _update(plan: Plan, layout: Layout) -> tuple[int, int]:
             state = plan.optimizer.init(params)
             begun = _bytes(state)
             try:
-                state = apply(
-                    plan.optimizer,
-                    gradients,
-                    state,
-                    params,
-                    rates=rates_at(plan.schedule, plan.optimizer, 0, controls),
-                    found_inf=torch.tensor(0.0),
-                    step=0,
-                    seed=0,
-                )
+                rates = rates_at(plan.schedule, plan.optimizer, 0, controls)
+                context = UpdateContext(rates.learning_rate, torch.tensor(0.0), rates.scheduled)
+                state = plan.optimizer.update(gradients, state, params, context)
             except (DataDependentOutputException, RuntimeError, NotImplementedError):
                 return begun, 0
         kept = _bytes(state)

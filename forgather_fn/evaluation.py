@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import attrs
 import torch
@@ -18,12 +18,9 @@ from forgather_fn.metrics import Measure
 from forgather_fn.model import evaluation_mode
 from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
-from forgather_fn.state import Arrays, TrainState, raise_if_nonfinite
+from forgather_fn.state import Arrays, Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Found, Tally, combined, look
 from forgather_fn.world import ALONE, World
-
-Which = Literal["params", "ema"]
-
 
 Numbered = Iterator[tuple[int | None, Any]]
 """Batches with their numbers; one whose number is None is run, but not counted."""
@@ -65,7 +62,7 @@ def evaluate(
     built: Built,
     state: TrainState,
     data: Any,
-    params: Which,
+    params: Params,
     metrics: Sequence[Measure] = (),
     world: World = ALONE,
     pace: Pace = UNPACED,
@@ -93,7 +90,7 @@ def evaluate(
                     tally.take(number, seen)
         return tally.found()
 
-    return combined(pace.told(world, found_here), measured.reducers)
+    return combined(pace.told(world, found_here), measured.aggregates)
 
 
 def own_batches(data: Any, world: World) -> Numbered:
@@ -111,7 +108,7 @@ def own_batches(data: Any, world: World) -> Numbered:
         yield numbered
 
 
-def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which) -> Any:
+def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params) -> Any:
     """Call the model on inputs in evaluation mode; see :class:`~forgather_fn.program.Apply`."""
     with (
         evaluating(built, state, params),
@@ -122,7 +119,7 @@ def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[
 
 
 @contextlib.contextmanager
-def evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]:
+def evaluating(built: Built, state: TrainState, params: Params) -> Iterator[None]:
     """Bind the module to the parameters asked for, in evaluation mode; put modes and buffers back afterwards."""
     arrays = state.read()
     built.bound(arrays)
@@ -141,7 +138,7 @@ def evaluating(built: Built, state: TrainState, params: Which) -> Iterator[None]
         built.binding.bind(arrays.params, arrays.frozen, arrays.buffers)
 
 
-def chosen(plan: Plan, arrays: Arrays, which: Which) -> Flat:
+def chosen(plan: Plan, arrays: Arrays, which: Params) -> Flat:
     """Give the parameters that a model is used with.
 
     Those that are trained, unless the optimizer says that others are meant: it evaluates another point than the one
@@ -156,9 +153,9 @@ def chosen(plan: Plan, arrays: Arrays, which: Which) -> Flat:
             return arrays.params
         with torch.no_grad():
             return evaluated(arrays.opt, arrays.params)
-    if which != "ema":
-        raise ValueError(f"params={which!r} is not one of 'params', 'ema'")
-    if arrays.ema is None:
-        raise ValueError("params='ema', but the plan keeps no average; add Plan(average=ff.ema(decay))")
+    if which != "average":
+        raise ValueError(f"params={which!r} is not one of 'params', 'average'")
+    if arrays.average is None:
+        raise ValueError("params='average', but the plan keeps no average; add Plan(average=ff.ema(decay))")
     with torch.no_grad():
-        return narrowed(arrays.ema, arrays.params)
+        return narrowed(arrays.average, arrays.params)

@@ -36,7 +36,7 @@ class Flat(Mapping[str, Tensor]):
     buffers: tuple[Tensor, ...]
     kept: dict[str, Any] = attrs.field(factory=dict)
     _views: dict[str, Tensor] = attrs.field(factory=dict)
-    _pieces: dict[int, tuple[tuple[Chunk, ...], tuple[Tensor, ...]]] = attrs.field(factory=dict)
+    _slices: dict[int, tuple[tuple[Chunk, ...], tuple[Tensor, ...]]] = attrs.field(factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         view = self._views.get(name)
@@ -86,14 +86,14 @@ class Flat(Mapping[str, Tensor]):
         for mine, others in zip(self.buffers, other.buffers, strict=True):
             mine.copy_(others)
 
-    def pieces(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
+    def slices(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
         """Cut out chunks: one-dimensional runs of a buffer, or, where a chunk names its leaf, the leaf's view."""
-        found = self._pieces.get(id(chunks))
+        found = self._slices.get(id(chunks))
         if found is None or found[0] is not chunks:
             cut = tuple(self[c.name] if c.name else self.buffers[c.buffer][c.start : c.stop] for c in chunks)
-            if len(self._pieces) >= CUTS_KEPT + len(self):
-                self._pieces.clear()
-            found = self._pieces[id(chunks)] = (chunks, cut)
+            if len(self._slices) >= CUTS_KEPT + len(self):
+                self._slices.clear()
+            found = self._slices[id(chunks)] = (chunks, cut)
         return found[1]
 
 

@@ -191,17 +191,17 @@ class Ready(Protocol):
         ...
 
 
-def parts_of(units: Sequence[tuple[str, nn.Module]]) -> list[frozenset[str]]:
+def module_names(units: Sequence[tuple[str, nn.Module]]) -> list[frozenset[str]]:
     """Give the names of the modules in each unit that are in no unit before it.
 
     Args:
         units: Inner ones first, the whole model, named ``""``, last.
     """
     names = {id(child): name for name, child in units[-1][1].named_modules()}
-    parts: list[frozenset[str]] = []
+    found: list[frozenset[str]] = []
     for _, unit in units:
-        parts.append(frozenset(names.pop(id(child)) for child in unit.modules() if id(child) in names))
-    return parts
+        found.append(frozenset(names.pop(id(child)) for child in unit.modules() if id(child) in names))
+    return found
 
 
 def cut(
@@ -242,8 +242,8 @@ def cut(
     _check_apart(units, names)
     del anatomy  # so that nobody holds what is cut
     mesh = DeviceMesh.from_group(world.group, device.type)
-    for (_, unit), part in zip(units, parts_of(units), strict=True):
-        ready(part)
+    for (_, unit), own in zip(units, module_names(units), strict=True):
+        ready(own)
         fully_shard(unit, mesh=mesh)
     made: tuple[Any, ...] = tuple(unit for _, unit in units)
     result = Fsdp(module, made, trained, still, mesh)

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from forgather_fn.evaluation import Which, chosen
+from forgather_fn.evaluation import chosen
 from forgather_fn.model import buffer_names, buffer_slots, parameter_sites
 from forgather_fn.program import Program
-from forgather_fn.state import TrainState
+from forgather_fn.state import Params, TrainState
 
 
-def frozen(program: Program, state: TrainState, *, params: Which = "params") -> Callable[..., Any]:
+def frozen(program: Program, state: TrainState, *, params: Params = "params") -> Callable[..., Any]:
     """Give a model as a function of its inputs, whose parameters no gradient reaches.
 
     Gradients go through it to its inputs: so a generator learns from its critic. It runs in the mode that the module

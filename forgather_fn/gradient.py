@@ -85,10 +85,10 @@ class Gradients(Mapping[str, Tensor]):
         """Give tensors that together are the gradient, and nothing else but zeros: as few as there can be."""
         return self.flat.buffers if self.flat is not None else tuple(self.views.values())
 
-    def pieces(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
-        """Cut the gradient as the parameters are cut for an update; see :meth:`~forgather_fn.flat.Flat.pieces`."""
+    def slices(self, chunks: tuple[Chunk, ...]) -> tuple[Tensor, ...]:
+        """Cut the gradient as the parameters are cut for an update; see :meth:`~forgather_fn.flat.Flat.slices`."""
         if self.flat is not None:
-            return self.flat.pieces(chunks)
+            return self.flat.slices(chunks)
         return tuple([self.views[str(chunk.name)] for chunk in chunks])
 
     def measured(self) -> "Gradients":

@@ -7,8 +7,11 @@ from typing import Final
 import attrs
 from torch import Tensor
 
-Values = Mapping[str, float | Tensor]
-"""What schedules give at a step, by name: numbers, or scalar tensors in a compiled step."""
+Scalar = float | Tensor
+"""A number, or a scalar tensor in a compiled step."""
+
+Values = Mapping[str, Scalar]
+"""What schedules give at a step, by name."""
 
 NO_VALUES: Final[Values] = MappingProxyType({})
 
@@ -38,15 +41,3 @@ class Hyper:
     weight_decay: Number | None = 0.0
     frozen: bool = False
     part: str = ""
-
-    def at(self, learning_rate: float | Tensor, values: Values) -> tuple[float | Tensor, float | Tensor]:
-        """Give learning rate and weight decay at a step, no decay as 0."""
-        rate, decay = self.learning_rate, self.weight_decay or 0.0
-        if isinstance(rate, Scheduled) or isinstance(decay, Scheduled):
-            return learning_rate * valued(rate, values), valued(decay, values)
-        return learning_rate * rate, decay
-
-
-def valued(number: Number, values: Values) -> float | Tensor:
-    """Give a hyperparameter's value at a step."""
-    return values[number.name] if isinstance(number, Scheduled) else number

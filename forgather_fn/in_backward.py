@@ -20,7 +20,7 @@ from forgather_fn.finite import Flag, flag_on_device, flag_on_host
 from forgather_fn.gradient import Gradients, norms
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
-from forgather_fn.optim.base import Rates, apply, rates_at
+from forgather_fn.optim.base import Rates, UpdateContext, rates_at
 from forgather_fn.program import Metrics
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
 from forgather_fn.step import eager, following, take_gradients, update_arrays
@@ -112,8 +112,8 @@ def _check_wants(wants: frozenset[str]) -> None:
         )
 
 
-def _already_updated(gradients: Gradients, state: Any, params: Any, **options: Any) -> Any:
-    del gradients, params, options
+def _already_updated(gradients: Gradients, state: Any, params: Any, context: UpdateContext) -> Any:
+    del gradients, params, context
     return state
 
 
@@ -206,16 +206,9 @@ class _Updates:
         if self.nonfinite is not arrays.nonfinite:
             arrays.nonfinite.copy_(self.nonfinite)
         before = arrays.params[name].clone() if "update_norms" in self.wants else None
-        opt = apply(
-            self.built.plan.optimizer,
-            Gradients(layout, self.alone[name], {name: grad}, None, 0, 0.0),
-            arrays.opt,
-            arrays.params,
-            rates=self.rates,
-            found_inf=found_inf,
-            step=self.state.step,
-            seed=self.state.seed,
-        )
+        gradients, rates = Gradients(layout, self.alone[name], {name: grad}, None, 0, 0.0), self.rates
+        context = UpdateContext(rates.learning_rate, found_inf, rates.scheduled, self.state.step, self.state.seed)
+        opt = self.built.plan.optimizer.update(gradients, arrays.opt, arrays.params, context)
         if before is not None:
             self.moved |= norms({name: before.sub_(arrays.params[name])})
         self.norms[name] = norm

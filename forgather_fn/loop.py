@@ -271,7 +271,7 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     if isinstance(data, Stream) and data.total_samples is not None:
         left = data.count(state.samples, data.total_samples)
         demand = demand.ending(None if left is None else state.step + left)
-    for name in (*(control.name for control in program.plan.controls), joining.PARTS):
+    for name in (*(control.name for control in program.plan.controls), joining.MEMBERS):
         demand.keeping_as(name)
     course = Course(state, (*program.plan.controls, *demand.controls))
     run = Run(program, data, state.step, demand.horizon, course)

@@ -65,10 +65,10 @@ def initialise_from_meta(module: nn.Module, seed: int, device: torch.device) -> 
         >>> model[0].weight.device, model[1].running_var
         (device(type='cpu'), tensor([1., 1., 1.]))
     """
-    initialise_part(module, {name for name, _ in module.named_modules()}, seed, device)
+    initialise_modules(module, {name for name, _ in module.named_modules()}, seed, device)
 
 
-def initialise_part(module: nn.Module, names: Collection[str], seed: int, device: torch.device) -> None:
+def initialise_modules(module: nn.Module, names: Collection[str], seed: int, device: torch.device) -> None:
     """Do what :func:`initialise_from_meta` does for some of the modules in a model: for what they have themselves.
 
     Args:

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any
 
 from forgather_fn.loop import Clock, Data, Steps, Tick
 from forgather_fn.program import Measure
@@ -12,14 +12,14 @@ from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
 from forgather_fn.report.throughput import Count, throughput
 from forgather_fn.stages import Observer
-from forgather_fn.state import raise_if_nonfinite
+from forgather_fn.state import Params, raise_if_nonfinite
 from forgather_fn.wanted import check_wants, is_wanted
 
 
 def evaluated(
     data: Data,
     *,
-    params: Literal["params", "ema"] = "params",
+    params: Params = "params",
     metrics: Sequence[Measure] = (),
     name: str = "eval",
 ) -> Observer:
@@ -27,7 +27,7 @@ def evaluated(
 
     Args:
         data: A stream, of which one ordered pass is made, or a list of batches.
-        params: Which parameters: the trained ones, or their average.
+        params: Params parameters: the trained ones, or their average.
         metrics: What is measured besides the loss: ``(ff.metrics.accuracy, ff.metrics.f1(classes=10))``.
         name: What the results begin with.
     """

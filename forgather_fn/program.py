@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from forgather_fn.data import Stream
 from forgather_fn.gradient import Gradients
 from forgather_fn.metrics import Measure as Measure
-from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.share import Share
-from forgather_fn.state import TrainState
+from forgather_fn.state import Params, TrainState
 from forgather_fn.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Restore(Protocol):
             path: A checkpoint directory, which must be whole, or a run directory.
             allow: What may differ from the plan that it was made by, on purpose: ``"schedule"``, ``"optimizer"``,
                 ``"loss"``, ... and, of the stream that goes on, ``"batch_size"`` and ``"data"``.
-            without: What is not read and starts fresh: ``"optimizer"``, ``"ema"``, ``"transforms"``, ``"controls"``,
-                ``"loss_scale"``, ``"progress"`` (steps, samples, counters).
+            without: What is not read and starts fresh: ``"optimizer"``, ``"average"``, ``"transforms"``,
+                ``"controls"``, ``"loss_scale"``, ``"progress"`` (steps, samples, counters).
 
         Raises:
             CheckpointError: It is damaged, or something differs; both sides are shown.
@@ -118,13 +118,13 @@ class Evaluate(Protocol):
         data: Any,
         /,
         *,
-        params: Literal["params", "ema"] = "params",
+        params: Params = "params",
         metrics: Sequence[Measure] = (),
     ) -> dict[str, float]:
         """Run the loss over every sample once, without gradients, in evaluation mode, and give each named mean.
 
-        ``metrics`` are measured of the same outputs: functions ``(outputs, batch) -> {name: Mean}`` and reducers, such
-        as those of :mod:`~forgather_fn.metrics`.
+        ``metrics`` are measured of the same outputs: functions ``(outputs, batch) -> {name: Mean}`` and aggregates,
+        such as those of :mod:`~forgather_fn.metrics`.
 
         Means are added over batches and divided once, so the result does not depend on the batch size. ``"params"`` are
         the parameters that are trained, or those that the optimizer has evaluated instead
@@ -136,9 +136,7 @@ class Evaluate(Protocol):
 class Apply(Protocol):
     """Call the model on inputs."""
 
-    def __call__(
-        self, state: TrainState, /, *inputs: Any, params: Literal["params", "ema"] = "params", **named: Any
-    ) -> Any:
+    def __call__(self, state: TrainState, /, *inputs: Any, params: Params = "params", **named: Any) -> Any:
         """Give the model's outputs in evaluation mode, without gradients."""
         ...
 
@@ -146,7 +144,7 @@ class Apply(Protocol):
 class Export(Protocol):
     """Take the model out of the training."""
 
-    def __call__(self, state: TrainState, /, *, params: Literal["params", "ema"] = "params") -> nn.Module:
+    def __call__(self, state: TrainState, /, *, params: Params = "params") -> nn.Module:
         """Give a copy of the module with the state's values, bound to no state.
 
         ``requires_grad`` is as the plan has it.
@@ -211,7 +209,7 @@ class Program:
     ``step`` is ``gradients`` and ``update`` composed; a step of your own takes its place by
     ``attrs.evolve(program, step=...)``. ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
-    ``batches`` how they come to it; ``part`` which part of a state this process has, None for all of it; ``whole``
+    ``batches`` how they come to it; ``portion`` which of a state this process has, None for all of it; ``whole``
     brings a state together that they have in shards.
     """
 
@@ -230,7 +228,7 @@ class Program:
     open_steps: OpenSteps
     world: World = ALONE
     share: Share | None = None
-    part: Callable[[], Part | None] = lambda: None
+    portion: Callable[[], Portion | None] = lambda: None
     whole: Whole = itself
 
     def steps(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":

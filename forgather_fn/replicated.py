@@ -28,11 +28,11 @@ from forgather_fn.step import advance, backward, composed, divided, passed
 from forgather_fn.world import World
 
 
-class RunParts(Protocol):
+class RunMicrobatches(Protocol):
     """Run forward and backward over this process's microbatches; leave the state as it is, also on failure."""
 
     def __call__(
-        self, replica: "Replica", state: TrainState, parts: Sequence[tuple[int, Any]], samples: int, /
+        self, replica: "Replica", state: TrainState, microbatches: Sequence[tuple[int, Any]], samples: int, /
     ) -> tuple[list[dict[str, Mean]], Gradients, Flat]:
         """Give the means of each, the sum of their gradients in flat buffers, and the buffers as they leave them."""
         ...
@@ -58,7 +58,7 @@ class Replica:
     share: Share
     reduce: Reduce
     in_pairs: bool
-    run: RunParts
+    run: RunMicrobatches
     cuts: tuple[Bucket, ...] = ()
     agreed: Agreement = attrs.field(factory=Agreement)
 
@@ -119,9 +119,9 @@ def replicated(
     return composed(built, functools.partial(take_gradients, replica), second)
 
 
-def _halves(built: Built) -> tuple[RunParts, Advance]:
+def _halves(built: Built) -> tuple[RunMicrobatches, Advance]:
     if built.plan.compile is not True:
-        return eager_parts, functools.partial(advance, built)
+        return run_eagerly, functools.partial(advance, built)
     from forgather_fn.replicated_graphs import graph_halves  # when used: the compiler is as large as the rest of torch
 
     return graph_halves(built)
@@ -132,8 +132,8 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     built, arrays = replica.built, state.read()
     replica.world.begin()
     built.bound(arrays)
-    parts = [(number, built.place(part)) for number, part in owned(batch, replica.share)]
-    found, gradients, buffers = replica.run(replica, state, parts, batch.samples)
+    microbatches = [(number, built.place(microbatch)) for number, microbatch in owned(batch, replica.share)]
+    found, gradients, buffers = replica.run(replica, state, microbatches, batch.samples)
     assert gradients.flat is not None
     try:
         replica.learn(found, arrays.buffers, buffers)
@@ -146,13 +146,13 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     return _read(replica, state, gradients, added.counts, torch.as_tensor(means["loss"].weight)), buffers, means
 
 
-def eager_parts(
-    replica: Replica, state: TrainState, parts: Sequence[tuple[int, Any]], samples: int
+def run_eagerly(
+    replica: Replica, state: TrainState, microbatches: Sequence[tuple[int, Any]], samples: int
 ) -> tuple[list[dict[str, Mean]], Gradients, Flat]:
-    """Run microbatches as they stand; see :class:`RunParts`."""
+    """Run microbatches as they stand; see :class:`RunMicrobatches`."""
     built = replica.built
-    (found, counter), buffers = passed(built, state, lambda: _accumulate(replica, state, parts))
-    if replica.cuts and not parts:  # what the others add up has a part of this process too
+    (found, counter), buffers = passed(built, state, lambda: _accumulate(replica, state, microbatches))
+    if replica.cuts and not microbatches:  # what the others add up has a part of this process too
         with replica.sending() as going:
             going.finish()
     gradients = built.workspace.collect(samples, 0.0)
@@ -163,16 +163,16 @@ def eager_parts(
 
 
 def _accumulate(
-    replica: Replica, state: TrainState, parts: Sequence[tuple[int, Any]]
+    replica: Replica, state: TrainState, microbatches: Sequence[tuple[int, Any]]
 ) -> tuple[list[dict[str, Mean]], Counter | None]:
     """Run the microbatches of this process, each under the key of its number."""
     built, scale = replica.built, state.read().loss_scale.get("scale")
-    counter = Counter() if replica.in_pairs and len(parts) != 1 else None
+    counter = Counter() if replica.in_pairs and len(microbatches) != 1 else None
     found = []
-    for number, part in parts:
+    for number, microbatch in microbatches:
         reseed(key(state.seed, state.step, number, "forward"), built.device)
-        means = built.forward(part)
-        if replica.cuts and number == parts[-1][0]:
+        means = built.forward(microbatch)
+        if replica.cuts and number == microbatches[-1][0]:
             with replica.sending() as going:
                 backward(built, means["loss"].total, None, scale)
             going.finish()

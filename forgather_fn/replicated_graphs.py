@@ -13,25 +13,27 @@ from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.reduction import Counter
-from forgather_fn.replicated import Replica, RunParts
+from forgather_fn.replicated import Replica, RunMicrobatches
 from forgather_fn.state import TrainState
 
 
-def graph_halves(built: Built) -> tuple[RunParts, Advance]:
+def graph_halves(built: Built) -> tuple[RunMicrobatches, Advance]:
     """Give the two halves of a step on replicas, as graphs."""
     compiled = Compiled(built)
     one = torch.ones((), dtype=built.dtype, device=built.device)  # gradients are of sums until all are added
 
     def run(
-        replica: Replica, state: TrainState, parts: Sequence[tuple[int, Any]], samples: int, /
+        replica: Replica, state: TrainState, microbatches: Sequence[tuple[int, Any]], samples: int, /
     ) -> tuple[list[dict[str, Mean]], Gradients, Flat]:
         built.workspace.clear()
         total = built.workspace.collect(0, 0.0).flat
         assert total is not None
-        counter = Counter() if replica.in_pairs and len(parts) != 1 else None
-        mark_sizes([part for _, part in parts])  # how many samples a process has may differ from step to step
+        counter = Counter() if replica.in_pairs and len(microbatches) != 1 else None
+        mark_sizes(
+            [microbatch for _, microbatch in microbatches]
+        )  # how many samples a process has may differ from step to step
         added = _nothing if counter is None else lambda: counter.take(total.buffers)
-        found, active, buffers = compiled.accumulate(state, parts, total, one, added)
+        found, active, buffers = compiled.accumulate(state, microbatches, total, one, added)
         if counter is not None:
             counter.leave(total.buffers)
         names = itertools.compress(total.layout.index, active)

@@ -24,7 +24,7 @@ from forgather_fn.fsdp import Fsdp
 from forgather_fn.gradient import Gradients, Spread, Summed, squares
 from forgather_fn.mean import Mean
 from forgather_fn.random import key, reseed
-from forgather_fn.share import Parts, Share
+from forgather_fn.share import Microbatches, Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, backward, composed, divided, passed
 from forgather_fn.workspace import Workspace
@@ -131,10 +131,10 @@ def in_step(batch: Batch, share: Share, world: World) -> list[tuple[int | None, 
     """
     data = batch.data
     own: list[tuple[int | None, Any]] = [*owned(batch, share)]
-    cut_already = isinstance(data, Parts)
+    cut_already = isinstance(data, Microbatches)
     filled = min(share.microbatches, batch.samples)
-    if cut_already and not data.first and len(data.parts) < filled and len(data.parts) != len(share.block):
-        filled = len(data.parts)  # whole on every process, and with fewer parts than there may be
+    if cut_already and not data.first and len(data.items) < filled and len(data.items) != len(share.block):
+        filled = len(data.items)  # whole on every process, and with fewer of them than there may be
     rounds = min(filled, len(share.block))
     if cut_already and batch.samples < share.microbatches:
         spare = world.broadcast(own[0][1] if world.main else None)

@@ -10,15 +10,15 @@ import attrs
 
 
 @attrs.frozen(eq=False)
-class Parts:
+class Microbatches:
     """The data of a batch that comes as microbatches already, each collated by itself: their shapes may differ.
 
     Attributes:
-        parts: The microbatches, or those of them that this process has; fewer than the plan's where an epoch ends.
+        items: The microbatches, or those of them that this process has; fewer than the plan's where an epoch ends.
         first: The number of the first of them among all of the step.
     """
 
-    parts: tuple[Any, ...]
+    items: tuple[Any, ...]
     first: int = 0
 
 

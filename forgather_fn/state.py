@@ -1,7 +1,7 @@
 """The state of a training run: frozen, data only, owned by one holder at a time."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, Literal
 
 import attrs
 import torch
@@ -27,6 +27,16 @@ class NonFiniteError(ValueError):
 
     known_to_all = True
     """Gradients are added up over processes before they are looked at, so all of them raise it."""
+
+
+COUNTERS: Final = ("updates", "skipped", "tokens", "nonfinite")
+"""What a state counts on the device; ``nonfinite`` is the first step that was not finite, or -1."""
+
+RESTARTABLE: Final = frozenset({"optimizer", "average", "transforms", "controls", "loss_scale", "progress"})
+"""What of a state may begin anew where it is carried on: what ``restore`` and ``convert`` take as ``without``."""
+
+Params = Literal["params", "average"]
+"""Which parameters of a state: those that are trained, or the average that the plan keeps of them."""
 
 
 @attrs.define(eq=False)
@@ -65,7 +75,7 @@ class Arrays:
     buffers: Flat
     opt: Mapping[str, Any]
     transforms: tuple[Any, ...] = ()
-    ema: Flat | None = None
+    average: Flat | None = None
     controls: Mapping[str, Any] = attrs.field(factory=dict)
     loss_scale: Mapping[str, Tensor] = attrs.field(factory=dict)
 
@@ -137,9 +147,9 @@ class TrainState:
         return self.read().transforms
 
     @property
-    def ema(self) -> Mapping[str, Tensor] | None:
+    def average(self) -> Mapping[str, Tensor] | None:
         """Averaged parameters, where the plan asks for them."""
-        return self.read().ema
+        return self.read().average
 
     @property
     def controls(self) -> Mapping[str, Any]:
@@ -222,7 +232,7 @@ class TrainState:
         if self.consumed:
             return f"{head}, consumed by {self._ownership.consumed_by})"
         parts = [head]
-        for name in ("params", "frozen", "buffers", "opt", "ema"):
+        for name in ("params", "frozen", "buffers", "opt", "average"):
             tensors, elements, size = tree.size(getattr(self._arrays, name))
             if tensors:
                 parts.append(f"{name}={elements:,} in {tensors} tensors ({_readable(size)})")
@@ -278,3 +288,19 @@ def _readable(size: float) -> str:
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = next((i for i in range(len(units)) if size < 1024 ** (i + 1)), len(units) - 1)
     return f"{size / 1024**power:.{min(power, 1)}f} {units[power]}"
+
+
+def check_names(argument: str, given: Collection[str], known: Collection[str]) -> None:
+    """Make sure that an argument is a set of known names.
+
+    Args:
+        argument: Whose, and how it is called: ``"restore: without"``.
+        given: What it is.
+        known: What it may have in it.
+
+    Raises:
+        ValueError: It is one text, or has something else in it.
+    """
+    names = isinstance(given, Collection) and not isinstance(given, str | bytes)
+    if not names or not all(isinstance(name, str) and name in known for name in given):
+        raise ValueError(f"{argument}={given!r}: expected a set of names out of {sorted(known)}")

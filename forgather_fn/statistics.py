@@ -1,7 +1,7 @@
 """Batch norms for parameters that they were not trained with, such as an average."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from forgather_fn.batch import as_batch
 from forgather_fn.data import Stream
 from forgather_fn.program import Program
 from forgather_fn.random import key, seeded
-from forgather_fn.state import TrainState
+from forgather_fn.state import Params, TrainState
 
 
 def refreshed_statistics(
-    program: Program, state: TrainState, data: Iterable[Any] | Stream, *, params: Literal["params", "ema"] = "ema"
+    program: Program, state: TrainState, data: Iterable[Any] | Stream, *, params: Params = "average"
 ) -> TrainState:
     """Measure anew what batch norms know of their inputs, for the parameters that are given, by one pass over data.
 
@@ -29,7 +29,7 @@ def refreshed_statistics(
         program: Whose model is run.
         state: Not consumed.
         data: A stream, of which one ordered pass is made, or batches; the model is called on the first element of each.
-        params: Which parameters.
+        params: Params parameters.
 
     Returns:
         A copy of the state, with other values for the buffers of batch norms.
@@ -37,7 +37,7 @@ def refreshed_statistics(
     Raises:
         ValueError: The model has no batch norm, the processes have shards or stages, or the data are not sequences.
     """
-    if program.part() is not None or program.whole(state) is not state:
+    if program.portion() is not None or program.whole(state) is not state:
         raise ValueError("refreshed_statistics: this process has a part of the model only; export it, and measure that")
     module = program.export(state, params=params)
     norms = {name for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)}

@@ -22,8 +22,7 @@ from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.losses import Objective
 from forgather_fn.mean import Mean
-from forgather_fn.optim import base as optim
-from forgather_fn.optim.base import OptState, Rates, rates_at
+from forgather_fn.optim.base import OptState, Rates, UpdateContext, rates_at
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
@@ -257,16 +256,8 @@ def update_arrays(
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         begin()
         updated = wanted.of_update(arrays.params, wants, gradients.spread) if wants else None
-        opt = optim.apply(
-            plan.optimizer,
-            gradients,
-            arrays.opt,
-            arrays.params,
-            rates=rates,
-            found_inf=verdict.found_inf,
-            step=step,
-            seed=seed,
-        )
+        context = UpdateContext(rates.learning_rate, verdict.found_inf, rates.scheduled, step, seed)
+        opt = plan.optimizer.update(gradients, arrays.opt, arrays.params, context)
         good = applied(verdict.found_inf)
         arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf, good)
         if updated is not None:
@@ -282,17 +273,17 @@ def _averaged(
     plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor, good: Tensor | float
 ) -> Arrays:
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
-    ema = arrays.ema
+    averaged = arrays.average
     if plan.average is not None:
-        assert ema is not None
-        ema = plan.average.update(ema, arrays.params, good=good, updates=arrays.updates)
-    if opt is arrays.opt and ema is arrays.ema and transforms is arrays.transforms:
+        assert averaged is not None
+        averaged = plan.average.update(averaged, arrays.params, good=good, updates=arrays.updates)
+    if opt is arrays.opt and averaged is arrays.average and transforms is arrays.transforms:
         return arrays
     if transforms is not arrays.transforms:
         transforms = tuple(
             tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
         )
-    return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
+    return attrs.evolve(arrays, opt=opt, average=averaged, transforms=transforms)
 
 
 def _counted(

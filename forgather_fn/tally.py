@@ -9,12 +9,12 @@ from torch import Tensor
 
 from forgather_fn.losses import Loss, named_means
 from forgather_fn.mean import Mean
-from forgather_fn.metrics.reducer import Measure, Metric, Partial, Reducer, sorted_out
+from forgather_fn.metrics.base import Aggregate, Measure, Metric, Partial, sorted_out
 
 
 @attrs.frozen(eq=False)
 class Seen:
-    """What was measured of one batch: means by name, and what each reducer keeps of it."""
+    """What was measured of one batch: means by name, and what each aggregate keeps of it."""
 
     means: Mapping[str, Mean]
     partials: tuple[Partial, ...]
@@ -27,13 +27,13 @@ class Look:
     Attributes:
         loss: Of the plan.
         metrics: Further means.
-        reducers: What is folded over batches.
+        aggregates: What is folded over batches.
         device: Where outputs are.
     """
 
     loss: Loss
     metrics: tuple[Metric, ...]
-    reducers: tuple[Reducer, ...]
+    aggregates: tuple[Aggregate, ...]
     device: torch.device
 
     def __call__(self, outputs: object, batch: object) -> Seen:
@@ -50,9 +50,9 @@ class Look:
             _check_new(set(means), found)
             means |= named_means({"loss": means["loss"], **found})
         partials = []
-        for reducer in self.reducers:
-            begun = {name: self._placed(tensor) for name, tensor in reducer.init().items()}
-            partials.append(_checked(reducer, begun, reducer.add(begun, outputs, batch)))
+        for aggregate in self.aggregates:
+            begun = {name: self._placed(tensor) for name, tensor in aggregate.init().items()}
+            partials.append(_checked(aggregate, begun, aggregate.add(begun, outputs, batch)))
         return Seen({name: mean.detach() for name, mean in means.items()}, tuple(partials))
 
     def _placed(self, tensor: Tensor) -> Tensor:
@@ -77,12 +77,12 @@ def _check_new(known: set[str], found: Iterable[str]) -> None:
         raise ValueError(f"metrics: {twice} is measured already, by the loss or by another metric; rename one of them")
 
 
-def _checked(reducer: Reducer, begun: Partial, found: Partial) -> Partial:
+def _checked(aggregate: Aggregate, begun: Partial, found: Partial) -> Partial:
     forms = [{name: (t.shape, t.is_floating_point()) for name, t in one.items()} for one in (begun, found)]
     if forms[0] != forms[1] or any(t.dtype == torch.bool or t.is_complex() for t in found.values()):
         raise ValueError(
-            f"the reducer {reducer!r} keeps counts and sums by name, which keep their names, shapes and kinds (integer "
-            f"or floating): it began with {_forms(begun)}, and add gave {_forms(found)}"
+            f"the aggregate {aggregate!r} keeps counts and sums by name, which keep their names, shapes and kinds "
+            f"(integer or floating): it began with {_forms(begun)}, and add gave {_forms(found)}"
         )
     return found
 
@@ -97,13 +97,13 @@ class Found:
 
     Attributes:
         sums: For each batch by its number, the total and the weight of each mean.
-        counts: For each reducer, its integers, added up.
-        parts: For each reducer, its floating tensors, for each batch by its number.
+        counts: For each aggregate, its integers, added up.
+        floats: For each aggregate, its floating tensors, for each batch by its number.
     """
 
     sums: Mapping[int, Mapping[str, tuple[float, float]]]
     counts: Sequence[Partial]
-    parts: Sequence[Mapping[int, Partial]]
+    floats: Sequence[Mapping[int, Partial]]
 
 
 @attrs.define(eq=False)
@@ -113,20 +113,20 @@ class Tally:
     look: Look
     means: dict[int, Mapping[str, Mean]] = attrs.field(factory=dict)
     counts: list[dict[str, Tensor]] = attrs.field(factory=list)
-    parts: list[dict[int, Partial]] = attrs.field(factory=list)
+    floats: list[dict[int, Partial]] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
-        self.counts = [{} for _ in self.look.reducers]
-        self.parts = [{} for _ in self.look.reducers]
+        self.counts = [{} for _ in self.look.aggregates]
+        self.floats = [{} for _ in self.look.aggregates]
 
     def take(self, number: int, seen: Seen) -> None:
         """Take in what was measured of a batch."""
         self.means[number] = seen.means
-        for counts, parts, partial in zip(self.counts, self.parts, seen.partials, strict=True):
+        for counts, floats, partial in zip(self.counts, self.floats, seen.partials, strict=True):
             for name, tensor in partial.items():
                 if not tensor.is_floating_point():
                     counts[name] = counts[name] + tensor if name in counts else tensor.detach().long()
-            parts[number] = {name: tensor.detach() for name, tensor in partial.items() if tensor.is_floating_point()}
+            floats[number] = {name: tensor.detach() for name, tensor in partial.items() if tensor.is_floating_point()}
 
     def found(self) -> Found:
         """Bring all of it to the host."""
@@ -136,7 +136,7 @@ class Tally:
                 for number, means in self.means.items()
             },
             counts=[_on_host(counts) for counts in self.counts],
-            parts=[{number: _on_host(one) for number, one in parts.items()} for parts in self.parts],
+            floats=[{number: _on_host(one) for number, one in floats.items()} for floats in self.floats],
         )
 
 
@@ -145,7 +145,7 @@ def _on_host(partial: Partial) -> dict[str, Tensor]:
     return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
 
 
-def combined(told: Sequence[Found], reducers: Sequence[Reducer]) -> dict[str, float]:
+def combined(told: Sequence[Found], aggregates: Sequence[Aggregate]) -> dict[str, float]:
     """Add up what processes have found, in the order of the batches, and make numbers of it.
 
     Raises:
@@ -162,10 +162,10 @@ def combined(told: Sequence[Found], reducers: Sequence[Reducer]) -> dict[str, fl
             before = totals.get(name, (0.0, 0.0))
             totals[name] = before[0] + total, before[1] + weight
     numbers = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
-    for i, reducer in enumerate(reducers):
+    for i, aggregate in enumerate(aggregates):
         counts = [found.counts[i] for found in told]
-        parts = {number: one for found in told for number, one in found.parts[i].items()}
-        result = reducer.result(_added([*counts, *(one for _, one in sorted(parts.items()))]))
+        floats = {number: one for found in told for number, one in found.floats[i].items()}
+        result = aggregate.result(_added([*counts, *(one for _, one in sorted(floats.items()))]))
         _check_new(set(numbers), result)
         numbers |= {name: float(value) for name, value in result.items()}
     return numbers

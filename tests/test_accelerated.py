@@ -71,7 +71,7 @@ def alike(found: list[Any]) -> Any:
 def built_by_chance() -> list[float]:
     torch.manual_seed(rank() + 5)
     state = ff.accelerated(plan(model=nn.Linear(4, 3), average=ff.ema(0.5))).init()
-    return values(state) + torch.cat([p.reshape(-1) for p in state.ema.values()]).tolist()
+    return values(state) + torch.cat([p.reshape(-1) for p in state.average.values()]).tolist()
 
 
 def test_all_start_from_the_weights_of_the_first(pair):

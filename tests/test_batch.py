@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from forgather_fn.batch import as_batch, microbatches, placed
 from forgather_fn.data import Batch
-from forgather_fn.share import Parts
+from forgather_fn.share import Microbatches
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["one", "other"])
@@ -75,14 +75,14 @@ def test_placing_shares_what_is_there_and_converts_floating_tensors_only():
 
 
 def test_parts_of_different_shapes_stay_as_they_came():
-    parts = Parts(({"x": torch.zeros(2, 3)}, {"x": torch.zeros(1, 5)}))
+    parts = Microbatches(({"x": torch.zeros(2, 3)}, {"x": torch.zeros(1, 5)}))
     moved = placed(parts, CPU, torch.float64)
-    assert [part["x"].dtype for part in moved.parts] == [torch.float64] * 2
+    assert [part["x"].dtype for part in moved.items] == [torch.float64] * 2
     found = microbatches(Batch(moved, 3, None), 4)
     assert [tuple(part["x"].shape) for part in found] == [(2, 3), (1, 5)]
 
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_more_parts_than_microbatches_are_refused(count):
-    with pytest.raises(ValueError, match=f"comes in {count} parts, but the plan has microbatches=2"):
-        microbatches(Batch(Parts((torch.zeros(1),) * count), 3, None), 2)
+    with pytest.raises(ValueError, match=f"comes as {count} microbatches, but the plan has microbatches=2"):
+        microbatches(Batch(Microbatches((torch.zeros(1),) * count), 3, None), 2)

@@ -234,7 +234,7 @@ class TestRefused:
             program.step(state, specimens.classes(4))
 
     def test_states_of_optimizers_that_are_numbers(self) -> None:
-        def update(gradients: Any, state: Any, params: Any, **_: Any) -> Any:
+        def update(gradients: Any, state: Any, params: Any, context: Any) -> Any:
             return {"steps": state["steps"] + 1}
 
         counting = ff.Optimizer(lambda params: {"steps": 0}, update, ff.sgd().groups)
@@ -295,7 +295,7 @@ class TestNonFinite:
         before = state.copy()
         state, _ = program.step(state, self.batch)
         assert (int(state.skipped), int(state.updates), state.step) == (1, 1, 2)
-        for held in ("params", "ema", "opt"):
+        for held in ("params", "average", "opt"):
             assert tree.difference(getattr(before, held), getattr(state, held)) is None
 
 

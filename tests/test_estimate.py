@@ -119,7 +119,7 @@ def test_parts_are_those_of_the_state(name):
         return sum(tensor.numel() * tensor.element_size() for tensor in ff.tree.tensors(tree))
 
     assert told.parameters == held(state.params)
-    assert told.averages == held(state.ema)
+    assert told.averages == held(state.average)
     assert told.frozen == held(dict(state.frozen))
     assert told.slots == held(state.opt)
     assert told.buffers == sum(tensor.numel() * tensor.element_size() for tensor in state.buffers.values())

@@ -68,7 +68,7 @@ def test_chunks_cover_the_active_leaves_and_nothing_else(rows, data):
             expected.buffers[leaf.buffer][leaf.offset : leaf.offset + leaf.extent] = 1
     for chunks in (layout.runs(active), layout.spans(active)):
         marked = zeros(layout, CPU)
-        for chunk, piece in zip(chunks, marked.pieces(chunks), strict=True):
+        for chunk, piece in zip(chunks, marked.slices(chunks), strict=True):
             piece += 1
             assert active[chunk.first]
             assert layout.leaves[chunk.first].group == chunk.group
@@ -78,7 +78,7 @@ def test_chunks_cover_the_active_leaves_and_nothing_else(rows, data):
     whole = zeros(layout, CPU)
     singles = layout.singles(active)
     assert [chunk.name for chunk in singles] == names
-    assert all(piece is whole[name] for piece, name in zip(whole.pieces(singles), names, strict=True))
+    assert all(piece is whole[name] for piece, name in zip(whole.slices(singles), names, strict=True))
 
 
 def test_leaves_of_one_group_are_one_run():
@@ -98,7 +98,7 @@ def test_the_memory_of_cuts_is_bounded():
         active = tuple(bool(code >> bit & 1) for bit in range(7))
         flat = zeros(layout, CPU)
         assert sum(chunk.stop - chunk.start for chunk in layout.runs(active)) == 64 * sum(active)
-        flat.pieces(layout.runs(active))
+        flat.slices(layout.runs(active))
     assert len(layout._cuts) <= 32
 
 

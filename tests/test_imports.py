@@ -24,7 +24,7 @@ BASE = {
     "interrupt",
     "layout",
     "mean",
-    "part",
+    "portion",
     "random",
     "reducers",
     "state",

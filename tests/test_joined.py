@@ -69,13 +69,13 @@ def distance(programs: Any, states: Any, data: Any) -> dict[str, float]:
     """How far the averages of what is generated are from the data's."""
     (real,) = next(iter(data))
     noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
-    fake = programs["generator"].apply(states["generator"], noise, params="ema")
+    fake = programs["generator"].apply(states["generator"], noise, params="average")
     return {"mean": float((fake.mean(0) - real.mean(0)).norm()), "spread": float((fake.std(0) - real.std(0)).norm())}
 
 
 def gan(**changes: Any) -> ff.Program:
-    parts = {name: attrs.evolve(plan, **changes) for name, plan in GAN.items()}
-    return ff.joined(parts, gan_step, evaluate=distance)
+    members = {name: attrs.evolve(plan, **changes) for name, plan in GAN.items()}
+    return ff.joined(members, gan_step, evaluate=distance)
 
 
 def gaussian(count: int = 256) -> tuple[Tensor]:
@@ -96,7 +96,7 @@ def test_a_gan_learns_a_gaussian():
     assert before["mean"] > 1.5
     assert after["mean"] < 0.35
     assert after["spread"] < 0.5
-    states = ff.parts(final)
+    states = ff.members(final)
     assert (final.step, states["critic"].step, states["generator"].step) == (400, 800, 400)
     assert int(final.updates) == 1200
 
@@ -105,23 +105,23 @@ def test_it_is_two_programs_stepped_by_hand():
     """The joint state is the two states, and nothing is lost or added on the way."""
     program = gan()
     state = program.init(5)
-    states = {name: part.copy() for name, part in ff.parts(state).items()}
+    states = {name: member.copy() for name, member in ff.members(state).items()}
     alone = {name: ff.single(plan) for name, plan in GAN.items()}
-    for part in alone:
-        alone[part].init(0)
+    for member in alone:
+        alone[member].init(0)
     for step in range(3):
         batch = (gaussian()[0][step * 8 : step * 8 + 8],)
         with ff.random.seeded(ff.random.key(5, step, "joined"), torch.device("cpu")):
             states, _ = gan_step(alone, states, batch)
         state, _ = program.step(state, batch)
-    for name, part in ff.parts(state).items():
-        assert_equal(part, states[name])
+    for name, member in ff.members(state).items():
+        assert_equal(member, states[name])
 
 
 def test_the_gradient_of_the_generator_goes_through_the_critic_and_not_to_it():
     program = gan()
     state = program.init(0)
-    states, programs = ff.parts(state), program.plan.model.programs
+    states, programs = ff.members(state), program.plan.model.programs
     critic = programs["critic"].module()
     noise = torch.randn(8, 2)
     for parameter in critic.parameters():
@@ -154,18 +154,18 @@ def test_the_same_call_gives_the_same_bits(donate):
     assert_equal(one, other.step(other.init(0), gaussian(8))[0])
 
 
-def test_a_consumed_state_refuses_and_so_do_its_parts():
+def test_a_consumed_state_refuses_and_so_do_its_members():
     program = gan()
     state = program.init(0)
-    states = ff.parts(state)
+    states = ff.members(state)
     program.step(state, gaussian(8))
     with pytest.raises(ff.ConsumedStateError, match="consumed by step 0"):
         _ = state.params
     with pytest.raises(ff.ConsumedStateError):
-        ff.parts(state)
-    for part in states.values():
+        ff.members(state)
+    for member in states.values():
         with pytest.raises(ff.ConsumedStateError):
-            _ = part.params
+            _ = member.params
 
 
 def failing(at: str) -> Any:
@@ -218,28 +218,28 @@ def test_left_at_any_step_and_taken_up_again(tmp_path, async_):
     for step in range(1, 5):
         again = gan()
         state = again.restore(tmp_path / "checkpoints" / f"checkpoint-{step}")
-        assert (state.step, ff.parts(state)["critic"].step) == (step, 2 * step)
+        assert (state.step, ff.members(state)["critic"].step) == (step, 2 * step)
         assert_equal(toolz.pipe(again.steps(state, gan_data(50)), ff.until(steps=5), ff.last), whole)
 
 
-def test_a_checkpoint_is_one_commit_under_names_of_the_parts(tmp_path: Path):
+def test_a_checkpoint_is_one_commit_under_names_of_the_members(tmp_path: Path):
     program = gan()
     state, _ = program.step(program.init(0), gaussian(8))
     loaded = ff.checkpoint.load(ff.checkpoint.save(program, state, tmp_path))
     assert {name.partition(".")[0] for name in loaded.tensors["model"]} == {"critic", "generator"}
     assert "generator.1.running_mean" in loaded.tensors["model"]
-    assert set(loaded.tensors["ema"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}
+    assert set(loaded.tensors["average"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}
     other = ff.joined({**GAN, "critic": attrs.evolve(GAN["critic"], optimizer=ff.sgd())}, gan_step)
     with pytest.raises(ff.checkpoint.CheckpointError, match=r"optimizer:\n.*critic: optimizer=adam\("):
         other.restore(tmp_path)
     fresh = gan().restore(tmp_path, without={"optimizer", "progress"})
-    assert (fresh.step, ff.parts(fresh)["critic"].step) == (0, 0)
+    assert (fresh.step, ff.members(fresh)["critic"].step) == (0, 0)
     assert not any(tensor.any() for tensor in fresh.opt["critic"]["exp_avg"].values())
     with pytest.raises(ValueError, match="takes only 'optimizer' and 'progress'"):
-        gan().restore(tmp_path, without={"ema"})
+        gan().restore(tmp_path, without={"average"})
 
 
-def test_steps_may_be_over_some_of_the_parts():
+def test_steps_may_be_over_some_of_the_members():
     def step(programs: Any, states: Any, batch: Any) -> Any:
         states["one"], metrics = programs["one"].step(states["one"], batch)
         if states["one"].step % 2 == 0:
@@ -249,11 +249,11 @@ def test_steps_may_be_over_some_of_the_parts():
     plan = ff.Plan(model=classifier, loss=ff.losses.cross_entropy, optimizer=ff.adamw(), schedule=0.01)
     program = ff.joined({"one": plan, "other": plan}, step)
     state = ff.fold(program.step, program.init(0), labelled_batches(5))
-    states = ff.parts(state)
+    states = ff.members(state)
     assert (states["one"].step, states["other"].step, state.samples) == (5, 2, 30)
     alone = ff.single(plan)
     assert_equal(states["one"], ff.fold(alone.step, alone.init(states["one"].seed), labelled_batches(5)))
-    assert len({part.seed for part in states.values()}) == 2
+    assert len({member.seed for member in states.values()}) == 2
 
 
 class Policy(nn.Sequential):
@@ -302,23 +302,23 @@ def test_an_actor_and_its_critic_learn_a_bandit():
             break
     assert sum(rewards[:5]) / 5 < 0.5
     assert sum(rewards[-5:]) / 5 > 0.9
-    value = program.plan.model.programs["critic"].apply(ff.parts(tick.state)["critic"], torch.eye(3))
+    value = program.plan.model.programs["critic"].apply(ff.members(tick.state)["critic"], torch.eye(3))
     assert value.mean() > 0.6
 
 
-def test_conversion_is_of_the_parts():
+def test_conversion_is_of_the_members():
     program = gan()
     state, _ = program.step(program.init(0), gaussian(8))
     frozen = ff.adam(betas=(0.5, 0.99), groups=[ff.group("0.*", frozen=True)])
     other = ff.joined({**GAN, "generator": attrs.evolve(GAN["generator"], optimizer=frozen)}, gan_step)
     moved = program.convert(state, other)
     assert "generator.0.weight" in moved.frozen
-    assert_equal(ff.parts(moved)["critic"], ff.parts(state)["critic"])
+    assert_equal(ff.members(moved)["critic"], ff.members(state)["critic"])
     later, _ = other.step(moved, gaussian(8))
     assert later.step == 2
     with pytest.raises(ValueError, match="are carried to those of another with the same names"):
         program.convert(state, ff.single(GAN["critic"]))
-    with pytest.raises(ValueError, match=r"dropping='0\.weight' begins with no part's name"):
+    with pytest.raises(ValueError, match=r"dropping='0\.weight' begins with no member's name"):
         program.convert(state, other, dropping=["0.weight"])
 
 
@@ -329,8 +329,8 @@ def test_a_copy_has_parts_of_its_own():
     state, _ = program.step(state, gaussian(8))
     fresh = gan().init(0)
     assert_equal(copied, fresh)
-    for name, part in ff.parts(copied).items():
-        assert_equal(part, ff.parts(fresh)[name])
+    for name, member in ff.members(copied).items():
+        assert_equal(member, ff.members(fresh)[name])
 
 
 def test_export_gives_a_module_of_each():
@@ -341,7 +341,7 @@ def test_export_gives_a_module_of_each():
     assert not math.isnan(float(exported["critic"](torch.zeros(1, 2)).detach()))
 
 
-def test_norms_are_given_for_every_part():
+def test_norms_are_given_for_every_member():
     program = gan()
     _, metrics = program.step(program.init(0), gaussian(8), wants=frozenset({"gradient_norms"}))
     assert {"critic/grad_norm/0.weight", "generator/grad_norm/3.bias"} <= set(metrics)
@@ -364,10 +364,10 @@ PLAN = GAN["critic"]
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"),
+    ("members", "message"),
     [
-        ({}, "there are no parts"),
-        ({"a.b": PLAN}, r"must be an identifier: 'a\.b'"),
+        ({}, "there are no members"),
+        ({"a.b": PLAN}, r"must be an identifier; got 'a\.b'"),
         ({"a": PLAN, "b": attrs.evolve(PLAN, device="meta")}, "on several devices, cpu, meta"),
         (
             {"a": attrs.evolve(PLAN, schedule=ff.schedules.on_plateau(0.1))},
@@ -376,9 +376,9 @@ PLAN = GAN["critic"]
         ({"a": ff.joined({"b": PLAN}, gan_step)}, "a is run by several processes, or joint itself"),
     ],
 )
-def test_parts_that_cannot_be_joined_are_refused(parts, message):
+def test_parts_that_cannot_be_joined_are_refused(members, message):
     with pytest.raises(ValueError, match=message):
-        ff.joined(parts, gan_step)
+        ff.joined(members, gan_step)
 
 
 @pytest.mark.parametrize(
@@ -405,22 +405,22 @@ def test_what_is_of_the_parts_alone_is_refused():
         program.module()
     state = program.init(0)
     for call in (program.gradients, program.apply):
-        with pytest.raises(ValueError, match=r"through its programs, 'critic', 'generator', on ff\.parts"):
+        with pytest.raises(ValueError, match=r"through its programs, 'critic', 'generator', on ff\.members"):
             call(state, gaussian(8))
     with pytest.raises(ValueError, match="evaluated by the function that it was made with"):
         program.evaluate(state, [gaussian(8)])
-    with pytest.raises(ValueError, match="parts: this state is of one model"):
-        ff.parts(ff.single(PLAN).init(0))
+    with pytest.raises(ValueError, match="members: this state is of one model"):
+        ff.members(ff.single(PLAN).init(0))
 
 
 class TestRollback:
-    """A joint step reports what its function chooses, and its parts leave steps out."""
+    """A joint step reports what its function chooses, and its members leave steps out."""
 
     def made(self) -> Any:
-        part = ff.Plan(
+        member = ff.Plan(
             model=classifier, loss=ff.losses.cross_entropy, optimizer=ff.sgd(), schedule=0.1, on_nonfinite="skip"
         )
-        return ff.joined({"one": part}, self.step)
+        return ff.joined({"one": member}, self.step)
 
     @staticmethod
     def step(programs: Any, states: dict[str, ff.TrainState], batch: Any) -> Any:

@@ -5,7 +5,7 @@ import torch
 
 import forgather_fn as ff
 from forgather_fn.batch import microbatches, owned
-from forgather_fn.share import Parts, Share, cut
+from forgather_fn.share import Microbatches, Share, cut
 
 
 @pytest.mark.parametrize("samples", range(18))
@@ -63,7 +63,7 @@ def test_each_process_reads_its_samples_and_no_others(last, workers):
         assert [part.samples for part in own] == [batch.samples] * 2
         assert [part.ragged for part in own] == [batch.ragged] * 2
         assert [part.data.first for part in own] == [0, 2]
-        together = [piece for part in own for piece in part.data.parts]
+        together = [piece for part in own for piece in part.data.items]
         assert torch.equal(torch.cat(together), batch.data)
         assert all(map(torch.equal, together, microbatches(batch, 4)))
     if not workers:
@@ -72,8 +72,8 @@ def test_each_process_reads_its_samples_and_no_others(last, workers):
 
 def test_a_share_starts_anywhere():
     stream, share = ff.batches(torch.arange(50), batch_size=8), Share(4, 1, 2)
-    parts = [batch.data.parts for batch in itertools.islice(stream.start(1, 0, share), 5)]
-    later = [batch.data.parts for batch in itertools.islice(stream.start(1, 16, share), 3)]
+    parts = [batch.data.items for batch in itertools.islice(stream.start(1, 0, share), 5)]
+    later = [batch.data.items for batch in itertools.islice(stream.start(1, 16, share), 3)]
     assert all(
         torch.equal(*pair) for own, other in zip(parts[2:], later, strict=True) for pair in zip(own, other, strict=True)
     )
@@ -84,11 +84,11 @@ def test_owned_takes_whole_batches_and_parts_alike():
     second = Share(4, 1, 2)
     expected = [(2, [4, 5]), (3, [6])]
     assert [(n, part.tolist()) for n, part in owned(batch, second)] == expected
-    mine = ff.Batch(Parts((torch.tensor([4, 5]), torch.tensor([6])), 2), 7, None)
+    mine = ff.Batch(Microbatches((torch.tensor([4, 5]), torch.tensor([6])), 2), 7, None)
     assert [(n, part.tolist()) for n, part in owned(mine, second)] == expected
-    nothing = ff.Batch(Parts((), 2), 2, None, ragged=True)
+    nothing = ff.Batch(Microbatches((), 2), 2, None, ragged=True)
     assert owned(nothing, second) == []
-    everything = ff.Batch(Parts(tuple(microbatches(batch, 4))), 7, None)
+    everything = ff.Batch(Microbatches(tuple(microbatches(batch, 4))), 7, None)
     assert [(n, part.tolist()) for n, part in owned(everything, second)] == expected
 
 
@@ -107,6 +107,6 @@ def test_random_draws_do_not_depend_on_the_number_of_processes():
     stream = ff.batches(dataset, batch_size=8, random=True, collate=drawn)
     (one,) = itertools.islice(stream.start(0, 0, Share(4)), 1)
     (two,) = itertools.islice(stream.start(0, 0, Share(4, 1, 2)), 1)
-    assert all(map(torch.equal, one.data.parts[2:], two.data.parts))
+    assert all(map(torch.equal, one.data.items[2:], two.data.items))
     assert "microbatches=4" in stream.fingerprint(0, Share(4, 1, 2))
     assert stream.fingerprint(0, Share(4, 0, 2)) == stream.fingerprint(0, Share(4, 1, 4))

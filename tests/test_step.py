@@ -547,7 +547,18 @@ class TestNonFinite:
         before = state.copy()
         state, _ = made.step(state, spoil(labelled(6)))
         after, expected = state.as_tree(), before.as_tree()
-        for name in ("params", "frozen", "buffers", "opt", "ema", "transforms", "updates", "nonfinite", "seed", "data"):
+        for name in (
+            "params",
+            "frozen",
+            "buffers",
+            "opt",
+            "average",
+            "transforms",
+            "updates",
+            "nonfinite",
+            "seed",
+            "data",
+        ):
             assert tree.difference(after[name], expected[name], name) is None
         assert (state.step, state.samples, state.skipped.item(), state.updates.item()) == (3, 18, 1, 2)
 
@@ -629,7 +640,7 @@ class TestTheFlagOnTheDevice:
         before = state.copy()
         state = ff.fold(made.step, state, [spoil(labelled(6)), *labelled_batches(2), spoil(labelled(6))])
         after, expected = state.as_tree(), before.as_tree()
-        for name in ("params", "buffers", "opt", "ema", "transforms", "updates", "skipped"):
+        for name in ("params", "buffers", "opt", "average", "transforms", "updates", "skipped"):
             assert tree.difference(after[name], expected[name], name) is None
         assert (state.step, state.nonfinite.item()) == (6, 2)
         with pytest.raises(ff.NonFiniteError, match="step 2"):

@@ -17,9 +17,7 @@ CODE: Final = 60
 LONG: Final = {
     "forgather_fn/checkpoint/snapshot.py:snapshot": "the whole of a checkpoint's record, field by field",
     "forgather_fn/optim/adam.py:_adam_family": "a record of closures, each of which is short",
-    "forgather_fn/optim/partition.py:partitioned": "a record of closures, each of which is short",
     "forgather_fn/optim/schedule_free.py:schedule_free_adamw": "a record of closures, each of which is short",
-    "forgather_fn/optim/sgd.py:sgd": "a record of closures, each of which is short",
     "forgather_fn/strategy/joined.py:joined": "a record of closures, each of which is short",
     "forgather_fn/strategy/program.py:assembled": "a record of closures, each of which is short",
     "forgather_fn/training.py:assembled": "its arguments are those of a configuration",
@@ -53,8 +51,8 @@ Aborted Batch CompileError ConsumedStateError Gradients Mean NonFiniteError Obse
 Steps Stream Tick TrainState Transform
 accelerated adam adamw adapters at at_end batches chain changing checkpoint clipped control controlled data diagnostics
 difference early_stopped ema evaluated every every_seconds fold folded from_torch frozen group joined last lora losses
-memory metrics noise optim parts pipelined power_ema reducers refreshed_statistics report rollback saved schedules serve
-sgd single stateless stopped_by swa testing transforms until
+members memory metrics noise optim pipelined power_ema reducers refreshed_statistics report rollback saved schedules
+serve sgd single stateless stopped_by swa testing transforms until
 """
 
 

@@ -36,5 +36,5 @@ circle = ff.batches(torch.stack([angle.cos(), angle.sin()], 1), batch_size=128)
 programs = {"critic": ff.single(plan(1, tell_apart)), "generator": ff.single(plan(2, be_taken_for_real))}
 program = ff.joined(programs, turns)
 final = toolz.pipe(program.steps(program.init(0), circle), ff.every(250, ff.saved("gan")), ff.until(steps=500), ff.last)
-points = programs["generator"].apply(ff.parts(final)["generator"], torch.randn(512, 2))
+points = programs["generator"].apply(ff.members(final)["generator"], torch.randn(512, 2))
 print(f"radius {points.norm(dim=1).mean():.2f}, spread {points.norm(dim=1).std():.2f}")

@@ -17,16 +17,15 @@ from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.reading import UNREADABLE, read_tensors, rows_of
 from forgather_fn.checkpoint.record import decode, fill
-from forgather_fn.checkpoint.snapshot import COUNTERS, STATE
+from forgather_fn.checkpoint.snapshot import STATE
 from forgather_fn.checkpoint.system import path_of
 from forgather_fn.flat import Flat, filled, layout_of, listed
-from forgather_fn.joining import PARTS as JOINT
-from forgather_fn.joining import parts
+from forgather_fn.joining import MEMBERS, members
 from forgather_fn.optim.base import OptState, rewrite
-from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.shards import Rows
-from forgather_fn.state import Arrays, Ownership, TrainState, counter
+from forgather_fn.state import COUNTERS, RESTARTABLE, Arrays, Ownership, TrainState, check_names, counter
 from forgather_fn.world import World
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ MEANING: Final = ("model", "loss", "optimizer", "schedule", "transforms", "avera
 """Parts of a plan that must be the same for a run to go on; others are recorded only."""
 
 ALLOWED: Final = frozenset({*MEANING, "data", "batch_size"})
-PARTS: Final = frozenset({"optimizer", "ema", "transforms", "controls", "loss_scale", "progress"})
 
 
 @attrs.frozen(eq=False)
@@ -45,7 +43,7 @@ class Loaded:
     Attributes:
         path: The directory.
         record: ``state.json``.
-        tensors: All tensors of each file group: model, optimizer, buffers, ema, other.
+        tensors: All tensors of each file group: model, optimizer, buffers, average, other.
     """
 
     path: Path
@@ -122,15 +120,15 @@ def restored(
     plan: Plan,
     fresh: Callable[[int], TrainState],
     world: World,
-    part: Callable[[], Part | None],
+    portion: Callable[[], Portion | None],
     path: str | Path,
     allow: Collection[str],
     without: Collection[str],
     rows: Rows | None = None,
 ) -> TrainState:
     """Make the state that a checkpoint holds; see :class:`~forgather_fn.program.Restore`."""
-    _check_names("allow", allow, ALLOWED)
-    _check_names("without", without, PARTS)
+    check_names("restore: allow", allow, ALLOWED)
+    check_names("restore: without", without, RESTARTABLE)
     loaded = _loaded_together(world, path, rows)
     record = loaded.record
     _tell_of_other_world(world, record, loaded.path)
@@ -138,11 +136,11 @@ def restored(
         _check_plan(plan, record["plan"], loaded.path, allow)
         seed = int(record["seed"])
     state = fresh(seed)
-    own = part()
+    own = portion()
     if own is not None:
-        from forgather_fn.checkpoint.shards import part_of  # when used: it writes as well
+        from forgather_fn.checkpoint.shards import portion_of  # when used: it writes as well
 
-        loaded = part_of(loaded, own)
+        loaded = portion_of(loaded, own)
     with _explained(loaded.path):
         state = attrs.evolve(state, arrays=_arrays(plan, state.read(), loaded, without))
         if "progress" in without:
@@ -190,12 +188,6 @@ def _explained(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {STATE} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _check_names(what: str, given: Collection[str], known: frozenset[str]) -> None:
-    names = isinstance(given, Collection) and not isinstance(given, str | bytes)
-    if not names or not all(isinstance(name, str) and name in known for name in given):
-        raise ValueError(f"restore: {what}={given!r}: expected a set of names out of {sorted(known)}")
-
-
 def _check_plan(plan: Plan, saved: Mapping[str, str], path: Path, allow: Collection[str]) -> None:
     here = plan.describe()
     unlike = [name for name in MEANING if name not in allow and saved.get(name) != here[name]]
@@ -226,16 +218,16 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
             f"{loaded.path} was saved with {saved} transforms, and the plan has {len(fresh.transforms)}: let them "
             "begin with fresh states, without={'transforms'}"
         )
-    if "ema" not in without and fresh.ema is not None:
-        if not record["ema"]:
-            raise CheckpointError(f"{loaded.path} holds no average of the parameters; leave it out: without={{'ema'}}")
-        fill(fresh.ema, loaded.tensors.get("ema", {}), f"{loaded.path}: ema")
+    if "average" not in without and fresh.average is not None:
+        if not record["average"]:
+            raise CheckpointError(f"{loaded.path} holds no average; leave it out: without={{'average'}}")
+        fill(fresh.average, loaded.tensors.get("average", {}), f"{loaded.path}: average")
     if "progress" not in without:
         for name in COUNTERS:
             getattr(fresh, name).copy_(counter(int(record["counters"][name]), device))
     fill(fresh.params, {name: model[name] for name in fresh.params}, f"{loaded.path}: params")
-    if fresh.ema is not None and "ema" in without:
-        fresh.ema.assign(fresh.params)
+    if fresh.average is not None and "average" in without:
+        fresh.average.assign(fresh.params)
     if "optimizer" in without:
         kept["opt"] = plan.optimizer.init(fresh.params)
     if "transforms" in without:
@@ -339,7 +331,7 @@ def load_weights(
     _check_kinds(chosen, model, loaded.path)
     owners = _optimizers(state)
     arrays = state.consume("load_weights")
-    averages = arrays.ema if arrays.ema is not None else {}
+    averages = arrays.average if arrays.average is not None else {}
     with torch.no_grad():
         for name in chosen:
             for flat in (arrays.params, arrays.buffers, averages):
@@ -352,7 +344,7 @@ def load_weights(
 
 
 def _optimizers(state: TrainState) -> list[tuple[str, OptState]]:
-    """Give what optimizers keep, with what the names of their parameters begin with: one, or those of joint parts."""
-    if JOINT in state.controls:
-        return [(f"{name}.", part.opt) for name, part in parts(state).items()]
+    """Give what optimizers keep, with what the names of their parameters begin with: one, or one for each member."""
+    if MEMBERS in state.controls:
+        return [(f"{name}.", member.opt) for name, member in members(state).items()]
     return [("", state.opt)]

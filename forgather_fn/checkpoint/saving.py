@@ -15,11 +15,11 @@ from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
 from forgather_fn.checkpoint.lock import locked
 from forgather_fn.checkpoint.rotation import Best, Policy
-from forgather_fn.checkpoint.shards import commit_parts
+from forgather_fn.checkpoint.shards import commit_portions
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
 from forgather_fn.loop import Steps, Tick
-from forgather_fn.part import Part
+from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState, raise_if_nonfinite
@@ -60,9 +60,9 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
         )
     place = path_of(run, "save")
     raise_if_nonfinite(state)
-    part = program.part()
-    if part is not None:
-        return _save_parts(place, state, program, part, pinned)
+    portion = program.portion()
+    if portion is not None:
+        return _save_portions(place, state, program, portion, pinned)
     whole = _whole(program, state)
 
     def commit_here() -> Path:
@@ -75,7 +75,7 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
     return program.world.first(commit_here)
 
 
-def _save_parts(run: Path, state: TrainState, program: Program, part: Part, pinned: bool) -> Path:
+def _save_portions(run: Path, state: TrainState, program: Program, portion: Portion, pinned: bool) -> Path:
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
 
@@ -84,7 +84,7 @@ def _save_parts(run: Path, state: TrainState, program: Program, part: Part, pinn
             sessions.append(open_session(run))
 
         program.world.first(begin)
-        return commit_parts(sessions[0] if sessions else None, state, program, part, pinned=pinned)
+        return commit_portions(sessions[0] if sessions else None, state, program, portion, pinned=pinned)
 
 
 def saved(
@@ -203,9 +203,9 @@ class _Writer:
         state = tick.state
         self.last = state.step
         raise_if_nonfinite(state)
-        part = tick.run.program.part()
-        if part is not None:
-            self._save_part(tick, part, done)
+        portion = tick.run.program.portion()
+        if portion is not None:
+            self._save_portion(tick, portion, done)
             return
         whole = _whole(tick.run.program, state)
         if not self.world.main:
@@ -245,11 +245,11 @@ class _Writer:
             self.errors.append(error)
             done.set_exception(error)
 
-    def _save_part(self, tick: Tick, part: Part, done: "Future[Mapping[str, Any]]") -> None:
+    def _save_portion(self, tick: Tick, portion: Portion, done: "Future[Mapping[str, Any]]") -> None:
         """Save at once what all processes have together; a failure that all know of is one of this save."""
         program, data = tick.run.program, tick.run.data
         try:
-            path = commit_parts(self.session, tick.state, program, part, data=data, metrics=tick.results)
+            path = commit_portions(self.session, tick.state, program, portion, data=data, metrics=tick.results)
         except Exception as error:
             if not getattr(error, "known_to_all", False):
                 raise

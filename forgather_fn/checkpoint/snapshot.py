@@ -14,11 +14,10 @@ from forgather_fn.checkpoint.record import encode
 from forgather_fn.data import Stream
 from forgather_fn.flat import Flat
 from forgather_fn.program import Program
-from forgather_fn.state import TrainState
+from forgather_fn.state import COUNTERS, TrainState
 
 VERSION: Final = 1
 STATE: Final = "state.json"
-COUNTERS: Final = ("updates", "skipped", "tokens", "nonfinite")
 SHARD_BYTES: Final = 5 * 10**9
 """Above this size the weights are split into several files."""
 
@@ -120,7 +119,7 @@ def snapshot(
         "optimizer.safetensors": optimizer,
         "buffers.safetensors": {name: tensor for name, tensor in buffers.items() if name not in persistent},
         "other.safetensors": others,
-        "ema.safetensors": dict(flat_later("ema", arrays.ema)) if arrays.ema is not None else {},
+        "average.safetensors": dict(flat_later("average", arrays.average)) if arrays.average is not None else {},
     }
     texts, weights = _weights(model)
     tensors = {name: held for name, held in (*weights.items(), *tensors.items()) if held}
@@ -136,7 +135,7 @@ def snapshot(
             "counters": {name: int(getattr(arrays, name)) for name in COUNTERS},
             "structure": structure,
             "buffers": list(arrays.buffers),
-            "ema": arrays.ema is not None,
+            "average": arrays.average is not None,
             "plan": program.plan.describe(),
             "stream": repr(data) if isinstance(data, Stream) else type(data).__name__,
             "versions": versions(),

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from forgather_fn.checkpoint import system
 from forgather_fn.checkpoint.manifest import CheckpointError
-from forgather_fn.checkpoint.snapshot import COUNTERS, STATE, VERSION
+from forgather_fn.checkpoint.snapshot import STATE, VERSION
+from forgather_fn.state import COUNTERS
 
 DEEPEST: Final = 100
 """How deep a tree of a state may be."""
@@ -115,7 +116,7 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "counters": (_holds(*COUNTERS, each=_is_integer), f"mapping with numbers for {', '.join(COUNTERS)}"),
     "structure": (_holds("opt", "transforms", "controls", each=_is_tree), "description of trees of tensors"),
     "buffers": (_is_names, "list of names"),
-    "ema": (lambda value: isinstance(value, bool), "true or false"),
+    "average": (lambda value: isinstance(value, bool), "true or false"),
     "plan": (_holds(each=_is_text), "mapping of texts"),
 }
 """What every state file has: how to tell it, and what it is called."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from forgather_fn.config.builtin import BUILTINS
 from forgather_fn.config.errors import ConfigError
-from forgather_fn.config.graph import parts_of
+from forgather_fn.config.graph import split_target
 from forgather_fn.config.registry import FAMILIES, NAMES, PACKAGES
 
 _TOO_WIDE: Final = frozenset({"torch", "numpy", "forgather_fn"}) | sys.stdlib_module_names
@@ -27,7 +27,7 @@ def check_allowed(target: str, allow: Collection[str]) -> None:
     Raises:
         ConfigError: It is not admitted; the message has the option that would.
     """
-    module, name = parts_of(target)
+    module, name = split_target(target)
     if "__" in name:
         raise ConfigError(f"{target}: names with '__' are never called")
     if module is None:
@@ -58,7 +58,7 @@ def check_allow(allow: Collection[str]) -> None:
     for one in allow:
         module, separator, _ = one.rpartition(":")
         if separator:
-            parts_of(one)
+            split_target(one)
         elif one.endswith(".py"):
             continue
         elif not all(part.isidentifier() for part in one.split(".")):
@@ -77,7 +77,7 @@ def resolve(target: str, allow: Collection[str]) -> Any:
         ConfigError: It is not admitted, or is not there.
     """
     check_allowed(target, allow)
-    module, name = parts_of(target)
+    module, name = split_target(target)
     if module is None and name in BUILTINS:
         return BUILTINS[name]
     holder = _load(module or "builtins", target)

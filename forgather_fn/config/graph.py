@@ -134,14 +134,14 @@ def children(node: Node) -> Iterator[Ref]:
         yield node.default
 
 
-def parts_of(target: str) -> tuple[str | None, str]:
+def split_target(target: str) -> tuple[str | None, str]:
     """Split the target of a call into its module, or file, and the name in it; None for a builtin's.
 
     Raises:
         ConfigError: It is neither.
 
     Example:
-        >>> parts_of("torch.nn:Linear"), parts_of("str.format")
+        >>> split_target("torch.nn:Linear"), split_target("str.format")
         (('torch.nn', 'Linear'), (None, 'str.format'))
     """
     match = _SPEC.fullmatch(target)

@@ -11,7 +11,7 @@ import attrs
 from forgather_fn.config.builtin import BUILTINS
 from forgather_fn.config.dump import dump
 from forgather_fn.config.errors import ConfigError
-from forgather_fn.config.graph import IDENTIFIER, Call, Graph, Items, Pairs, Scalar, Var, parts_of
+from forgather_fn.config.graph import IDENTIFIER, Call, Graph, Items, Pairs, Scalar, Var, split_target
 from forgather_fn.config.walk import make
 
 _OWN: Final = "forgather_fn.config.builtin"
@@ -93,7 +93,7 @@ def _import(place: tuple[str, str], alias: str) -> str:
 
 def _place(target: str) -> tuple[str, str]:
     """Tell in which module code finds what a configuration calls, and under which name."""
-    module, name = parts_of(target)
+    module, name = split_target(target)
     if module is not None or name not in BUILTINS:
         return module or "builtins", name
     function: Any = BUILTINS[name]

@@ -6,7 +6,7 @@ from typing import Final, Literal
 import attrs
 
 from forgather_fn.config.errors import ConfigError
-from forgather_fn.config.graph import IDENTIFIER, parts_of
+from forgather_fn.config.graph import IDENTIFIER, split_target
 from forgather_fn.config.hints import nearest
 
 CALLS: Final[dict[str, Literal["singleton", "factory", "partial", "meta"]]] = {
@@ -67,7 +67,7 @@ def tag_of(text: str) -> Tag | None:
     if tag.name is not None and not IDENTIFIER.fullmatch(tag.name):
         raise ConfigError(f"{text}: {tag.name!r} is no name: expected letters, digits and _")
     if tag.kind in CALLS:
-        parts_of(tag.target)
+        split_target(tag.target)
     elif tag.target or (tag.kind == "var" and tag.name):
         raise ConfigError(f"{text}: expected !{tag.kind} alone, or with @name")
     return tag

@@ -86,11 +86,11 @@ class _Walk(Generic[T]):
             default = node.default
             return self.maker.variable(node, None if default is None else lambda: self.visit(default, key))
         if node.kind == "meta":
-            graphs = [self._part(one) for one in node.args]
-            return self.maker.meta(node, graphs, [(name, self._part(one)) for name, one in node.kwargs], key)
+            graphs = [self._subgraph(one) for one in node.args]
+            return self.maker.meta(node, graphs, [(name, self._subgraph(one)) for name, one in node.kwargs], key)
         args = [self.visit(one, f"{key}[{i}]") for i, one in enumerate(node.args)]
         kwargs = [(name, self.visit(one, f"{key}.{name}")) for name, one in node.kwargs]
         return self.maker.call(node, args, kwargs, key)
 
-    def _part(self, ref: Ref) -> Graph:
+    def _subgraph(self, ref: Ref) -> Graph:
         return graph_of(dict(enumerate(self.graph.nodes)), {"main": ref})

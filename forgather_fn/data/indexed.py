@@ -18,7 +18,7 @@ from forgather_fn.data.sizes import Sizes
 from forgather_fn.data.stream import VERSION, Last, Stream
 from forgather_fn.data.threads import in_threads
 from forgather_fn.describe import describe
-from forgather_fn.share import Parts, Share
+from forgather_fn.share import Microbatches, Share
 
 _BLOCK: Final = 8192
 """Positions looked up at once: a look-up of one batch costs as much as one of thousands of samples."""
@@ -83,8 +83,8 @@ class IndexedStream(Stream):
             seed: The job's. A ``seed`` given to :func:`batches` takes its place.
             samples: Samples of this stream that the job has consumed.
             share: Which microbatches this process has. Only their samples are read, each microbatch is collated by
-                itself, and the data of a batch are :class:`~forgather_fn.share.Parts`; its number of samples is that
-                of the whole step. None: all, collated at once.
+                itself, and the data of a batch are :class:`~forgather_fn.share.Microbatches`; its number of samples is
+                that of the whole step. None: all, collated at once.
             cursor: None: the number of samples says it all.
 
         Raises:
@@ -223,7 +223,7 @@ class IndexedStream(Stream):
             for request in requests:
                 count = len(request.indices)
                 own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
-                data = own[0] if share is None else Parts(tuple(own), share.block.start)
+                data = own[0] if share is None else Microbatches(tuple(own), share.block.start)
                 ragged = count < self._size(request.start)
                 if share is not None:
                     share.check(count, ragged=ragged)

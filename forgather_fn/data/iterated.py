@@ -19,7 +19,7 @@ from forgather_fn.data.stream import VERSION, Last, Stream
 from forgather_fn.data.threads import in_threads
 from forgather_fn.describe import describe
 from forgather_fn.random import key
-from forgather_fn.share import Parts, Share
+from forgather_fn.share import Microbatches, Share
 
 FORMAT: Final = 1
 """Of cursors. One of another format is refused."""
@@ -221,7 +221,7 @@ class Reading:
         data = [self._collated(samples[part], first, part.start or 0) for part in rows]
         self.place = place
         return Batch(
-            data[0] if share is None else Parts(tuple(data), share.block.start),
+            data[0] if share is None else Microbatches(tuple(data), share.block.start),
             len(samples),
             None,
             ragged=ragged,

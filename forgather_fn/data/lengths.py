@@ -37,7 +37,7 @@ class ByLength:
                 indices[rows] = self._window(first, n, epoch_length, seed, epoch)[offsets[rows] - first]
         return epochs, indices
 
-    def parts(self, n: int, /) -> list[range]:
+    def epoch_ranges(self, n: int, /) -> list[range]:
         """All samples have one epoch."""
         return [range(n)]
 

@@ -5,14 +5,14 @@ from torch import Tensor
 
 
 def block_mask(position_ids: Tensor) -> Tensor:
-    """Let each token see those before it in its own piece, and nothing of other pieces.
+    """Let each token see those before it in its own segment, and nothing of other segments.
 
     For ``torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask)``, and as the ``attention_mask`` of
     models that take one of four dimensions. Models of Hugging Face need none: given ``position_ids`` and no mask, they
     make it themselves.
 
     Args:
-        position_ids: (batch, length), starting at 0 with each piece.
+        position_ids: (batch, length), starting at 0 with each segment.
 
     Returns:
         bool, (batch, 1, length, length): True where the token of the third dimension sees that of the fourth.
@@ -21,19 +21,19 @@ def block_mask(position_ids: Tensor) -> Tensor:
         >>> block_mask(torch.tensor([[0, 1, 0, 1]]))[0, 0].int().tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     """
-    pieces = (position_ids == 0).cumsum(-1)
-    same = pieces[:, None, :, None] == pieces[:, None, None, :]
+    segments = (position_ids == 0).cumsum(-1)
+    same = segments[:, None, :, None] == segments[:, None, None, :]
     return same & torch.ones_like(same[0, 0]).tril()
 
 
 def flash_arguments(position_ids: Tensor) -> dict[str, Tensor | int]:
-    """Say where pieces begin, as FlashAttention's kernels for unequal lengths take it.
+    """Say where segments begin, as FlashAttention's kernels for unequal lengths take it.
 
-    The names are those that models of Hugging Face take (``FlashAttentionKwargs``). Finding the longest piece waits for
-    the device.
+    The names are those that models of Hugging Face take (``FlashAttentionKwargs``). Finding the longest segment waits
+    for the device.
 
     Args:
-        position_ids: (batch, length), starting at 0 with each piece; the rows count as laid end to end.
+        position_ids: (batch, length), starting at 0 with each segment; the rows count as laid end to end.
 
     Example:
         >>> flash_arguments(torch.tensor([[0, 1, 0, 1, 2]]))

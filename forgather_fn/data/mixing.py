@@ -131,7 +131,7 @@ class Mixed:
             offset += length
         return epochs, indices
 
-    def parts(self, n: int, /) -> list[range]:
+    def epoch_ranges(self, n: int, /) -> list[range]:
         """Give the samples of each source: they have epochs of their own."""
         stops = np.cumsum(self.lengths).tolist()
         return [range(stop - length, stop) for stop, length in zip(stops, self.lengths, strict=True)]

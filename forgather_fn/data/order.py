@@ -28,7 +28,7 @@ class Ordering(Protocol):
         """Find the samples at the positions ``start <= i < stop``, as :func:`look_up` does: a pure function."""
         ...
 
-    def parts(self, n: int, /) -> list[range]:
+    def epoch_ranges(self, n: int, /) -> list[range]:
         """Cut ``range(n)`` into what has epochs of its own: none of its samples comes again before all have come."""
         ...
 

@@ -17,7 +17,7 @@ UNLABELLED: Final = -100
 
 
 @attrs.frozen
-class Piece:
+class Segment:
     """A part of a document in a row: its tokens from ``start`` on, before ``stop``."""
 
     document: int
@@ -30,8 +30,8 @@ class Packed:
     """A dataset of rows that documents lie in, one behind the other; made by :func:`packed` or :func:`best_fit`.
 
     A row is a mapping of int64 tensors of shape (length,): ``input_ids``; ``labels``, which are -100 at the first token
-    of each piece, so that nothing is predicted across a boundary; and ``position_ids``, which start at 0 with each
-    piece. The end of a row that is not full is padded, as one more piece without labels.
+    of each segment, so that nothing is predicted across a boundary; and ``position_ids``, which start at 0 with each
+    segment. The end of a row that is not full is padded, as one more segment without labels.
 
     Attributes:
         documents: As given.
@@ -46,12 +46,12 @@ class Packed:
     length: int
     rows: int
     pad: int
-    _layout: Callable[[int], list[Piece]]
+    _layout: Callable[[int], list[Segment]]
 
     def __len__(self) -> int:
         return self.rows
 
-    def pieces(self, row: int) -> list[Piece]:
+    def segments(self, row: int) -> list[Segment]:
         """Tell what lies in a row, in its order."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} of {self.rows}")
@@ -62,10 +62,10 @@ class Packed:
         labels = np.full(self.length, UNLABELLED, np.int64)
         positions = np.empty(self.length, np.int64)
         filled = 0
-        for piece in self.pieces(row):
-            size = piece.stop - piece.start
+        for segment in self.segments(row):
+            size = segment.stop - segment.start
             here = slice(filled, filled + size)
-            tokens[here] = self._tokens(piece)
+            tokens[here] = self._tokens(segment)
             labels[filled + 1 : filled + size] = tokens[filled + 1 : filled + size]
             positions[here] = np.arange(size)
             filled += size
@@ -73,14 +73,14 @@ class Packed:
         named = {"input_ids": tokens, "labels": labels, "position_ids": positions}
         return {name: torch.from_numpy(column) for name, column in named.items()}
 
-    def _tokens(self, piece: Piece) -> Any:
-        whole = tokens_of(self.documents[piece.document])
-        if len(whole) != self.lengths[piece.document]:
+    def _tokens(self, segment: Segment) -> Any:
+        whole = tokens_of(self.documents[segment.document])
+        if len(whole) != self.lengths[segment.document]:
             raise ValueError(
-                f"document {piece.document} has {len(whole)} tokens, but its length was given as "
-                f"{self.lengths[piece.document]}"
+                f"document {segment.document} has {len(whole)} tokens, but its length was given as "
+                f"{self.lengths[segment.document]}"
             )
-        return whole[piece.start : piece.stop]
+        return whole[segment.start : segment.stop]
 
     def __repr__(self) -> str:
         return f"<{self.rows} rows of {self.length} tokens>"
@@ -91,8 +91,8 @@ def packed(
 ) -> Packed:
     """Lay documents end to end and cut them into rows: all rows but the last are full.
 
-    A document that runs over the end of a row goes on in the next, as a piece that sees nothing of the first. A row is
-    found by bisection over the cumulative lengths (8 bytes a document), so that the rows can be shuffled, mixed and
+    A document that runs over the end of a row goes on in the next, as a segment that sees nothing of the first. A row
+    is found by bisection over the cumulative lengths (8 bytes a document), so that the rows can be shuffled, mixed and
     resumed as any dataset; their order is that of the documents, and shuffling acts on rows.
 
     Args:
@@ -171,29 +171,29 @@ class EndToEnd:
     ends: Indices
     length: int
 
-    def __call__(self, row: int) -> list[Piece]:
-        """Find the pieces of a row."""
+    def __call__(self, row: int) -> list[Segment]:
+        """Find the segments of a row."""
         start, stop = row * self.length, min((row + 1) * self.length, int(self.ends[-1]))
-        pieces, document = [], int(np.searchsorted(self.ends, start, side="right"))
+        segments, document = [], int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
             begins = int(self.ends[document - 1]) if document else 0
             ends = min(int(self.ends[document]), stop)
             if ends > start:
-                pieces.append(Piece(document, start - begins, ends - begins))
+                segments.append(Segment(document, start - begins, ends - begins))
             start, document = max(start, ends), document + 1
-        return pieces
+        return segments
 
 
 @attrs.frozen(eq=False)
 class Fitted:
-    """A layout that was worked out: all pieces, int64, shape (pieces, 3), and where those of each row begin."""
+    """A layout that was worked out: all segments, int64, shape (segments, 3), and where those of each row begin."""
 
-    pieces: Indices
+    segments: Indices
     bounds: Indices
 
-    def __call__(self, row: int) -> list[Piece]:
-        """Find the pieces of a row."""
-        return [Piece(*piece) for piece in self.pieces[self.bounds[row] : self.bounds[row + 1]].tolist()]
+    def __call__(self, row: int) -> list[Segment]:
+        """Find the segments of a row."""
+        return [Segment(*segment) for segment in self.segments[self.bounds[row] : self.bounds[row + 1]].tolist()]
 
 
 def tokens_of(document: Any) -> Any:
@@ -206,7 +206,7 @@ def tokens_of(document: Any) -> Any:
 
 
 def _longest_first(lengths: Indices, length: int) -> Indices:
-    """Cut documents into pieces of at most a row, and sort them by falling length."""
+    """Cut documents into segments of at most a row, and sort them by falling length."""
     counts = -(-lengths // length)
     documents = np.repeat(np.arange(len(lengths)), counts)
     starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * length

@@ -23,7 +23,7 @@ BatchSize: TypeAlias = int | Mapping[int, int] | SizeAt
 
 
 @attrs.frozen
-class Piece:
+class Interval:
     """Steps in a row of one size.
 
     Attributes:
@@ -52,7 +52,7 @@ class Sizes:
 
     description: str
     least: int | None
-    _pieces: list[Piece]
+    _intervals: list[Interval]
     _more: Iterator[tuple[int, int]] | None
     _known: list[int]
 
@@ -63,7 +63,9 @@ class Sizes:
             ValueError: None begins there.
         """
         self._grow(position)
-        found = self._pieces[bisect.bisect_right(self._pieces, position, key=lambda piece: piece.samples) - 1]
+        found = self._intervals[
+            bisect.bisect_right(self._intervals, position, key=lambda interval: interval.samples) - 1
+        ]
         inside = (position - found.samples) % found.size
         if inside:
             raise ValueError(
@@ -78,15 +80,17 @@ class Sizes:
         if position <= 0:
             return 0
         self._grow(position)
-        found = self._pieces[bisect.bisect_left(self._pieces, position, key=lambda piece: piece.samples) - 1]
+        found = self._intervals[
+            bisect.bisect_left(self._intervals, position, key=lambda interval: interval.samples) - 1
+        ]
         return found.step - (found.samples - position) // found.size
 
     def _grow(self, position: int) -> None:
         """Ask a function on, until the batch that begins at a position is known."""
         while self._more is not None and self._known[0] <= position:
             step, size = next(self._more)
-            if not self._pieces or self._pieces[-1].size != size:
-                self._pieces.append(Piece(step, self._known[0], size))
+            if not self._intervals or self._intervals[-1].size != size:
+                self._intervals.append(Interval(step, self._known[0], size))
             self._known[0] += size
 
     def __repr__(self) -> str:
@@ -117,12 +121,12 @@ def sizes(given: Mapping[int, int] | SizeAt) -> Sizes:
             f"batch_size={dict(given)!r}: expected the size of the first steps under 0, and others under the steps "
             "from which on they hold, such as {0: 32, 1000: 64}"
         )
-    pieces = [Piece(0, 0, _checked(given[0], 0))]
+    intervals = [Interval(0, 0, _checked(given[0], 0))]
     for step in steps[1:]:
-        before = pieces[-1]
+        before = intervals[-1]
         begins = before.samples + (step - before.step) * before.size
-        pieces.append(Piece(step, begins, _checked(given[step], step)))
-    return Sizes(repr({step: given[step] for step in steps}), min(given.values()), pieces, None, [0])
+        intervals.append(Interval(step, begins, _checked(given[step], step)))
+    return Sizes(repr({step: given[step] for step in steps}), min(given.values()), intervals, None, [0])
 
 
 def rampup(*, start: int, stop: int, increment: int, samples: int) -> dict[int, int]:

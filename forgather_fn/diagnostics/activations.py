@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import torch
@@ -16,7 +16,7 @@ from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
 from forgather_fn.program import Program
 from forgather_fn.stages import Observer
-from forgather_fn.state import TrainState
+from forgather_fn.state import Params, TrainState
 from forgather_fn.world import World
 
 
@@ -50,7 +50,7 @@ def activations(
     batch: Any,
     *,
     modules: str = "*",
-    params: Literal["params", "ema"] = "params",
+    params: Params = "params",
 ) -> dict[str, Activation]:
     """Run the model on a batch, in evaluation mode, and give the statistics of what its modules gave out.
 
@@ -72,7 +72,7 @@ def activations(
     Raises:
         ValueError: No module has such a name, or none of them was called; or the model is cut into stages.
     """
-    if program.part() is not None:
+    if program.portion() is not None:
         raise ValueError("activations: each process has a stage of this model only; use ff.single or ff.accelerated")
     root = program.module()
     named = {name: module for name, module in root.named_modules() if name}
@@ -132,9 +132,7 @@ def _statistics(sums: list[Tensor]) -> Activation:
     return Activation(int(elements), total / elements, math.sqrt(squares / elements), largest, zeros / elements)
 
 
-def activation_statistics(
-    *, modules: str = "*", batch: Any = None, params: Literal["params", "ema"] = "params"
-) -> Observer:
+def activation_statistics(*, modules: str = "*", batch: Any = None, params: Params = "params") -> Observer:
     """Look at what modules give out: one forward pass more at each look.
 
     Args:

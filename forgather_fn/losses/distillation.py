@@ -53,7 +53,7 @@ def distilled(loss: Objective, *, teacher: Teacher, temperature: float = 2.0, sh
     if not 0 <= share <= 1:
         raise ValueError(f"distilled: share must be between 0 and 1, got {share}")
     terms = terms_of(loss, "distilled", classes=True)
-    if any(part.name == "distillation" for part in terms.parts):
+    if any(term.name == "distillation" for term in terms.summands):
         raise ValueError(f"distilled: {loss!r} learns from a teacher already")
     answer = _answers(teacher, loss)
 
@@ -72,10 +72,10 @@ def distilled(loss: Objective, *, teacher: Teacher, temperature: float = 2.0, sh
         ours, theirs = ((one.to(logits.dtype) / temperature).log_softmax(-1) for one in (logits, taught))
         return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
-    hard = [attrs.evolve(part, share=part.share * (1 - share)) for part in terms.parts]
+    hard = [attrs.evolve(term, share=term.share * (1 - share)) for term in terms.summands]
     soft = Term(losses=distances, share=share * temperature**2, name="distillation", beside=said)
     keys = (teacher,) if isinstance(teacher, str) else ()
-    made = objective(attrs.evolve(terms, parts=(*hard, soft)), of=loss, withheld=keys)
+    made = objective(attrs.evolve(terms, summands=(*hard, soft)), of=loss, withheld=keys)
     who = describe(type(teacher) if isinstance(teacher, nn.Module) else teacher)  # not all that a module says of itself
     text = f"distilled(loss={describe(loss)}, teacher={who}, temperature={temperature}, share={share})"
     return attrs.evolve(made, description=text)

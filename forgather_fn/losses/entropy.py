@@ -23,7 +23,7 @@ def element_entropies(logits: Tensor, targets: Tensor, beside: Tensor | None) ->
 
 def entropy_terms(pairing: Pairing) -> Terms:
     """Take a plain cross-entropy apart."""
-    return Terms(pairing=pairing, parts=(Term(losses=element_entropies),))
+    return Terms(pairing=pairing, summands=(Term(losses=element_entropies),))
 
 
 def _causal_lm_total(outputs: Any, batch: Any) -> Tensor:
@@ -100,7 +100,7 @@ def focal(*, gamma: float = 2.0) -> Objective:
         entropies = element_entropies(logits, targets, beside)
         return (-torch.expm1(-entropies)).clamp(min=0.0) ** gamma * entropies
 
-    return objective(Terms(pairing=BY_CLASS, parts=(Term(losses=losses),)))
+    return objective(Terms(pairing=BY_CLASS, summands=(Term(losses=losses),)))
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, epsilon: float) -> Mean:

@@ -21,7 +21,7 @@ def with_metrics(loss: Objective, *metrics: Callable[[Any, Any], Mapping[str, Me
 
     Args:
         loss: The objective.
-        metrics: ``(outputs, batch) -> {name: Mean}``. A reducer is no mean of parts, and belongs in an evaluation:
+        metrics: ``(outputs, batch) -> {name: Mean}``. An aggregate is no mean of parts, and belongs in an evaluation:
             ``program.evaluate(state, data, metrics=...)``.
 
     Raises:
@@ -43,7 +43,7 @@ def with_metrics(loss: Objective, *metrics: Callable[[Any, Any], Mapping[str, Me
     for one, given in zip(found, metrics, strict=True):
         if not callable(one):
             raise ValueError(
-                f"with_metrics: {given!r} is not a function of (outputs, batch) that gives means; a reducer is for "
+                f"with_metrics: {given!r} is not a function of (outputs, batch) that gives means; an aggregate is for "
                 "evaluations: program.evaluate(state, data, metrics=...)"
             )
     return attrs.evolve(loss, total=Beside(loss, found))

@@ -152,7 +152,7 @@ class Paired:
     Called by itself, it compares logits with classes of the same position.
 
     Attributes:
-        make: ``pairing -> metric`` or reducer.
+        make: ``pairing -> metric`` or aggregate.
         description: How it prints.
     """
 

@@ -14,7 +14,7 @@ from forgather_fn.losses.terms import ElementLosses, Term, Terms, objective
 
 
 def _of_values(losses: ElementLosses, name: str) -> Objective:
-    made = objective(Terms(pairing=by_value(name), parts=(Term(losses=losses),)))
+    made = objective(Terms(pairing=by_value(name), summands=(Term(losses=losses),)))
     return attrs.evolve(made, description=name)
 
 

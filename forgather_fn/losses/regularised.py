@@ -45,7 +45,7 @@ def smoothed(loss: Objective, *, epsilon: float) -> Objective:
     if not 0 <= epsilon <= 1:
         raise ValueError(f"smoothed: epsilon must be between 0 and 1, got {epsilon}")
     terms = terms_of(loss, "smoothed", classes=True)
-    return objective(attrs.evolve(terms, parts=(*terms.parts, Term(losses=_above_mean, share=epsilon))), of=loss)
+    return objective(attrs.evolve(terms, summands=(*terms.summands, Term(losses=_above_mean, share=epsilon))), of=loss)
 
 
 def _log_z_squared(logits: Tensor, targets: Tensor, beside: Tensor | None) -> Tensor:
@@ -72,7 +72,7 @@ def with_z_loss(loss: Objective, *, coefficient: float = 1e-4) -> Objective:
     if not 0 <= coefficient < float("inf"):
         raise ValueError(f"with_z_loss: coefficient must be a number of at least 0, got {coefficient}")
     terms = terms_of(loss, "with_z_loss", classes=True)
-    if any(part.name == "z_loss" for part in terms.parts):
+    if any(term.name == "z_loss" for term in terms.summands):
         raise ValueError(f"with_z_loss: {loss!r} has a z-loss already")
     term = Term(losses=_log_z_squared, share=coefficient, name="z_loss")
-    return objective(attrs.evolve(terms, parts=(*terms.parts, term)), of=loss)
+    return objective(attrs.evolve(terms, summands=(*terms.summands, term)), of=loss)

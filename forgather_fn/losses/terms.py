@@ -47,12 +47,12 @@ class Terms:
 
     Attributes:
         pairing: Which predictions belong to which targets.
-        parts: The summands.
+        summands: Added up.
         counts: ``batch -> [...]``, for how much each element counts; where it is left out, anything.
     """
 
     pairing: Pairing
-    parts: tuple[Term, ...]
+    summands: tuple[Term, ...]
     counts: Callable[[Any], Tensor] | None = None
 
     def weights(self, batch: Any) -> Tensor:
@@ -62,7 +62,7 @@ class Terms:
 
     def prepared(self, batch: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Give what there is of a batch besides predictions: targets, weights, and what is beside them."""
-        beside = [None if part.beside is None else part.beside(batch) for part in self.parts]
+        beside = [None if term.beside is None else term.beside(batch) for term in self.summands]
         return safe_targets(self.pairing, batch), self.weights(batch), beside
 
     def sums(self, predictions: Tensor, targets: Tensor, weights: Tensor, beside: list[Tensor | None]) -> list[Tensor]:
@@ -81,9 +81,9 @@ class Terms:
         if not self.pairing.classes:  # which would cost a copy of all logits
             wide = torch.where(keep, wide, 0.0)
         found = []
-        for part, own in zip(self.parts, beside, strict=True):
-            losses = part.losses(wide, targets, own)
-            found.append(part.share * torch.where(keep, losses * weights.to(losses.dtype), 0.0))
+        for term, own in zip(self.summands, beside, strict=True):
+            losses = term.losses(wide, targets, own)
+            found.append(term.share * torch.where(keep, losses * weights.to(losses.dtype), 0.0))
         return found
 
     def named(self, sums: list[Tensor]) -> Tensor | dict[str, Tensor | Mean]:
@@ -91,7 +91,7 @@ class Terms:
         loss = sums[0]
         for other in sums[1:]:
             loss = loss + other
-        reports = {part.name: one.detach() for part, one in zip(self.parts, sums, strict=True) if part.name}
+        reports = {term.name: one.detach() for term, one in zip(self.summands, sums, strict=True) if term.name}
         return {"loss": loss, **reports} if reports else loss
 
 

@@ -10,9 +10,9 @@ from forgather_fn.describe import described
 from forgather_fn.losses.pairing import Paired, Pairing
 from forgather_fn.losses.terms import safe_targets
 from forgather_fn.mean import Mean
-from forgather_fn.metrics.reducer import Metric, Partial, Reducer
+from forgather_fn.metrics.base import Aggregate, Metric, Partial
 
-T = TypeVar("T", Metric, Reducer)
+T = TypeVar("T", Metric, Aggregate)
 
 
 def _classes(what: str, pairing: Pairing, outputs: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _confused(what: str, classes: int, result: Callable[[Tensor], Mapping[str, f
     """Count how often each class was taken for each, and make numbers of that table, ``[targets, predictions]``."""
     _check_positive(what, "classes", classes)
 
-    def make(pairing: Pairing) -> Reducer:
+    def make(pairing: Pairing) -> Aggregate:
         def add(partial: Partial, outputs: Any, batch: Any, /) -> Partial:
             logits, targets, keep = _classes(what, pairing, outputs, batch)
             if logits.shape[-1] != classes:
@@ -88,7 +88,7 @@ def _confused(what: str, classes: int, result: Callable[[Tensor], Mapping[str, f
             table = torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
             return {"confusion": partial["confusion"] + table}
 
-        return Reducer(
+        return Aggregate(
             init=lambda: {"confusion": torch.zeros(classes, classes, dtype=torch.int64)},
             add=add,
             result=lambda partial: result(partial["confusion"]),

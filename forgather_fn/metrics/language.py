@@ -13,7 +13,7 @@ from forgather_fn.losses.pairing import Paired, Pairing
 from forgather_fn.losses.terms import Terms
 from forgather_fn.losses.weighting import beside
 from forgather_fn.mean import Mean
-from forgather_fn.metrics.reducer import Metric, Partial, Reducer
+from forgather_fn.metrics.base import Aggregate, Metric, Partial
 
 
 def _entropy(what: str, pairing: Pairing) -> Terms:
@@ -27,7 +27,7 @@ def _nats(terms: Terms, outputs: Any, batch: Any) -> Tensor:
     return total
 
 
-def _perplexity(pairing: Pairing) -> Reducer:
+def _perplexity(pairing: Pairing) -> Aggregate:
     terms = _entropy("perplexity", pairing)
 
     def add(partial: Partial, outputs: Any, batch: Any, /) -> Partial:
@@ -38,14 +38,14 @@ def _perplexity(pairing: Pairing) -> Reducer:
         tokens = int(partial["tokens"])
         return {"perplexity": float((partial["nats"] / tokens).exp()) if tokens else math.nan}
 
-    return Reducer(
+    return Aggregate(
         init=lambda: {"nats": torch.zeros((), dtype=torch.float64), "tokens": torch.tensor(0)}, add=add, result=result
     )
 
 
 perplexity = Paired(_perplexity, "perplexity")
-"""The exponential of the mean cross-entropy, as ``perplexity``: a reducer, since no mean of perplexities is one. What a
-loss adds to the cross-entropy (smoothing, z-loss, weights) is not in it; its masks are."""
+"""The exponential of the mean cross-entropy, as ``perplexity``: an aggregate, as no mean of perplexities is one. What
+a loss adds to the cross-entropy (smoothing, z-loss, weights) is not in it; its masks are."""
 
 
 @described

@@ -12,6 +12,7 @@ from forgather_fn.optim.base import Optimizer as Optimizer
 from forgather_fn.optim.base import OptimizerInit as OptimizerInit
 from forgather_fn.optim.base import OptimizerUpdate as OptimizerUpdate
 from forgather_fn.optim.base import OptState as OptState
+from forgather_fn.optim.base import UpdateContext as UpdateContext
 from forgather_fn.optim.base import slots_like as slots_like
 from forgather_fn.optim.from_torch import from_torch as from_torch
 from forgather_fn.optim.lion import lion as lion

@@ -11,8 +11,7 @@ from forgather_fn.finite import applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
-from forgather_fn.optim.base import Optimizer, OptState
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext
 from forgather_fn.optim.rows import like
 from forgather_fn.optim.shaped import Own, one_by_one, take, wide_slots
 from forgather_fn.schedules import Schedule
@@ -75,17 +74,10 @@ def adafactor(
         }
         return state if beta1 is None else {**state, "exp_avg": wide_slots(layout, shapes, device)}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        found_inf = context.found_inf
         counts = state["count"].add(1.0).double().unbind()
-        for own in one_by_one(gradients, params, learning_rate, found_inf, scheduled):
+        for own in one_by_one(gradients, params, context):
             count = counts[own.number]
             direction = _direction(own, state, count**-decay_power, eps[0], found_inf)
             direction = direction / (_rms(direction) / clip_threshold).clamp(min=1.0)
@@ -93,7 +85,7 @@ def adafactor(
             scale = _rms(own.value).clamp(min=eps[1]) if scale_parameter else 1.0
             step = direction * like(own.value, rate) * scale
             if beta1 is not None:
-                kept, share = state["exp_avg"][own.name], valued(named("beta1", beta1), scheduled)
+                kept, share = state["exp_avg"][own.name], context.valued(named("beta1", beta1))
                 step = kept * like(step, share) + step * like(step, 1 - share)
                 take(kept, step, found_inf)
             take(own.param, own.value * like(own.value, 1 - own.rate * own.decay) - step, found_inf)

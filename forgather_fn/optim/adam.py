@@ -11,10 +11,9 @@ from forgather_fn.finite import applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
 from forgather_fn.optim import unfused
-from forgather_fn.optim.base import Optimizer, OptState, check_betas
-from forgather_fn.optim.parts import parts
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_betas
+from forgather_fn.optim.kernel_calls import kernel_calls
 from forgather_fn.schedules import Schedule
 
 
@@ -38,18 +37,10 @@ def _adam_family(
         count = torch.zeros(len(params), dtype=torch.float32, device=params.buffers[0].device)
         return {"exp_avg": params.map(torch.zeros_like), "exp_avg_sq": params.map(torch.zeros_like), "count": count}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
-        gradients = gradients.for_kernel()
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        gradients, found_inf = gradients.for_kernel(), context.found_inf
         count = state["count"]
-        beta1, beta2 = valued(numbers[0], scheduled), valued(numbers[1], scheduled)
+        beta1, beta2 = context.valued(numbers[0]), context.valued(numbers[1])
         if torch.compiler.is_compiling():
             _count_up(count, gradients.active, applied(found_inf))
             unfused.adam(
@@ -59,28 +50,27 @@ def _adam_family(
                 state["exp_avg_sq"],
                 count,
                 decoupled=decoupled,
-                learning_rate=learning_rate,
                 betas=(beta1, beta2),
                 eps=eps,
-                found_inf=found_inf,
-                scheduled=scheduled,
+                context=context,
             )
             return state
+        slots = state["exp_avg"], state["exp_avg_sq"]
         together = _counted_alike(gradients, params, count)
-        own = parts(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together, count=count)
-        if not together and sum(len(part.chunks) for part in own) == 1:  # as in a backward pass that updates
-            own[0].counts[0].add_(applied(found_inf))
+        calls = kernel_calls(gradients, params, *slots, together=together, count=count)
+        if not together and sum(len(call.chunks) for call in calls) == 1:  # as in a backward pass that updates
+            calls[0].counts[0].add_(applied(found_inf))
         else:
             _count_up(count, gradients.active, applied(found_inf))
-        for part in own:
-            rate, decay = part.hyper.at(learning_rate, scheduled)
+        for call in calls:
+            rate, decay = context.rates_of(call.hyper)
             kernel(
-                part.params,
-                gradients.pieces(part.chunks),
-                part.slots[0],
-                part.slots[1],
+                call.params,
+                gradients.slices(call.chunks),
+                call.slots[0],
+                call.slots[1],
                 [],
-                part.counts,
+                call.counts,
                 lr=rate,
                 beta1=beta1,
                 beta2=beta2,

@@ -10,8 +10,7 @@ from forgather_fn.finite import BAD, applied
 from forgather_fn.flat import Flat, layout_of, zeros
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
-from forgather_fn.optim.base import Optimizer, OptState, check_betas
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_betas
 from forgather_fn.optim.rounding import bfloat16_bits, chances, drawn, salt_of
 from forgather_fn.optim.rows import like
 from forgather_fn.optim.shaped import one_by_one, take
@@ -54,25 +53,20 @@ def adamw_bfloat16(
         slots = {slot: _slots(params) for slot in ("exp_avg", "exp_avg_sq")}
         return {**slots, "count": count}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-        step: int | Tensor = 0,
-        seed: int | Tensor = 0,
-    ) -> OptState:
-        beta1, beta2 = valued(numbers[0], scheduled), valued(numbers[1], scheduled)
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        beta1, beta2 = context.valued(numbers[0]), context.valued(numbers[1])
+        found_inf = context.found_inf
         if found_inf is BAD:
             return state
         active = torch.tensor(gradients.active, dtype=torch.float32, device=state["count"].device)
         state["count"].add_(active * applied(found_inf))
         counts = state["count"].double().unbind()
-        for own in one_by_one(gradients, params, learning_rate, found_inf, scheduled):
-            bits = drawn(torch.arange(own.value.numel(), device=own.value.device).view(own.value.shape), step, seed)
+        for own in one_by_one(gradients, params, context):
+            bits = drawn(
+                torch.arange(own.value.numel(), device=own.value.device).view(own.value.shape),
+                context.step,
+                context.seed,
+            )
             mean, square = (state[slot][own.name].to(own.value.dtype) for slot in ("exp_avg", "exp_avg_sq"))
             mean = mean + (own.gradient - mean) * like(mean, 1 - beta1)
             square = square * like(square, beta2) + own.gradient * own.gradient * like(square, 1 - beta2)
@@ -89,9 +83,7 @@ def adamw_bfloat16(
         return state
 
     schedules = schedules_of(groups, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1])
-    return Optimizer(
-        init, update, assigner(groups, weight_decay, decays), separable=True, schedules=schedules, random=True
-    )
+    return Optimizer(init, update, assigner(groups, weight_decay, decays), separable=True, schedules=schedules)
 
 
 def _slots(params: Flat) -> Flat:

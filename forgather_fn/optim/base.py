@@ -1,6 +1,5 @@
 """The contract of optimizers: pairs of pure functions."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -11,7 +10,7 @@ from forgather_fn import flat as flat_storage
 from forgather_fn.describe import describe
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import NO_VALUES, Hyper, Values
+from forgather_fn.hyper import NO_VALUES, Hyper, Number, Scalar, Scheduled, Values
 from forgather_fn.schedules import Reactive, Schedule, rate
 
 OptState = Mapping[str, Any]
@@ -37,18 +36,13 @@ class OptimizerUpdate(Protocol):
         gradients: Gradients,
         state: OptState,
         params: Flat,
+        context: "UpdateContext",
         /,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
     ) -> OptState:
         """Update ``params`` and the slots of ``state`` in place (they are donated), and give the new state.
 
-        Where ``found_inf`` (a float32 scalar on the device) is 1 instead of 0, nothing must change. ``gradients`` may
-        be used up. Parameters that it has no entry for are left untouched, their slots too.
-
-        The update of an optimizer that has ``schedules`` is given ``scheduled`` as well, their values by name; that of
-        one that is ``random``, ``step`` and ``seed``. In a compiled step all of them are scalar tensors.
+        Where ``context.found_inf`` is 1 instead of 0, nothing must change. ``gradients`` may be used up. Parameters
+        that it has no entry for are left untouched, their slots too.
         """
         ...
 
@@ -68,7 +62,7 @@ class Optimizer:
     Attributes:
         init: ``params -> state``.
         update: ``(gradients, state, params) -> state``, in place on what it is given. Those that need shapes read
-            ``params[name]``; those that work element by element, :func:`~forgather_fn.optim.parts.parts`.
+            ``params[name]``; those that work element by element, :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
         groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``.
         description: How it prints.
         compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; its learning rate is
@@ -77,7 +71,6 @@ class Optimizer:
         elementwise: Whether every element is updated by itself, so that a process may have shards of parameters only.
         schedules: Its hyperparameters that change from step to step, by name; those that groups have are named in their
             :class:`~forgather_fn.hyper.Hyper` as :class:`~forgather_fn.hyper.Scheduled`.
-        random: Whether ``update`` draws random numbers.
         evaluated: ``(state, params) -> params``: which parameters are evaluated and exported, where those that are
             trained are others; None for the same.
         parts: The optimizers that it is composed of, where each has parameters of its own.
@@ -91,7 +84,6 @@ class Optimizer:
     separable: bool = False
     elementwise: bool = False
     schedules: Mapping[str, Schedule] = attrs.field(factory=dict)
-    random: bool = False
     evaluated: Evaluated | None = None
     parts: "Mapping[str, Optimizer]" = attrs.field(factory=dict)
 
@@ -99,10 +91,39 @@ class Optimizer:
         return self.description or f"Optimizer({describe(self.update)})"
 
 
+class UpdateContext(NamedTuple):
+    """What a step tells the update of its optimizer. In a compiled step all of it is scalar tensors.
+
+    Attributes:
+        learning_rate: The plan's, of this step.
+        found_inf: A float32 scalar on the device: 1 where nothing must change, else 0.
+        scheduled: The values of the optimizer's own schedules, by name.
+        step: Of the run, from 0.
+        seed: Of the run, for what an update draws; see :func:`~forgather_fn.optim.rounding.drawn`.
+    """
+
+    learning_rate: Scalar
+    found_inf: Tensor
+    scheduled: Values = NO_VALUES
+    step: int | Tensor = 0
+    seed: int | Tensor = 0
+
+    def valued(self, number: Number) -> Scalar:
+        """Give a hyperparameter's value at this step."""
+        return self.scheduled[number.name] if isinstance(number, Scheduled) else number
+
+    def rates_of(self, hyper: Hyper) -> tuple[Scalar, Scalar]:
+        """Give learning rate and weight decay of a group at this step, no decay as 0."""
+        rate, decay = hyper.learning_rate, hyper.weight_decay or 0.0
+        if isinstance(rate, Scheduled) or isinstance(decay, Scheduled):
+            return self.learning_rate * self.valued(rate), self.valued(decay)
+        return self.learning_rate * rate, decay
+
+
 class Rates(NamedTuple):
     """What an update is told of its step: the learning rate, and the values of the optimizer's own schedules."""
 
-    learning_rate: float | Tensor
+    learning_rate: Scalar
     scheduled: Values = NO_VALUES
 
     def metrics(self) -> dict[str, float | Tensor]:
@@ -136,26 +157,6 @@ def rates_at(
 
 BELOW_ONE: Final = ("beta1", "beta2")
 """Names of hyperparameters that are decays of running means."""
-
-
-def apply(
-    optimizer: Optimizer,
-    gradients: Gradients,
-    state: OptState,
-    params: Flat,
-    *,
-    rates: Rates,
-    found_inf: Tensor,
-    step: int | Tensor,
-    seed: int | Tensor,
-) -> OptState:
-    """Run an optimizer's update with what it asks for; see :class:`OptimizerUpdate`."""
-    update: Callable[..., OptState] = optimizer.update
-    if optimizer.schedules:
-        update = functools.partial(update, scheduled=rates.scheduled)
-    if optimizer.random:
-        update = functools.partial(update, step=step, seed=seed)
-    return update(gradients, state, params, learning_rate=rates.learning_rate, found_inf=found_inf)
 
 
 COPIES: Final = ("master", "slow", "z")

@@ -8,8 +8,9 @@ from torch import Tensor
 from forgather_fn.finite import BAD
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.rows import Piece, pieces
+from forgather_fn.hyper import Scalar
+from forgather_fn.optim.base import UpdateContext
+from forgather_fn.optim.rows import operands
 
 
 class Rule(Protocol):
@@ -17,13 +18,12 @@ class Rule(Protocol):
 
     def __call__(
         self,
-        piece: Piece,
         param: Tensor,
         gradient: Tensor,
+        slots: Sequence[Tensor],
+        rate: Scalar,
+        decay: Scalar,
         /,
-        *slots: Tensor,
-        rate: float | Tensor,
-        decay: float | Tensor,
     ) -> Sequence[Tensor]:
         """Give the new parameter, then the new slots.
 
@@ -38,15 +38,13 @@ def updated(
     gradients: Gradients,
     params: Flat,
     *slots: Flat,
-    learning_rate: float | Tensor,
-    found_inf: Tensor,
-    scheduled: Values = NO_VALUES,
+    context: UpdateContext,
 ) -> None:
     """Apply a rule to all parameters that have a gradient, in place; nothing changes where ``found_inf`` is 1."""
-    if found_inf is BAD:
+    if context.found_inf is BAD:
         return
     gradients = gradients.resolved()
-    for piece in pieces(gradients, params, *slots):
-        rate, decay = piece.hypers(params.layout, learning_rate, scheduled)
-        param, gradient, *own = piece.tensors
-        piece.write(rule(piece, param, gradient, *own, rate=rate, decay=decay), gradients.active, found_inf)
+    for each in operands(gradients, params, *slots):
+        rate, decay = each.hypers(params.layout, context)
+        param, gradient, *own = each.tensors
+        each.write(rule(param, gradient, own, rate, decay), gradients.active, context.found_inf)

@@ -13,8 +13,8 @@ from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, schedules_of
-from forgather_fn.hyper import NO_VALUES, Scheduled, Values, valued
-from forgather_fn.optim.base import Optimizer, OptState
+from forgather_fn.hyper import Scheduled
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext
 from forgather_fn.schedules import Schedule
 
 TorchFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -71,16 +71,8 @@ def from_torch(
     def init(params: Flat) -> OptState:
         return _taken(adapted(params))
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
-        if found_inf.item():
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        if context.found_inf.item():
             return state
         held = adapted(params)
         gradients = gradients.resolved()
@@ -88,9 +80,9 @@ def from_torch(
             leaf.grad = gradients.views.get(name)
         _put(held, state)
         for options, hyper in zip(held.optimizer.param_groups, params.layout.groups, strict=True):
-            options["lr"] = learning_rate * valued(hyper.learning_rate, scheduled)
+            options["lr"] = context.learning_rate * context.valued(hyper.learning_rate)
             if isinstance(hyper.weight_decay, Scheduled):
-                options["weight_decay"] = valued(hyper.weight_decay, scheduled)
+                options["weight_decay"] = context.valued(hyper.weight_decay)
         with torch.enable_grad():
             held.optimizer.step()
         for leaf in held.leaves.values():

@@ -8,10 +8,10 @@ from forgather_fn.describe import described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
-from forgather_fn.optim.base import Optimizer, OptState, check_betas, slots_like
+from forgather_fn.hyper import Scalar
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_betas, slots_like
 from forgather_fn.optim.elementwise import updated
-from forgather_fn.optim.rows import Piece, like
+from forgather_fn.optim.rows import like
 from forgather_fn.schedules import Schedule
 
 
@@ -46,41 +46,18 @@ def lion(
     def init(params: Flat) -> OptState:
         return {"exp_avg": slots_like(params)}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
-        beta1, beta2 = valued(numbers[0], scheduled), valued(numbers[1], scheduled)
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        beta1, beta2 = context.valued(numbers[0]), context.valued(numbers[1])
 
         def rule(
-            piece: Piece,
-            param: Tensor,
-            gradient: Tensor,
-            /,
-            *slots: Tensor,
-            rate: float | Tensor,
-            decay: float | Tensor,
+            param: Tensor, gradient: Tensor, slots: Sequence[Tensor], rate: Scalar, decay: Scalar
         ) -> tuple[Tensor, Tensor]:
-            del piece
             (mean,) = slots
             direction = (mean * like(mean, beta1) + gradient * like(mean, 1 - beta1)).sign()
             param = param * like(param, 1 - rate * decay) - direction * like(param, rate)
             return param, mean * like(mean, beta2) + gradient * like(mean, 1 - beta2)
 
-        updated(
-            rule,
-            gradients,
-            params,
-            state["exp_avg"],
-            learning_rate=learning_rate,
-            found_inf=found_inf,
-            scheduled=scheduled,
-        )
+        updated(rule, gradients, params, state["exp_avg"], context=context)
         return state
 
     schedules = schedules_of(groups, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1])

@@ -8,8 +8,7 @@ from forgather_fn.describe import described
 from forgather_fn.finite import BAD, applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer, copies
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_optimizer, copies
 from forgather_fn.state import counter
 
 
@@ -51,30 +50,11 @@ def lookahead(optimizer: Optimizer, *, steps: int = 5, alpha: float = 0.5) -> Op
             )
         return {"fast": fast, "slow": params.copy(), "count": counter(0, device)}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-        step: int | Tensor = 0,
-        seed: int | Tensor = 0,
-    ) -> OptState:
-        fast = apply(
-            optimizer,
-            gradients,
-            state["fast"],
-            params,
-            rates=Rates(learning_rate, scheduled),
-            found_inf=found_inf,
-            step=step,
-            seed=seed,
-        )
-        good = applied(found_inf)
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        fast = optimizer.update(gradients, state["fast"], params, context)
+        good = applied(context.found_inf)
         state["count"].add_(good.long() if isinstance(good, Tensor) else int(good))
-        _follow(state["slow"], params, state["count"] % steps == 0, alpha, found_inf)
+        _follow(state["slow"], params, state["count"] % steps == 0, alpha, context.found_inf)
         return state if fast is state["fast"] else {**state, "fast": fast}
 
     return attrs.evolve(

@@ -11,8 +11,7 @@ from torch import Tensor
 from forgather_fn.describe import described
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_optimizer
 
 
 @described
@@ -38,28 +37,9 @@ def master_weights(optimizer: Optimizer) -> Optimizer:
         master = Flat(layouts.master, tuple(params.buffers[i].float() for i in layouts.halves))
         return {"master": master, "optimizer": optimizer.init(_wide(params, master))}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-        step: int | Tensor = 0,
-        seed: int | Tensor = 0,
-    ) -> OptState:
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
         wide = _wide(params, state["master"])
-        inner = apply(
-            optimizer,
-            _widened(gradients, wide.layout),
-            state["optimizer"],
-            wide,
-            rates=Rates(learning_rate, scheduled),
-            found_inf=found_inf,
-            step=step,
-            seed=seed,
-        )
+        inner = optimizer.update(_widened(gradients, wide.layout), state["optimizer"], wide, context)
         for half, whole in zip(*(_written(flat, gradients.active) for flat in (params, wide)), strict=True):
             if half is not whole:
                 half.copy_(whole)
@@ -145,4 +125,4 @@ def _widened(gradients: Gradients, layout: Layout) -> Gradients:
 
 def _written(flat: Flat, active: tuple[bool, ...]) -> Sequence[Tensor]:
     """Give what an update may have written to: whole buffers, or ranges of them."""
-    return flat.buffers if all(active) else flat.pieces(flat.layout.runs(active))
+    return flat.buffers if all(active) else flat.slices(flat.layout.runs(active))

@@ -11,9 +11,8 @@ from forgather_fn.describe import described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
 from forgather_fn.optim.adam import adamw
-from forgather_fn.optim.base import Optimizer, OptState, slots_like
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, slots_like
 from forgather_fn.optim.partition import Match, partitioned
 from forgather_fn.optim.rows import like
 from forgather_fn.optim.shaped import one_by_one, take, wide
@@ -147,17 +146,9 @@ def orthogonal(
             )
         return {"momentum": slots_like(params)}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
-        kept = valued(number, scheduled)
-        for own in one_by_one(gradients, params, learning_rate, found_inf, scheduled):
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        kept, found_inf = context.valued(number), context.found_inf
+        for own in one_by_one(gradients, params, context):
             mean = wide(state["momentum"][own.name])
             mean = mean + (own.gradient - mean) * like(mean, 1 - kept)
             direction = own.gradient + (mean - own.gradient) * like(mean, kept) if nesterov else mean

@@ -9,8 +9,8 @@ from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat, listed
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Predicate, matches
-from forgather_fn.hyper import NO_VALUES, Hyper, Values
-from forgather_fn.optim.base import Optimizer, OptState, Rates, apply, check_optimizer
+from forgather_fn.hyper import Hyper
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_optimizer
 from forgather_fn.optim.sections import sections
 from forgather_fn.schedules import Schedule
 
@@ -70,32 +70,15 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
         found = sections(params.layout)
         return {name: one.init(found[name].of(params)) if name in found else {} for name, one in optimizers.items()}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-        step: int | Tensor = 0,
-        seed: int | Tensor = 0,
-    ) -> OptState:
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
         found, new = sections(params.layout), dict(state)
         for name, optimizer in optimizers.items():
             own = found[name].gradients(gradients) if name in found else None
             if own is None or not any(own.active):
                 continue
-            new[name] = apply(
-                optimizer,
-                own,
-                state[name],
-                found[name].of(params),
-                rates=Rates(learning_rate, {inner: scheduled[outer] for inner, outer in renamed[name].items()}),
-                found_inf=found_inf,
-                step=step,
-                seed=seed,
-            )
+            scheduled = {inner: context.scheduled[outer] for inner, outer in renamed[name].items()}
+            inner = context._replace(scheduled=scheduled)
+            new[name] = optimizer.update(own, state[name], found[name].of(params), inner)
         return state if all(new[name] is state[name] for name in new) else new
 
     def evaluated(state: OptState, params: Flat) -> Flat:
@@ -113,7 +96,6 @@ def partitioned(parts: Mapping[str, tuple[Match, Optimizer]]) -> Optimizer:
         compiles=all(one.compiles for one in every),
         separable=all(one.separable for one in every),
         schedules=schedules,
-        random=any(one.random for one in every),
         parts=optimizers,
         evaluated=evaluated if any(one.evaluated for one in every) else None,
     )

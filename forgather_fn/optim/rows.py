@@ -15,11 +15,12 @@ from torch import Tensor
 from forgather_fn.finite import FINE
 from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import Values, valued
+from forgather_fn.hyper import Scalar
+from forgather_fn.optim.base import UpdateContext
 
 
 @attrs.frozen(eq=False)
-class Piece:
+class Operands:
     """What is updated as one tensor: a flat buffer in rows, or one parameter.
 
     Attributes:
@@ -38,7 +39,7 @@ class Piece:
         """Give each row the value of its leaf, as a tensor that broadcasts against it."""
         return values[self.leaves[0]] if self.owners is None else values[self.owners].unsqueeze(1)
 
-    def constant(self, values: Sequence[float | Tensor]) -> Tensor | float:
+    def constant(self, values: Sequence[Scalar]) -> Scalar:
         """Do the same for numbers, or scalar tensors; one that all rows share is given as it is."""
         first = values[self.leaves[0]]
         if all(values[leaf] is first for leaf in self.leaves):
@@ -66,35 +67,33 @@ class Piece:
         for held, tensor in zip(self.held, new, strict=True):
             held.copy_(torch.where(kept, held, tensor.to(held.dtype)))
 
-    def hypers(
-        self, layout: Layout, learning_rate: float | Tensor, scheduled: Values
-    ) -> tuple[float | Tensor, float | Tensor]:
+    def hypers(self, layout: Layout, context: UpdateContext) -> tuple[Scalar, Scalar]:
         """Give learning rate and weight decay of each row."""
         if self.owners is None:
-            return layout.groups[layout.leaves[self.leaves[0]].group].at(learning_rate, scheduled)
-        rates = [valued(group.learning_rate, scheduled) for group in layout.groups]
-        decays = [valued(group.weight_decay or 0.0, scheduled) for group in layout.groups]
+            return context.rates_of(layout.groups[layout.leaves[self.leaves[0]].group])
+        rates = [context.valued(group.learning_rate) for group in layout.groups]
+        decays = [context.valued(group.weight_decay or 0.0) for group in layout.groups]
         own = [leaf.group for leaf in layout.leaves]
-        return learning_rate * self.constant([rates[i] for i in own]), self.constant([decays[i] for i in own])
+        return context.learning_rate * self.constant([rates[i] for i in own]), self.constant([decays[i] for i in own])
 
 
-def pieces(gradients: Gradients, params: Flat, *slots: Flat) -> Iterator[Piece]:
+def operands(gradients: Gradients, params: Flat, *slots: Flat) -> Iterator[Operands]:
     """Give what an update works on, buffer by buffer where the gradient is flat, else parameter by parameter."""
     layout = params.layout
     if gradients.flat is None:
         for name, gradient in gradients.views.items():
-            yield _piece((params[name], *[slot[name] for slot in slots]), gradient, (layout.index[name],), None)
+            yield _operands((params[name], *[slot[name] for slot in slots]), gradient, (layout.index[name],), None)
         return
     for number, gradient in enumerate(gradients.flat.buffers):
         unit = layout.unit(number)
         rows = [flat.buffers[number].view(-1, unit) for flat in (params, *slots)]
         leaves, owners = _owners(layout, number, gradient.device)
-        yield _piece(rows, gradient.view(-1, unit), leaves, owners if len(leaves) > 1 else None)
+        yield _operands(rows, gradient.view(-1, unit), leaves, owners if len(leaves) > 1 else None)
 
 
-def _piece(held: Sequence[Tensor], gradient: Tensor, leaves: tuple[int, ...], owners: Tensor | None) -> Piece:
+def _operands(held: Sequence[Tensor], gradient: Tensor, leaves: tuple[int, ...], owners: Tensor | None) -> Operands:
     ordered = (held[0], gradient, *held[1:])
-    return Piece(tuple(t.float() if t.dtype.itemsize < 4 else t for t in ordered), tuple(held), leaves, owners)
+    return Operands(tuple(t.float() if t.dtype.itemsize < 4 else t for t in ordered), tuple(held), leaves, owners)
 
 
 _KNOWN: WeakKeyDictionary[Layout, dict[tuple[int, torch.device], tuple[tuple[int, ...], Tensor]]] = WeakKeyDictionary()
@@ -115,6 +114,6 @@ def _owners(layout: Layout, buffer: int, device: torch.device) -> tuple[tuple[in
     return leaves, owners
 
 
-def like(tensor: Tensor, value: float | Tensor) -> float | Tensor:
+def like(tensor: Tensor, value: Scalar) -> Scalar:
     """Bring a scalar to the type of the tensor that it is to be multiplied with."""
     return value.to(tensor.dtype) if isinstance(value, Tensor) else value

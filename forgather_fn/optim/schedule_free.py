@@ -10,10 +10,10 @@ from forgather_fn.finite import applied
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
-from forgather_fn.optim.base import Optimizer, OptState, check_betas, slots_like
+from forgather_fn.hyper import Scalar
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, check_betas, slots_like
 from forgather_fn.optim.elementwise import updated
-from forgather_fn.optim.rows import Piece, like
+from forgather_fn.optim.rows import like
 from forgather_fn.schedules import Schedule
 
 
@@ -67,33 +67,18 @@ def schedule_free_adamw(
         slots = {"z": params.copy(), "exp_avg_sq": slots_like(params)}
         return {**slots, "count": count, "weight_sum": total, "highest_rate": highest}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
-        beta2, good = valued(number, scheduled), like(state["count"], applied(found_inf))
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
+        beta2, good = context.valued(number), like(state["count"], applied(context.found_inf))
         state["count"].add_(good)
-        state["highest_rate"].clamp_(min=learning_rate * good)
+        state["highest_rate"].clamp_(min=context.learning_rate * good)
         weight = state["count"] ** power * state["highest_rate"] ** rate_power
         state["weight_sum"].add_(weight * good)
         share = torch.where(state["weight_sum"] > 0, weight / state["weight_sum"], 0.0)
         remaining = 1 - beta2 ** state["count"]
 
         def rule(
-            piece: Piece,
-            param: Tensor,
-            gradient: Tensor,
-            /,
-            *slots: Tensor,
-            rate: float | Tensor,
-            decay: float | Tensor,
+            param: Tensor, gradient: Tensor, slots: Sequence[Tensor], rate: Scalar, decay: Scalar
         ) -> tuple[Tensor, Tensor, Tensor]:
-            del piece
             z, square = slots
             square = square * like(square, beta2) + gradient * gradient * like(square, 1 - beta2)
             direction = gradient / ((square / like(square, remaining)).sqrt() + eps) + param * like(param, decay)
@@ -101,8 +86,7 @@ def schedule_free_adamw(
             y = y + direction * like(param, rate * (first * (1 - share) - 1))
             return y, z - direction * like(param, rate), square
 
-        slots = state["z"], state["exp_avg_sq"]
-        updated(rule, gradients, params, *slots, learning_rate=learning_rate, found_inf=found_inf, scheduled=scheduled)
+        updated(rule, gradients, params, state["z"], state["exp_avg_sq"], context=context)
         return state
 
     def evaluated(state: OptState, params: Flat) -> Flat:

@@ -31,8 +31,8 @@ class Section:
         """Give the section of flat storage: views of its buffers, made once."""
         found: dict[str, Flat] = flat.kept.setdefault("sections", {})
         if self.part not in found:
-            pieces = tuple(flat.buffers[buffer][start:stop] for buffer, start, stop in self.ranges)
-            found[self.part] = Flat(self.layout, pieces)
+            ranges = tuple(flat.buffers[buffer][start:stop] for buffer, start, stop in self.ranges)
+            found[self.part] = Flat(self.layout, ranges)
         return found[self.part]
 
     def gradients(self, gradients: Gradients) -> Gradients:

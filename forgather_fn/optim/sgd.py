@@ -11,10 +11,9 @@ from forgather_fn.describe import described
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, named, schedules_of
-from forgather_fn.hyper import NO_VALUES, Values, valued
 from forgather_fn.optim import unfused
-from forgather_fn.optim.base import Optimizer, OptState
-from forgather_fn.optim.parts import parts
+from forgather_fn.optim.base import Optimizer, OptState, UpdateContext
+from forgather_fn.optim.kernel_calls import kernel_calls
 from forgather_fn.schedules import Schedule
 
 
@@ -46,37 +45,20 @@ def sgd(
     def init(params: Flat) -> OptState:
         return {"momentum": params.map(torch.zeros_like)} if keeps else {}
 
-    def update(
-        gradients: Gradients,
-        state: OptState,
-        params: Flat,
-        *,
-        learning_rate: float | Tensor,
-        found_inf: Tensor,
-        scheduled: Values = NO_VALUES,
-    ) -> OptState:
+    def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
         gradients = gradients.for_kernel()
         slots = [state["momentum"]] if keeps else []
-        kept = valued(number, scheduled)
+        kept = context.valued(number)
         if torch.compiler.is_compiling():
-            unfused.sgd(
-                gradients,
-                params,
-                *slots,
-                learning_rate=learning_rate,
-                momentum=kept,
-                nesterov=nesterov,
-                found_inf=found_inf,
-                scheduled=scheduled,
-            )
+            unfused.sgd(gradients, params, *slots, momentum=kept, nesterov=nesterov, context=context)
             return state
-        for part in parts(gradients, params, *slots):
-            rate, decay = part.hyper.at(learning_rate, scheduled)
-            kernel: Callable[..., None] = torch._fused_sgd_ if _fused_sgd_is_right(part.params[0]) else _unfused_sgd
+        for call in kernel_calls(gradients, params, *slots):
+            rate, decay = context.rates_of(call.hyper)
+            kernel: Callable[..., None] = torch._fused_sgd_ if _fused_sgd_is_right(call.params[0]) else _unfused_sgd
             kernel(
-                part.params,
-                gradients.pieces(part.chunks),
-                part.slots[0] if keeps else [],
+                call.params,
+                gradients.slices(call.chunks),
+                call.slots[0] if keeps else [],
                 weight_decay=decay,
                 momentum=kept,
                 lr=rate,
@@ -85,7 +67,7 @@ def sgd(
                 maximize=False,
                 is_first_step=False,
                 grad_scale=gradients.divisor,
-                found_inf=found_inf,
+                found_inf=context.found_inf,
             )
         return state
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from forgather_fn.finite import BAD, FINE
 from forgather_fn.flat import Flat, Layout, layout_of, zeros
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import Values
+from forgather_fn.optim.base import UpdateContext
 
 
 @attrs.frozen(eq=False)
@@ -35,25 +35,22 @@ class Own:
     decay: float | Tensor
 
 
-def one_by_one(
-    gradients: Gradients, params: Flat, learning_rate: float | Tensor, found_inf: Tensor, scheduled: Values
-) -> Iterator[Own]:
+def one_by_one(gradients: Gradients, params: Flat, context: UpdateContext) -> Iterator[Own]:
     """Give the parameters that are to be updated; none where the host knows that nothing must change."""
-    if found_inf is BAD:
+    if context.found_inf is BAD:
         return
     gradients = gradients.resolved()
     layout = params.layout
     for name, gradient in gradients.views.items():
         number = layout.index[name]
-        rate, decay = layout.groups[layout.leaves[number].group].at(learning_rate, scheduled)
+        hyper = layout.groups[layout.leaves[number].group]
         yield Own(
             name,
             number,
             params[name],
             wide(params[name]),
             wide(gradient),
-            rate,
-            decay,
+            *context.rates_of(hyper),
         )
 
 

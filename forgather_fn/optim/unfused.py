@@ -9,8 +9,9 @@ from torch import Tensor
 
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
-from forgather_fn.hyper import NO_VALUES, Values
-from forgather_fn.optim.rows import like, pieces
+from forgather_fn.hyper import Scalar
+from forgather_fn.optim.base import UpdateContext
+from forgather_fn.optim.rows import like, operands
 
 
 def adam(
@@ -21,11 +22,9 @@ def adam(
     counts: Tensor,
     *,
     decoupled: bool,
-    learning_rate: float | Tensor,
-    betas: tuple[float | Tensor, float | Tensor],
+    betas: tuple[Scalar, Scalar],
     eps: float,
-    found_inf: Tensor,
-    scheduled: Values = NO_VALUES,
+    context: UpdateContext,
 ) -> None:
     """Do what ``torch._fused_adamw_`` does, or, where weight decay is not ``decoupled``, ``torch._fused_adam_``.
 
@@ -36,17 +35,15 @@ def adam(
         squares: Their running means of squared gradients.
         counts: Updates of each parameter, this one included: floating, one a leaf.
         decoupled: Whether weight decay acts on the parameters or is added to the gradient.
-        learning_rate: Of this step.
         betas: Decay of the running mean and of the running mean square, by update.
         eps: Added to the root of the mean square.
-        found_inf: 1 where nothing must change, else 0.
-        scheduled: The values of schedules.
+        context: Of the update.
     """
     exact = counts.double()  # a count in float32 would show where parameters are float64
     remaining = [1 - torch.exp(exact * torch.as_tensor(beta, dtype=torch.float64).log()) for beta in betas]
-    for piece in pieces(gradients, params, means, squares):
-        param, gradient, mean, square = piece.tensors
-        rate, decay = piece.hypers(params.layout, learning_rate, scheduled)
+    for own in operands(gradients, params, means, squares):
+        param, gradient, mean, square = own.tensors
+        rate, decay = own.hypers(params.layout, context)
         gradient = gradient if gradients.divisor is None else gradient / gradients.divisor
         if decoupled:
             param = param * like(param, 1 - rate * decay)
@@ -54,29 +51,27 @@ def adam(
             gradient = gradient + param * like(param, decay)
         mean = mean + (gradient - mean) * like(param, 1 - betas[0])
         square = square * like(param, betas[1]) + gradient * gradient * like(param, 1 - betas[1])
-        root = square.sqrt() / piece.spread(remaining[1].sqrt()) + eps
-        param = param - like(param, rate) / piece.spread(remaining[0]) * mean / root
-        piece.write((param, mean, square), gradients.active, found_inf)
+        root = square.sqrt() / own.spread(remaining[1].sqrt()) + eps
+        param = param - like(param, rate) / own.spread(remaining[0]) * mean / root
+        own.write((param, mean, square), gradients.active, context.found_inf)
 
 
 def sgd(
     gradients: Gradients,
     params: Flat,
     *slots: Flat,
-    learning_rate: float | Tensor,
-    momentum: float | Tensor,
+    momentum: Scalar,
     nesterov: bool,
-    found_inf: Tensor,
-    scheduled: Values = NO_VALUES,
+    context: UpdateContext,
 ) -> None:
     """Do what ``torch._fused_sgd_`` does; ``slots`` is the momentum, if there is any."""
-    for piece in pieces(gradients, params, *slots):
-        param, gradient, *running = piece.tensors
-        rate, decay = piece.hypers(params.layout, learning_rate, scheduled)
+    for own in operands(gradients, params, *slots):
+        param, gradient, *running = own.tensors
+        rate, decay = own.hypers(params.layout, context)
         gradient = gradient if gradients.divisor is None else gradient / gradients.divisor
         gradient = gradient + param * like(param, decay)
         kept = like(param, momentum)
         running = [slot * kept + gradient for slot in running]
         for slot in running:
             gradient = gradient + slot * kept if nesterov else slot
-        piece.write((param - like(param, rate) * gradient, *running), gradients.active, found_inf)
+        own.write((param - like(param, rate) * gradient, *running), gradients.active, context.found_inf)

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
-from forgather_fn.evaluation import Which, chosen, evaluating, own_batches
+from forgather_fn.evaluation import chosen, evaluating, own_batches
 from forgather_fn.metrics import Measure
 from forgather_fn.pipeline.freeing import Freed, filled
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
-from forgather_fn.state import TrainState, raise_if_nonfinite
+from forgather_fn.state import Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Tally, combined, look
 from forgather_fn.world import World
 
 
 def evaluate(
-    machine: Machine, built: Built, state: TrainState, data: Any, params: Which, metrics: Sequence[Measure] = ()
+    machine: Machine, built: Built, state: TrainState, data: Any, params: Params, metrics: Sequence[Measure] = ()
 ) -> dict[str, float]:
     """Measure every sample once, by the loss and by metrics, on every process; of any schedule, any batches.
 
@@ -42,25 +42,27 @@ def evaluate(
     batches = own_batches(data, World(rank=line.number, size=line.pipelines))
     with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
         while window := [(i, built.place(as_batch(item).data)) for i, item in itertools.islice(batches, line.stages)]:
-            parts = {i: part for i, part in window if i is not None}
-            _prove(machine, next(iter(parts.values())))
+            microbatches = {i: microbatch for i, microbatch in window if i is not None}
+            _prove(machine, next(iter(microbatches.values())))
 
-            def run(stage: int, number: int, hidden: Tensor | None, parts: Mapping[int, Any] = parts) -> Any:
+            def run(
+                stage: int, number: int, hidden: Tensor | None, microbatches: Mapping[int, Any] = microbatches
+            ) -> Any:
                 path = (number, "evaluate", stage) if stage else (number, "evaluate")
                 reseed(key(state.seed, state.step, *path), built.device)
-                result = machine.run(stage, parts[number], hidden)
+                result = machine.run(stage, microbatches[number], hidden)
                 if stage < line.stages - 1:
                     return result
                 with built.autocast():
-                    return measured(result, parts[number])
+                    return measured(result, microbatches[number])
 
-            for number, seen in forward_only(line, list(parts), run, built.device).items():
+            for number, seen in forward_only(line, list(microbatches), run, built.device).items():
                 tally.take(number, seen)
-    return combined(line.world.gather(tally.found()), measured.reducers)
+    return combined(line.world.gather(tally.found()), measured.aggregates)
 
 
 def apply(
-    machine: Machine, built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Which
+    machine: Machine, built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params
 ) -> Any:
     """Call the model on inputs in evaluation mode, and give its outputs on every process."""
     line = machine.line
@@ -79,12 +81,12 @@ def apply(
     return told[line.number * line.ranks + line.rank_of(line.stages - 1)]
 
 
-def _prove(machine: Machine, part: Any) -> None:
+def _prove(machine: Machine, microbatch: Any) -> None:
     if machine.flow is None:
-        machine.line.world.each(lambda: machine.prove(part))
+        machine.line.world.each(lambda: machine.prove(microbatch))
 
 
-def export(machine: Machine, built: Built, state: TrainState, params: Which) -> nn.Module:
+def export(machine: Machine, built: Built, state: TrainState, params: Params) -> nn.Module:
     """Give the whole module, with the parameters of all stages, on every process."""
     arrays = state.read()
     built.bound(arrays)

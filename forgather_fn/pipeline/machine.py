@@ -49,13 +49,13 @@ class Machine:
     _shapes: dict[Signature, dict[int, tuple[Shape | None, Shape | None]]] = attrs.field(factory=dict)
     _schedules: "OrderedDict[Any, Callable[[Work], None]]" = attrs.field(factory=OrderedDict)
 
-    def prove(self, part: Any) -> None:
+    def prove(self, microbatch: Any) -> None:
         """Find, by the first batch, how the model runs through its stages, and that they are what was assumed.
 
         Raises:
             SplitError: More than a hidden state crosses a cut, or a stage uses a parameter that it was not given.
         """
-        args, kwargs = self.built.arguments(first_sample(part))
+        args, kwargs = self.built.arguments(first_sample(microbatch))
         self.prove_by(lambda: self.built.module(*args, **kwargs))
 
     def prove_by(self, call: Callable[[], Any]) -> None:
@@ -75,9 +75,9 @@ class Machine:
         self.flow = flow
         self.segments = {stage: segment(model, flow, stage) for stage in self.line.own}
 
-    def run(self, stage: int, part: Any, hidden: Tensor | None) -> Any:
+    def run(self, stage: int, microbatch: Any, hidden: Tensor | None) -> Any:
         """Run one stage on a microbatch, in the precision of the plan."""
-        args, kwargs = self.built.arguments(part)
+        args, kwargs = self.built.arguments(microbatch)
         with self.built.autocast():
             return self.segments[stage].run(hidden, lambda: self.built.module(*args, **kwargs))
 
@@ -86,7 +86,7 @@ class Machine:
         return all(sign in self._shapes for sign in signatures)
 
     def shapes(
-        self, parts: Sequence[Any], signatures: Sequence[Signature]
+        self, microbatches: Sequence[Any], signatures: Sequence[Signature]
     ) -> list[dict[int, tuple[Shape | None, Shape | None]]]:
         """Tell, for each microbatch, what comes into and goes out of this process's stages; collective if it is new."""
         new = {sign: number for number, sign in enumerate(signatures) if sign not in self._shapes}
@@ -94,7 +94,7 @@ class Machine:
             found: dict[int, dict[int, tuple[Shape | None, Shape | None]]] = {number: {} for number in new.values()}
 
             def run(stage: int, number: int, hidden: Tensor | None) -> Any:
-                given = self.run(stage, parts[number], hidden)
+                given = self.run(stage, microbatches[number], hidden)
                 ends = stage < self.line.stages - 1
                 found[number][stage] = (
                     None if hidden is None else shape_of(hidden),
@@ -221,18 +221,18 @@ def _looking(module: nn.Module) -> Any:
         modes.restore()
 
 
-def first_sample(part: Any) -> Any:
+def first_sample(microbatch: Any) -> Any:
     """Cut the first sample out of a microbatch, where it can be cut."""
-    samples = leading_dimension(part)
+    samples = leading_dimension(microbatch)
     try:
-        return microbatches(Batch(part, samples, None), samples)[0]
+        return microbatches(Batch(microbatch, samples, None), samples)[0]
     except ValueError:
-        return part
+        return microbatch
 
 
-def signature(part: Any) -> Signature:
+def signature(microbatch: Any) -> Signature:
     """Describe the form of a microbatch: shapes and data types, and whatever else is in it but fractions."""
-    leaves, spec = tree_flatten(part)
+    leaves, spec = tree_flatten(microbatch)
     return (*map(_described, leaves), repr(spec))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from forgather_fn.losses import Arguments
-from forgather_fn.meta import initialise_part, on_meta
+from forgather_fn.meta import initialise_modules, on_meta
 from forgather_fn.model import buffer_slots, initialise_by_name, parameter_anatomy
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError, registered
 from forgather_fn.pipeline.freeing import free, freed, is_freed
@@ -97,7 +97,7 @@ def stage_prepared(plan: Plan, seed: int, module: nn.Module, line: Line, assignm
     if plan.init == "by_name" and on_meta(module):
         mixed = _mixed(module, assignment, own)
         free(module, lambda name: foreign(name) and name not in mixed, plan.device)
-        initialise_part(module, _initialised(module), seed, plan.device)
+        initialise_modules(module, _initialised(module), seed, plan.device)
         _fill_buffers(module, plan.device)
     elif plan.init == "by_name":
         initialise_by_name(module, seed)

@@ -78,14 +78,16 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     built = machine.built
     line.world.begin()
     built.bound(arrays)
-    numbers, parts, forms = _given(pipeline, batch)
-    weight = known_weight(built.plan, parts) if line.pipelines == 1 else None
+    numbers, microbatches, forms = _given(pipeline, batch)
+    weight = known_weight(built.plan, microbatches) if line.pipelines == 1 else None
     if not machine.knows(forms):
-        passed(built, state, lambda: machine.shapes(parts, forms))  # which leaves the model's buffers as they are
-    shapes = machine.shapes(parts, forms)
+        passed(
+            built, state, lambda: machine.shapes(microbatches, forms)
+        )  # which leaves the model's buffers as they are
+    shapes = machine.shapes(microbatches, forms)
     wires = _wires(line, shapes, built.dtype)
     run = machine.schedule(wires, len(pipeline.share.block))
-    passes = _Passes(pipeline, state, numbers, parts, shapes, wires, weight)
+    passes = _Passes(pipeline, state, numbers, microbatches, shapes, wires, weight)
     _, buffers = passed(built, state, lambda: run(passes.work))
     gradients = built.workspace.collect(batch.samples, 0.0)
     try:
@@ -96,7 +98,7 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     except BaseException:
         built.workspace.clear()
         raise
-    taken = line.pipelines == 1 and (weight is not None or len(parts) == 1)
+    taken = line.pipelines == 1 and (weight is not None or len(microbatches) == 1)
     return divided(built, arrays, gradients, weight=None if taken else gradients.weight), buffers, means
 
 
@@ -109,16 +111,16 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any], list
     machine, line = pipeline.machine, pipeline.line
     error: Exception | None = None
     numbers: list[int] = []
-    parts: list[Any] = []
+    microbatches: list[Any] = []
     try:
-        for number, part in owned(batch, pipeline.share):
+        for number, microbatch in owned(batch, pipeline.share):
             numbers.append(number)
-            parts.append(machine.built.place(part))
-        if not parts:
+            microbatches.append(machine.built.place(microbatch))
+        if not microbatches:
             raise ValueError(f"a batch of {batch.samples} samples has no microbatch for each of {line.pipelines} lines")
     except Exception as raised:
         error = raised
-    forms = [signature(part) for part in parts] if error is None else []
+    forms = [signature(microbatch) for microbatch in microbatches] if error is None else []
     sign: Any = forms if error is None else f"{type(error).__name__}: {error}"
     first = machine.flow is None
     try:
@@ -128,8 +130,8 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any], list
     if error is not None:
         raise error
     if first:
-        line.world.each(lambda: machine.prove(parts[0]))
-    return numbers, parts, forms
+        line.world.each(lambda: machine.prove(microbatches[0]))
+    return numbers, microbatches, forms
 
 
 def _wires(
@@ -156,7 +158,7 @@ class _Passes:
     pipeline: Pipeline
     state: TrainState
     numbers: Sequence[int]
-    parts: Sequence[Any]
+    microbatches: Sequence[Any]
     shapes: Sequence[Mapping[int, tuple[Shape | None, Shape | None]]]
     wires: Mapping[int, Wires]
     weight: Tensor | float | None
@@ -169,16 +171,16 @@ class _Passes:
         again in the others, and counts for nothing.
         """
         machine = self.pipeline.machine
-        counts = index < len(self.parts)
+        counts = index < len(self.microbatches)
         at = index if counts else 0
         number = self.numbers[at]
         path = ("forward", stage) if stage else ("forward",)  # the first stage draws what a single device would
         reseed(key(self.state.seed, self.state.step, number, *path), machine.built.device)
         taken, given = self.shapes[at][stage]
         hidden = None if wire is None or taken is None else unpacked(wire, taken)
-        result = machine.run(stage, self.parts[at], hidden)
+        result = machine.run(stage, self.microbatches[at], hidden)
         if stage == machine.line.stages - 1:
-            return self._loss(result, self.parts[at], counts)
+            return self._loss(result, self.microbatches[at], counts)
         if given is None or (tuple(result.shape), result.dtype) != (given.sizes, given.dtype):
             raise ValueError(
                 f"stage {stage} gave a hidden state of {tuple(result.shape)} {result.dtype}, and one of "
@@ -188,17 +190,17 @@ class _Passes:
         length = self.wires[stage].given
         return packed(result if result.requires_grad else result.detach().requires_grad_(), length)
 
-    def _loss(self, outputs: Any, part: Any, counts: bool) -> Tensor:
+    def _loss(self, outputs: Any, microbatch: Any, counts: bool) -> Tensor:
         built = self.pipeline.machine.built
         with built.autocast():
-            means = named_means(built.plan.loss(outputs, part))
+            means = named_means(built.plan.loss(outputs, microbatch))
         total, weight = means["loss"].total, self.weight
         if not total.requires_grad:
             raise ValueError("the objective's total does not depend on any trainable parameter of the last stage")
         scale = self.state.read().loss_scale.get("scale")
         if scale is not None:
             total = total.float() if total.dtype.itemsize < 4 else total
-        if len(self.parts) == 1 and self.pipeline.line.pipelines == 1:
+        if len(self.microbatches) == 1 and self.pipeline.line.pipelines == 1:
             weight = means["loss"].weight
         if counts:
             self.means.append({name: mean.detach() for name, mean in means.items()})

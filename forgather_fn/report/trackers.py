@@ -83,7 +83,7 @@ def mlflow(
             place = client.create_experiment(experiment) if found is None else found.experiment_id
             run = client.create_run(place, run_name=name, tags=dict(tags or {})).info.run_id
             params = [package.entities.Param(key, str(value)) for key, value in (config or {}).items()]
-            for some in _parts(params, _MLFLOW_PARAMS):
+            for some in _batched(params, _MLFLOW_PARAMS):
                 client.log_batch(run, params=some)
         else:
             run = known
@@ -92,7 +92,7 @@ def mlflow(
         def log(step: int, numbers: Mapping[str, float]) -> None:
             now = int(clock() * 1000)
             metrics = [package.entities.Metric(key, value, now, step) for key, value in numbers.items()]
-            for some in _parts(metrics, _MLFLOW_METRICS):
+            for some in _batched(metrics, _MLFLOW_METRICS):
                 client.log_batch(run, metrics=some)
 
         return TrackedRun(run, log, lambda failed: client.set_terminated(run, "FAILED" if failed else "FINISHED"))
@@ -127,5 +127,5 @@ def trackio(directory: StrPath, *, project: str, config: Mapping[str, Any] | Non
     return tracked("trackio", "trackio>=0.20", directory, begin)
 
 
-def _parts(items: list[Any], size: int) -> list[list[Any]]:
+def _batched(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]

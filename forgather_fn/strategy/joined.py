@@ -12,15 +12,14 @@ from forgather_fn.batch import as_batch
 from forgather_fn.data import Stream
 from forgather_fn.describe import describe
 from forgather_fn.dispatch import opened
-from forgather_fn.evaluation import Which
 from forgather_fn.flat import listed
-from forgather_fn.joining import parts, seed_of
+from forgather_fn.joining import members, seed_of
 from forgather_fn.loop import open_steps
 from forgather_fn.optim import Optimizer
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics, Program
 from forgather_fn.random import key, seeded
-from forgather_fn.state import Ownership, TrainState
+from forgather_fn.state import Ownership, Params, TrainState
 from forgather_fn.step import following
 from forgather_fn.strategy.single import single
 
@@ -32,7 +31,7 @@ class JointStep(Protocol):
     """Make one step of several models."""
 
     def __call__(self, programs: Programs, states: dict[str, TrainState], batch: Any, /) -> tuple[States, Metrics]:
-        """Step some of the parts, each by its program, and give the states of all of them, and metrics.
+        """Step some of the members, each by its program, and give the states of all of them, and metrics.
 
         It is a function of what it is given: what it draws from torch's generators is derived from the joint state.
         """
@@ -49,10 +48,10 @@ class JointEvaluate(Protocol):
 
 @attrs.frozen(eq=False)
 class Joint:
-    """In the plan of a joint program, whatever belongs to its parts: it prints as theirs, and is called through them.
+    """In the plan of a joint program, whatever belongs to its members: it prints as theirs, and is called through them.
 
     Attributes:
-        programs: Of the parts.
+        programs: Of the members.
         description: How it prints.
     """
 
@@ -66,36 +65,36 @@ class Joint:
             ValueError: Always.
         """
         raise ValueError(
-            f"a joint program has no model, loss or schedule of its own; those of its parts are called through its "
-            f"programs, {listed(list(self.programs))}, on ff.parts(state)"
+            f"a joint program has no model, loss or schedule of its own; those of its members are called through its "
+            f"programs, {listed(list(self.programs))}, on ff.members(state)"
         )
 
 
 _OURS: Final = ("loss", "transforms", "average", "precision", "on_nonfinite", "init", "microbatches")
 
 
-def joined(parts: Mapping[str, Plan | Program], step: JointStep, *, evaluate: JointEvaluate | None = None) -> Program:
+def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: JointEvaluate | None = None) -> Program:
     """Make one program of several, whose state has the state of each: a GAN, an actor and its critic.
 
-    The program goes through loops, observers and checkpoints as any other. ``ff.parts(state)`` gives the states of the
-    parts. Names in the joint state begin with the part's: ``critic.0.weight``. Each part has a seed that is derived
-    from the joint one, and counts its own steps: its schedule and keys read that number.
+    The program goes through loops, observers and checkpoints as any other. ``ff.members(state)`` gives the states of
+    the members. Names in the joint state begin with the member's: ``critic.0.weight``. Each member has a seed that is
+    derived from the joint one, and counts its own steps: its schedule and keys read that number.
 
-    The joint state is consumed when a step ends, or when it fails after it has updated a part: that update is made. A
-    step that fails before leaves it readable. ``Plan(donate=False)`` in any part keeps it in every case.
+    The joint state is consumed when a step ends, or when it fails after it has updated a member: that update is made. A
+    step that fails before leaves it readable. ``Plan(donate=False)`` in any member keeps it in every case.
 
     Args:
-        parts: A plan for each, trained on one device, or its program.
+        members: A plan for each, trained on one device, or its program.
         step: ``(programs, states, batch) -> (states, metrics)``.
         evaluate: ``(programs, states, data) -> results``, for ``program.evaluate``.
 
     Returns:
-        The program. ``gradients``, ``update`` and ``apply`` are of the parts' programs only.
+        The program. ``gradients``, ``update`` and ``apply`` are of the members' programs only.
 
     Raises:
-        ValueError: A name is not an identifier, or the parts are on several devices or run by several processes.
+        ValueError: A name is not an identifier, or the members are on several devices or run by several processes.
     """
-    programs = {name: single(part) if isinstance(part, Plan) else part for name, part in parts.items()}
+    programs = {name: single(member) if isinstance(member, Plan) else member for name, member in members.items()}
     _check(programs)
     plan = _plan(programs, step)
     modules: list[nn.ModuleDict] = []
@@ -116,7 +115,7 @@ def joined(parts: Mapping[str, Plan | Program], step: JointStep, *, evaluate: Jo
 
         if isinstance(without, str) or set(without) - {"optimizer", "progress"}:
             raise ValueError(f"restore: without={without!r}: a joint program takes only 'optimizer' and 'progress'")
-        # What the parts have counted is in the joint state's controls.
+        # What the members have counted is in the joint state's controls.
         left = {*without, "controls"} if "progress" in without else without
         return restored(plan, init, plan_world, lambda: None, path, allow, left)
 
@@ -124,17 +123,17 @@ def joined(parts: Mapping[str, Plan | Program], step: JointStep, *, evaluate: Jo
         return _step(programs, step, plan, state if plan.donate else state.copy(), batch, wants)
 
     def measure(
-        state: TrainState, data: Any, /, *, params: Which = "params", metrics: Sequence[Any] = ()
+        state: TrainState, data: Any, /, *, params: Params = "params", metrics: Sequence[Any] = ()
     ) -> dict[str, float]:
         if evaluate is None or params != "params" or metrics:
             raise ValueError(
-                "a joint program is evaluated by the function that it was made with: ff.joined(parts, step, "
+                "a joint program is evaluated by the function that it was made with: ff.joined(members, step, "
                 "evaluate=...), which chooses the parameters and the metrics by itself"
             )
-        return dict(evaluate(programs, joining.parts(state), data))
+        return dict(evaluate(programs, joining.members(state), data))
 
-    def export(state: TrainState, /, *, params: Which = "params") -> nn.Module:
-        states = joining.parts(state)
+    def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
+        states = joining.members(state)
         return nn.ModuleDict({name: one.export(states[name], params=params) for name, one in programs.items()})
 
     def batches(state: TrainState, data: Iterable[Any] | Stream, /) -> Any:
@@ -164,8 +163,8 @@ def _step(
     programs: Programs, step: JointStep, plan: Plan, state: TrainState, batch: Any, wants: frozenset[str]
 ) -> tuple[TrainState, Metrics]:
     batch = as_batch(batch)
-    before = joining.parts(state)
-    state.settle()  # whoever reads the whole in the background knows nothing of its parts
+    before = joining.members(state)
+    state.settle()  # whoever reads the whole in the background knows nothing of its members
     if wants:
         programs = {name: _wanting(program, wants) for name, program in programs.items()}
     try:
@@ -173,7 +172,7 @@ def _step(
             after, metrics = step(programs, dict(before), batch.data)
         _check_states(before, after)
     except BaseException:
-        updated = [name for name, part in before.items() if part.consumed]
+        updated = [name for name, member in before.items() if member.consumed]
         if updated:
             state.consume(f"step {state.step}, which failed when it had updated {listed(updated)}")
         raise
@@ -194,34 +193,36 @@ def _check_states(before: States, after: States) -> None:
     if not isinstance(after, Mapping) or set(after) != set(before):
         found = listed(list(after)) if isinstance(after, Mapping) else type(after).__name__
         raise ValueError(f"joined: the step must give the states of {listed(list(before))}, and gave {found}")
-    stale = [name for name, part in after.items() if part.consumed]
+    stale = [name for name, member in after.items() if member.consumed]
     if stale:
         raise ValueError(
             f"joined: the step gave the state of {listed(stale)} from before it was updated; give the one that the "
-            "part's step returned: states[name], metrics = programs[name].step(states[name], batch)"
+            "member's step returned: states[name], metrics = programs[name].step(states[name], batch)"
         )
 
 
 def _check(programs: Programs) -> None:
     if not programs:
-        raise ValueError("joined: there are no parts")
+        raise ValueError("joined: there are no members")
     for name, program in programs.items():
         if not name.isidentifier():
-            raise ValueError(f"joined: a part's name begins those of its tensors, and must be an identifier: {name!r}")
+            raise ValueError(
+                f"joined: a member's name begins those of its tensors, and must be an identifier; got {name!r}"
+            )
         if program.world.size > 1 or isinstance(program.plan.model, Joint):
             raise ValueError(f"joined: {name} is run by several processes, or joint itself; use plans or ff.single")
         if program.plan.controls:
             raise ValueError(
                 f"joined: the schedule of {name}, {describe(program.plan.schedule)}, reacts to results, "
-                "and those of a joint program are not of one part; use a schedule of the step"
+                "and those of a joint program are not of one member; use a schedule of the step"
             )
     devices = sorted({str(program.plan.device) for program in programs.values()})
     if len(devices) > 1:
-        raise ValueError(f"joined: the parts are on several devices, {', '.join(devices)}; a state is on one")
+        raise ValueError(f"joined: the members are on several devices, {', '.join(devices)}; a state is on one")
 
 
 def _plan(programs: Programs, step: JointStep) -> Plan:
-    """Make a plan that says what the parts are."""
+    """Make a plan that says what the members are."""
     told = {name: program.plan.describe() for name, program in programs.items()}
 
     def said(*fields: str) -> str:
@@ -248,25 +249,25 @@ def _plan(programs: Programs, step: JointStep) -> Plan:
 def _carry(
     old: Program, state: TrainState, new: Program, /, *, dropping: Collection[str], without: Collection[str], tell: Any
 ) -> TrainState:
-    """Carry the parts of a joint state into those of another, by name."""
+    """Carry the members of a joint state into those of another, by name."""
     ours, theirs = old.plan.model, new.plan.model
     if not (isinstance(ours, Joint) and isinstance(theirs, Joint) and ours.programs.keys() == theirs.programs.keys()):
-        raise ValueError("convert: the parts of a joint program are carried to those of another with the same names")
+        raise ValueError("convert: the members of a joint program are carried to those of another with the same names")
     odd = [pattern for pattern in dropping if pattern.partition(".")[0] not in ours.programs]
     if odd:
         raise ValueError(
-            f"convert: dropping={odd[0]!r} begins with no part's name; they are {listed(list(ours.programs))}"
+            f"convert: dropping={odd[0]!r} begins with no member's name; they are {listed(list(ours.programs))}"
         )
     new.init(state.seed)
     states = {
         name: ours.programs[name].convert(
-            part,
+            member,
             theirs.programs[name],
             dropping=[p.removeprefix(f"{name}.") for p in dropping if p.startswith(f"{name}.")],
             without=without,
             tell=tell,
         )
-        for name, part in parts(state).items()
+        for name, member in members(state).items()
     }
     arrays = joining.joined(states)
     if "progress" in without:

@@ -7,7 +7,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from forgather_fn import evaluation
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
@@ -15,7 +14,6 @@ from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
 from forgather_fn.metrics import Measure
 from forgather_fn.model import build, call_arguments
-from forgather_fn.part import Part
 from forgather_fn.pipeline import looking
 from forgather_fn.pipeline.alone import proved
 from forgather_fn.pipeline.balance import balanced, measured
@@ -27,9 +25,10 @@ from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.share import Share
-from forgather_fn.state import TrainState
+from forgather_fn.state import Params, TrainState
 from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import launched_on
 from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
@@ -94,7 +93,7 @@ def pipelined(
             share=share if pipelines > 1 else None,
             storage=stand.storage(),
             looking=Looking(stand.evaluate, stand.apply) if ranks > 1 else None,
-            part=stand.part,
+            portion=stand.portion,
         ),
     )
 
@@ -207,8 +206,8 @@ class _Standing:
         self.trained = tuple(name for name in self.assignment.params if name in everywhere)
         return pipelining(Pipeline(machine, self.ties, self.share))
 
-    def part(self) -> Part | None:
-        """Tell which part of a state this process has."""
+    def portion(self) -> Portion | None:
+        """Tell which portion of a state this process has."""
         if self.line.ranks == 1:
             return None
         assert self.assignment is not None
@@ -216,7 +215,7 @@ class _Standing:
         stages = frozenset(self.line.own)
         own = frozenset(name for name, used in self.assignment.params.items() if used & stages)
         first = {name: self.line.rank_of(min(used)) for name, used in self.assignment.buffers.items()}
-        return Part(
+        return Portion(
             number=self.line.rank,
             count=self.line.ranks,
             writes=self.line.number == 0,
@@ -244,7 +243,7 @@ class _Standing:
                     )
 
     def evaluate(
-        self, built: Built, state: TrainState, data: Any, params: evaluation.Which, metrics: Sequence[Measure]
+        self, built: Built, state: TrainState, data: Any, params: Params, metrics: Sequence[Measure]
     ) -> dict[str, float]:
         """Measure a state; see :func:`~forgather_fn.pipeline.looking.evaluate`."""
         return looking.evaluate(self._running(), built, state, data, params, metrics)
@@ -255,12 +254,12 @@ class _Standing:
         state: TrainState,
         inputs: tuple[Any, ...],
         named: dict[str, Any],
-        params: evaluation.Which,
+        params: Params,
     ) -> Any:
         """Call the model; see :func:`~forgather_fn.pipeline.looking.apply`."""
         return looking.apply(self._running(), built, state, inputs, named, params)
 
-    def export(self, built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+    def export(self, built: Built, state: TrainState, params: Params) -> nn.Module:
         """Take the model out; see :func:`~forgather_fn.pipeline.looking.export`."""
         return looking.export(self._running(), built, state, params)
 

@@ -35,13 +35,13 @@ from forgather_fn.model import (
     parameter_anatomy,
     surrounded,
 )
-from forgather_fn.part import Part
 from forgather_fn.plan import Plan
+from forgather_fn.portion import Portion
 from forgather_fn.program import Metrics, Program, Whole, itself
 from forgather_fn.reducers.base import begun
 from forgather_fn.shards import Rows
 from forgather_fn.share import Share
-from forgather_fn.state import Arrays, TrainState, as_state, counter
+from forgather_fn.state import Arrays, Params, TrainState, as_state, counter
 from forgather_fn.workspace import workspace
 from forgather_fn.world import ALONE, World
 
@@ -83,7 +83,7 @@ class Storage:
     prepare: Callable[[Plan, int], nn.Module]
     build: Callable[[Plan, nn.Module], Built]
     first: First
-    export: Callable[[Built, TrainState, evaluation.Which], nn.Module]
+    export: Callable[[Built, TrainState, Params], nn.Module]
     whole: Whole = itself
     rows: Rows | None = None
     pace: evaluation.Pace = evaluation.UNPACED
@@ -98,8 +98,8 @@ class Looking:
         apply: ``(built, state, inputs, named, params) -> outputs``.
     """
 
-    evaluate: Callable[[Built, TrainState, Any, evaluation.Which, Sequence[Measure]], dict[str, float]]
-    apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], evaluation.Which], Any]
+    evaluate: Callable[[Built, TrainState, Any, Params, Sequence[Measure]], dict[str, float]]
+    apply: Callable[[Built, TrainState, tuple[Any, ...], dict[str, Any], Params], Any]
 
 
 @attrs.frozen(eq=False)
@@ -114,7 +114,7 @@ class Strategy:
         dispatch: Whether the first process alone reads data, and sends the others theirs.
         storage: How states hold parameters; None for whole ones.
         looking: How the model is run besides; None for each batch on one process.
-        part: Which part of a state this process has, when its model is built; None for all of it.
+        portion: Which portion of a state this process has, when its model is built; None for all of it.
     """
 
     execution: Callable[[Built], Execution]
@@ -124,7 +124,7 @@ class Strategy:
     dispatch: bool = False
     storage: Storage | None = None
     looking: Looking | None = None
-    part: Callable[[], Part | None] = lambda: None
+    portion: Callable[[], Portion | None] = lambda: None
 
 
 def assembled(plan: Plan, strategy: Strategy) -> Program:
@@ -163,7 +163,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, strategy.part, path, allow, without, storage.rows)
+        return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
@@ -200,7 +200,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         following, metrics = execution.advance(given, taken, buffers, {}, frozenset())
         return _at(following, taken.cursor), metrics
 
-    def export(state: TrainState, /, *, params: evaluation.Which = "params") -> nn.Module:
+    def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
         return storage.export(built(), as_state(state), params)
 
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
@@ -229,7 +229,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         open_steps=open_steps,
         world=strategy.world,
         share=strategy.share,
-        part=strategy.part,
+        portion=strategy.portion,
         whole=storage.whole,
     )
 
@@ -365,7 +365,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
         buffers=stored,
         opt=plan.optimizer.init(params),
         transforms=transforms,
-        ema=None if plan.average is None else average.begun(params),
+        average=None if plan.average is None else average.begun(params),
         controls=begun(plan.controls),
         loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
     )
@@ -374,7 +374,7 @@ def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -
     return TrainState(step=0, samples=0, seed=seed, arrays=arrays)
 
 
-def _export(built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+def _export(built: Built, state: TrainState, params: Params) -> nn.Module:
     arrays = state.read()
     built.bound(arrays)
     used = evaluation.chosen(built.plan, arrays, params)

@@ -16,9 +16,9 @@ from forgather_fn.blank import blank_of, filled_in
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat, Layout, filled, zeros
-from forgather_fn.fsdp import Fsdp, Ready, cut, parts_of, units_of
+from forgather_fn.fsdp import Fsdp, Ready, cut, module_names, units_of
 from forgather_fn.losses import Objective
-from forgather_fn.meta import initialise_part, on_meta, separable
+from forgather_fn.meta import initialise_modules, on_meta, separable
 from forgather_fn.model import (
     buffer_names,
     buffer_slots,
@@ -35,7 +35,7 @@ from forgather_fn.reduction import Reduction
 from forgather_fn.sharded import added, on_shards, shard_workspace
 from forgather_fn.shards import Shards, shards_of
 from forgather_fn.share import Share
-from forgather_fn.state import Arrays, Ownership, TrainState
+from forgather_fn.state import Arrays, Ownership, Params, TrainState
 from forgather_fn.strategy.program import (
     Agree,
     Storage,
@@ -116,7 +116,7 @@ class Sharding:
         module = build(plan.model, seed)
         self.drawn = None
         if plan.init == "by_name" and on_meta(module):
-            parts = parts_of([*units_of(module, self.patterns), ("", module)])
+            parts = module_names([*units_of(module, self.patterns), ("", module)])
             if separable(module, parts):
                 self.drawn = functools.partial(_draw, module, seed, plan.device, floating(plan))
                 return module
@@ -197,7 +197,7 @@ class Sharding:
         """Draw the values of one part after the other, keep this process's rows, and let go of the rest."""
         fsdp = self.cut_model
         params, frozen = (zeros(own.layout, built.device) for own in (fsdp.trained, fsdp.still))
-        for part in parts_of([*units_of(module, self.patterns), ("", module)]):
+        for part in module_names([*units_of(module, self.patterns), ("", module)]):
             ready(part)
             for place, name in self.sites:
                 prefix, _, attribute = place.rpartition(".")
@@ -226,7 +226,7 @@ class Sharding:
         found = {name: shards.mapped(value, brought) for name, value in fields.items()}
         return attrs.evolve(state, arrays=Arrays(**found), ownership=Ownership()) if self.world.main else None
 
-    def export(self, built: Built, state: TrainState, params: evaluation.Which) -> nn.Module:
+    def export(self, built: Built, state: TrainState, params: Params) -> nn.Module:
         """Make a whole model on the host of every process. This is collective.
 
         Raises:
@@ -269,7 +269,7 @@ def _draw(
     module: nn.Module, seed: int, device: torch.device, dtype: torch.dtype | None, names: frozenset[str], /
 ) -> None:
     """Give some modules of a model on the meta device their values, in the data type of the plan."""
-    initialise_part(module, names, seed, device)
+    initialise_modules(module, names, seed, device)
     for name, child in module.named_modules():
         if name in names and dtype is not None:
             for held in (child._parameters, child._buffers):

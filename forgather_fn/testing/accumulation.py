@@ -35,7 +35,7 @@ class Taken:
 
 
 def check_accumulation(
-    plan: Plan, batch: Any, *, parts: Sequence[int] | None = None, tolerance: float = TOLERANCE, seed: int = 0
+    plan: Plan, batch: Any, *, microbatches: Sequence[int] | None = None, tolerance: float = TOLERANCE, seed: int = 0
 ) -> None:
     """Check that the gradient and the loss do not depend on how many microbatches a batch is cut into.
 
@@ -44,7 +44,7 @@ def check_accumulation(
     Args:
         plan: Its loss and model are checked. A module in it is copied.
         batch: As ``program.step`` takes it; at least 3 samples, best of weights that are not alike (labels of -100).
-        parts: Numbers of microbatches. By default 1, 2, 3, the plan's own, and the least that cuts unequally.
+        microbatches: Numbers of them. By default 1, 2, 3, the plan's own, and the least that cuts unequally.
         tolerance: By how much a leaf of the gradient may differ, relative to its largest element (at least a hundredth
             of the largest of all), and a mean, relative to its value (at least a hundredth).
         seed: Of the state.
@@ -57,10 +57,10 @@ def check_accumulation(
     Example:
         >>> import torch, forgather_fn as ff
         >>> plan = ff.Plan(model=torch.nn.Linear(2, 1), loss=ff.losses.mse, optimizer=ff.sgd(), schedule=0.1)
-        >>> check_accumulation(plan, (torch.ones(4, 2), torch.zeros(4, 1)), parts=(2, 3))
+        >>> check_accumulation(plan, (torch.ones(4, 2), torch.zeros(4, 1)), microbatches=(2, 3))
     """
     wrapped = as_batch(batch)
-    counts = _counts(plan, wrapped.samples) if parts is None else tuple(parts)
+    counts = _counts(plan, wrapped.samples) if microbatches is None else tuple(microbatches)
     with in_float64():
         reason = outside(plan, batch, seed)
         if reason:

@@ -81,7 +81,7 @@ def check_data(stream: Stream, *, plan: Plan | None = None, batches: int = 5, se
 def _check_permutations(stream: IndexedStream, seed: int) -> None:
     """Look up two epochs, and check that no part of the dataset gives a sample twice before it has given all."""
     stop, length = 2 * stream.epoch_length, stream.length
-    parts = [range(length)] if isinstance(stream.order, str) else stream.order.parts(length)
+    parts = [range(length)] if isinstance(stream.order, str) else stream.order.epoch_ranges(length)
     sizes = [stream.epoch_length] if len(parts) == 1 else [len(part) for part in parts]
     last, given = np.full(length, -1), [0] * len(parts)
     for block in range(0, stop, _BLOCK):

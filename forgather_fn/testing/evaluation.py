@@ -68,7 +68,7 @@ def check_evaluation(
     compare_cuts(plan, cuts, length, tolerance, seed, metrics)
 
 
-def check_parts(plan: Plan, batch: Any, *, tolerance: float, seed: int) -> None:
+def check_microbatches(plan: Plan, batch: Any, *, tolerance: float, seed: int) -> None:
     """Check the same on the samples of one batch, cut as microbatches are."""
     whole = as_batch(batch)
     counts = sorted({1, 2, _ragged(whole.samples), whole.samples})
@@ -96,7 +96,7 @@ def compare_cuts(
     """Evaluate the same samples, cut in several ways, and compare the results with the first."""
     with in_float64():
         made = subject(plan, seed, precision="float64")
-        for params in ("params", "ema") if plan.average is not None else ("params",):
+        for params in ("params", "average") if plan.average is not None else ("params",):
             results = {name: _evaluated(made, data, params, name, metrics) for name, data in cuts.items()}
             first, expected = next(iter(results.items()))
             for name, result in results.items():

@@ -8,7 +8,7 @@ from forgather_fn.state import difference
 from forgather_fn.testing.accumulation import check_accumulation, outside
 from forgather_fn.testing.compare import TOLERANCE, changed, plain, snapshot
 from forgather_fn.testing.donation import check_donation
-from forgather_fn.testing.evaluation import check_parts
+from forgather_fn.testing.evaluation import check_microbatches
 from forgather_fn.testing.purity import check_purity
 from forgather_fn.testing.subject import in_float64, sizes, subject
 
@@ -42,7 +42,7 @@ def check_step(plan: Plan, batch: Any, *, tolerance: float = TOLERANCE, seed: in
     check_purity(plan, batch, seed=seed)
     check_donation(plan, batch, seed=seed)
     check_composition(plan, batch, steps=3, seed=seed)
-    check_parts(plan, batch, tolerance=tolerance, seed=seed)
+    check_microbatches(plan, batch, tolerance=tolerance, seed=seed)
     with in_float64():
         reason = outside(plan, batch, seed)
     checked = ("purity", "donation", "composition", "evaluation")

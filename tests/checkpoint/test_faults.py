@@ -290,7 +290,7 @@ class TestPlantedBugs:
             ("sync", "model.safetensors"),
             ("sync", "optimizer.safetensors"),
             ("sync", "buffers.safetensors"),
-            ("sync", "ema.safetensors"),
+            ("sync", "average.safetensors"),
             ("sync", "state.json"),
             ("sync", "manifest.json"),
             ("sync_directory", ".tmp-checkpoint-*"),

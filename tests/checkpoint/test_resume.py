@@ -114,7 +114,7 @@ class TestEveryStep:
         for stop in range(interval, STEPS + interval, interval):
             program = everything()
             state = program.restore(tmp_path) if latest(tmp_path) else program.init(0)
-            evaluated = ff.every(3, ff.evaluated(drawing(), params="ema"), ff.report(rows.append))
+            evaluated = ff.every(3, ff.evaluated(drawing(), params="average"), ff.report(rows.append))
             stages = evaluated, ff.every(interval, saved(tmp_path, keep=1))
             final = run_to(min(stop, STEPS), program, state, drawing(), *stages)
         assert_same(leaves(final), uninterrupted())

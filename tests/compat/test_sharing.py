@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from forgather.ml.trainer.feed import feed, part
+from forgather.ml.trainer.feed import feed, own_batches
 from forgather.ml.trainer.sharing import Sharing
 from forgather_fn.share import Share
 from forgather_fn.world import World
@@ -91,6 +91,6 @@ def test_what_a_batch_draws_depends_on_its_number_alone():
 def test_a_part_of_an_evaluation_has_an_end():
     loader = DataLoader(Numbers(24), batch_size=3)
     for rank, expected in ((0, [[0, 1, 2], [6, 7, 8], [12, 13, 14]]), (1, [[3, 4, 5], [9, 10, 11]])):
-        own, batches = part(loader, 1, shared(rank, 2, 2), 5)
+        own, batches = own_batches(loader, 1, shared(rank, 2, 2), 5)
         assert len(own) == len(expected)
         assert indices(batches) == expected

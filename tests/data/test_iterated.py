@@ -169,7 +169,7 @@ def test_processes_keep_their_microbatches(kind: str) -> None:
     for batch, *parts in zip(whole, *ranks, strict=True):
         assert {part.cursor for part in parts} == {batch.cursor}
         values = batch.data["x"] if kind == "huggingface" else batch.data
-        pieces = [piece["x"] if kind == "huggingface" else piece for part in parts for piece in part.data.parts]
+        pieces = [piece["x"] if kind == "huggingface" else piece for part in parts for piece in part.data.items]
         assert torch.equal(torch.cat(pieces), values)
 
 

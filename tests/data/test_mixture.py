@@ -60,7 +60,7 @@ def test_a_range_of_positions_is_a_slice_of_all(seed: int, order: Any, start: in
 def test_each_source_has_epochs_of_its_own(order: Any) -> None:
     stream = mixed(order=order)
     epochs, indices = stream.indices(3, 0, 2000)
-    for part in stream.order.parts(70):
+    for part in stream.order.epoch_ranges(70):
         own = (indices >= part.start) & (indices < part.stop)
         found, of = indices[own], epochs[own]
         whole = len(found) // len(part) * len(part)

@@ -25,13 +25,13 @@ def check_packing(rows: Packed, documents: list[list[int]], length: int) -> None
     seen: Counter[tuple[int, int]] = Counter()
     for number in range(len(rows)):
         row, filled = rows[number], 0
-        for piece in rows.pieces(number):
-            here = slice(filled, filled + piece.stop - piece.start)
-            expected = documents[piece.document][piece.start : piece.stop]
+        for segment in rows.segments(number):
+            here = slice(filled, filled + segment.stop - segment.start)
+            expected = documents[segment.document][segment.start : segment.stop]
             assert row["input_ids"][here].tolist() == expected
             assert row["labels"][here].tolist() == [-100, *expected[1:]]
             assert row["position_ids"][here].tolist() == list(range(len(expected)))
-            seen.update((piece.document, token) for token in range(piece.start, piece.stop))
+            seen.update((segment.document, token) for token in range(segment.start, segment.stop))
             filled = here.stop
         assert filled > 0
         assert {name: tuple(column.shape) for name, column in row.items()} == dict.fromkeys(row, (length,))
@@ -62,8 +62,8 @@ def test_rows_are_full_but_for_the_last(documents: list[list[int]], length: int)
 @given(documents=documents_of, length=st.integers(2, 10))
 def test_a_document_that_fits_is_not_cut(documents: list[list[int]], length: int) -> None:
     rows = best_fit(documents, length=length)
-    pieces = Counter(piece.document for number in range(len(rows)) for piece in rows.pieces(number))
-    assert pieces == {number: -(-len(document) // length) for number, document in enumerate(documents) if document}
+    segments = Counter(segment.document for number in range(len(rows)) for segment in rows.segments(number))
+    assert segments == {number: -(-len(document) // length) for number, document in enumerate(documents) if document}
 
 
 def slow_best_fit(lengths: list[int], length: int) -> list[int]:
@@ -81,7 +81,7 @@ def slow_best_fit(lengths: list[int], length: int) -> list[int]:
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any), length=st.integers(2, 20))
 def test_best_fit_is_the_published_procedure(lengths: list[int], length: int) -> None:
     rows = best_fit([[1] * n for n in lengths], length=length)
-    used = [sum(piece.stop - piece.start for piece in rows.pieces(number)) for number in range(len(rows))]
+    used = [sum(segment.stop - segment.start for segment in rows.segments(number)) for number in range(len(rows))]
     assert sorted(length - n for n in used) == slow_best_fit(lengths, length)
 
 
@@ -120,7 +120,7 @@ def test_rows_are_a_dataset_like_any_other(layout: str) -> None:
 @pytest.mark.parametrize("how", ["position_ids", "block_mask"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_packed_forward_is_that_of_each_document(layout: str, how: str) -> None:
-    """Law: logits of a packed batch are those of its pieces alone; so is the loss of all."""
+    """Law: logits of a packed batch are those of its segments alone; so is the loss of all."""
     torch.manual_seed(0)
     model: Any = specimens.llama().double().eval()
     rows = LAYOUTS[layout](DOCUMENTS, length=8)
@@ -131,8 +131,8 @@ def test_a_packed_forward_is_that_of_each_document(layout: str, how: str) -> Non
     total, weight = torch.zeros((), dtype=torch.float64), 0
     for number in range(len(rows)):
         filled = 0
-        for piece in rows.pieces(number):
-            tokens = torch.tensor([DOCUMENTS[piece.document][piece.start : piece.stop]])
+        for segment in rows.segments(number):
+            tokens = torch.tensor([DOCUMENTS[segment.document][segment.start : segment.stop]])
             with torch.no_grad():
                 alone = model(input_ids=tokens).logits
             size = tokens.shape[1]
@@ -167,11 +167,11 @@ def test_sdpa_takes_the_mask() -> None:
 
 
 @given(documents=documents_of, length=st.integers(2, 10))
-def test_flash_arguments_bound_the_pieces(documents: list[list[int]], length: int) -> None:
+def test_flash_arguments_bound_the_segments(documents: list[list[int]], length: int) -> None:
     rows = packed(documents, length=length)
     batch = torch.stack([rows[number]["position_ids"] for number in range(len(rows))])
     found = ff.data.flash_arguments(batch)
-    sizes = [p.stop - p.start for number in range(len(rows)) for p in rows.pieces(number)]
+    sizes = [p.stop - p.start for number in range(len(rows)) for p in rows.segments(number)]
     sizes += [length * len(rows) - sum(sizes)] * (sum(sizes) < length * len(rows))
     assert found["cu_seq_lens_q"].tolist() == [0, *itertools.accumulate(sizes)]
     assert found["max_length_k"] == max(sizes)

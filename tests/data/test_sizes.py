@@ -72,7 +72,7 @@ def test_processes_share_each_batch_out() -> None:
     whole = [batch.data for batch in itertools.islice(stream.start(3, 0), 7)]
     ranks = [itertools.islice(stream.start(3, 0, Share(2, rank, 2)), 7) for rank in (0, 1)]
     for batch, *parts in zip(whole, *ranks, strict=True):
-        assert torch.equal(torch.cat([piece for part in parts for piece in part.data.parts]), batch)
+        assert torch.equal(torch.cat([piece for part in parts for piece in part.data.items]), batch)
 
 
 def test_until_knows_its_horizon() -> None:

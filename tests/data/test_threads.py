@@ -48,7 +48,7 @@ def test_each_process_reads_its_own() -> None:
     for rank in (0, 1):
         found, expected = (list(one.start(0, 0, Share(2, rank, 2))) for one in (stream, plain))
         for one, other in zip(found, expected, strict=True):
-            assert [part.tolist() for part in one.data.parts] == [part.tolist() for part in other.data.parts]
+            assert [part.tolist() for part in one.data.items] == [part.tolist() for part in other.data.items]
 
 
 def test_reading_goes_on_while_a_step_runs() -> None:

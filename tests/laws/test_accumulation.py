@@ -22,7 +22,7 @@ OUTSIDE = sorted(set(zoo.SPECIMENS) - set(INSIDE))
 @given(data=st.data(), samples=st.integers(3, 9))
 def test_microbatches_equal_one_batch(name: str, storage: str, data: st.DataObject, samples: int) -> None:
     parts = data.draw(st.lists(st.integers(1, samples), min_size=1, max_size=2, unique=True))
-    check_accumulation(data.draw(zoo.plans(name, storage)), zoo.SPECIMENS[name].batch(samples), parts=parts)
+    check_accumulation(data.draw(zoo.plans(name, storage)), zoo.SPECIMENS[name].batch(samples), microbatches=parts)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

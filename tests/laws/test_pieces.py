@@ -70,7 +70,7 @@ def test_donation(piece: Piece) -> None:
 @over("accumulation")
 def test_accumulation(piece: Piece) -> None:
     """Three ragged microbatches are one whole batch: the gradient, and the run that comes of it."""
-    testing.check_accumulation(piece.plan(), piece.batch(5), parts=(1, 3))
+    testing.check_accumulation(piece.plan(), piece.batch(5), microbatches=(1, 3))
     with in_float64():
         whole, cut = (trained(piece, ff.single(piece.plan(precision="float64", microbatches=m))) for m in (1, 3))
     assert_close(whole, cut, 1e-9)

@@ -109,8 +109,8 @@ class TestNextToken:
         assert set(made.evaluate(state, [(self.LABELS, self.LABELS)])) == {"loss", "accuracy"}
 
 
-def test_a_reducer_of_ones_own():
-    residual = ff.metrics.Reducer(
+def test_an_aggregate_of_ones_own():
+    residual = ff.metrics.Aggregate(
         init=lambda: {"squares": torch.zeros(2, dtype=torch.float64), "n": torch.tensor(0)},
         add=lambda kept, outputs, batch: {
             "squares": kept["squares"] + torch.stack([outputs.square().sum(), batch[1].square().sum()]),
@@ -134,7 +134,7 @@ def test_observed_in_a_run():
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ((3,), "neither a function .* nor a Reducer"),
+        ((3,), "neither a function .* nor an Aggregate"),
         ((ff.metrics.accuracy, ff.metrics.accuracy), r"\['accuracy'\] is measured already"),
         ((lambda outputs, batch: {"loss": ff.Mean(outputs.sum(), 1)},), r"\['loss'\] is measured already"),
         ((lambda outputs, batch: 1.0,), "gave float; expected"),
@@ -143,7 +143,7 @@ def test_observed_in_a_run():
         ((ff.metrics.f1(classes=5), ff.metrics.f1(classes=5)), r"\['f1_macro', 'f1_micro'\] is measured already"),
         ((ff.metrics.top_k(6),), "k=6, but there are 5 classes"),
         (
-            (ff.metrics.Reducer(lambda: {"n": torch.tensor(0)}, lambda k, o, b: {"n": o.sum()}, dict),),
+            (ff.metrics.Aggregate(lambda: {"n": torch.tensor(0)}, lambda k, o, b: {"n": o.sum()}, dict),),
             r"keeps counts and sums by name.*int64.*float32",
         ),
     ],
@@ -172,7 +172,7 @@ def test_losses_that_compare_no_classes(loss, batches, message):
         evaluated(ff.metrics.accuracy, loss=loss, batches=batches)
 
 
-def test_a_reducer_is_no_metric_of_a_step():
+def test_an_aggregate_is_no_metric_of_a_step():
     with pytest.raises(ValueError, match=r"perplexity is not a function.*program.evaluate"):
         ff.losses.with_metrics(ff.losses.cross_entropy, ff.metrics.perplexity)
     loss = ff.losses.with_metrics(ff.losses.cross_entropy, ff.metrics.accuracy, ff.metrics.accuracy)

@@ -139,7 +139,7 @@ def test_padding_stays_zero(viewed_elements):
         transforms=[ff.noise(0.1)],
         viewed_elements=viewed_elements,
     )
-    for flat in (state.params, state.ema, state.opt["exp_avg"], state.opt["exp_avg_sq"]):
+    for flat in (state.params, state.average, state.opt["exp_avg"], state.opt["exp_avg_sq"]):
         inside = sum(int(tensor.count_nonzero()) for tensor in flat.values())
         assert sum(int(buffer.count_nonzero()) for buffer in flat.buffers) == inside
 
@@ -248,10 +248,10 @@ def test_numbers_outside_their_range_are_refused(make, message):
 
 def test_an_optimizer_of_ones_own():
     # Signed descent, on whole pieces; and an optimizer that needs shapes, on named views.
-    def update(gradients, state, params, *, learning_rate, found_inf):
+    def update(gradients, state, params, context):
         for name, gradient in gradients.items():
-            params[name].sub_(learning_rate * gradient.sign() * (1 - found_inf))
-            state["seen"][name].add_(1 - found_inf)
+            params[name].sub_(context.learning_rate * gradient.sign() * (1 - context.found_inf))
+            state["seen"][name].add_(1 - context.found_inf)
         return state
 
     optimizer = ff.Optimizer(

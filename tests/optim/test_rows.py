@@ -6,7 +6,8 @@ import forgather_fn as ff
 from forgather_fn.finite import BAD, FINE
 from forgather_fn.flat import Flat, Hyper, layout_of, zeros
 from forgather_fn.gradient import Gradients
-from forgather_fn.optim.rows import pieces
+from forgather_fn.optim import UpdateContext
+from forgather_fn.optim.rows import operands
 from tests.optim.comparing import STORAGES
 from tests.toys import classifier, labelled, program, unchanged
 
@@ -21,30 +22,30 @@ def three() -> tuple[Flat, Gradients]:
 
 def test_rows_have_the_values_of_their_leaves():
     params, gradients = three()
-    (piece,) = pieces(gradients, params)
-    rate, decay = piece.hypers(params.layout, 0.5, {})
+    (one,) = operands(gradients, params)
+    rate, decay = one.hypers(params.layout, UpdateContext(0.5, FINE))
     held = params.copy()
     for values, expected in [(rate, {"a": 0.5, "b": 0.5, "c": 1.0}), (decay, {"a": 0.1, "b": 0.0, "c": 0.1})]:
-        held.buffers[0].view(-1, params.layout.unit(0)).copy_(values.expand(piece.held[0].shape))
+        held.buffers[0].view(-1, params.layout.unit(0)).copy_(values.expand(one.held[0].shape))
         for name, value in expected.items():
             assert held[name].eq(torch.tensor(value)).all(), name
-    spread = piece.spread(torch.tensor([1.0, 2.0, 3.0]))
-    held.buffers[0].view(-1, params.layout.unit(0)).copy_(spread.expand(piece.held[0].shape))
+    spread = one.spread(torch.tensor([1.0, 2.0, 3.0]))
+    held.buffers[0].view(-1, params.layout.unit(0)).copy_(spread.expand(one.held[0].shape))
     assert [held[name].unique().tolist() for name in "abc"] == [[1.0], [2.0], [3.0]]
 
 
 def test_a_value_that_all_share_stays_a_number():
     params, gradients = three()
-    (piece,) = pieces(gradients, params)
-    assert piece.constant([0.5, 0.5, 0.5]) == 0.5
-    assert isinstance(piece.constant([0.5, torch.tensor(0.5), 0.5]), torch.Tensor)
+    (one,) = operands(gradients, params)
+    assert one.constant([0.5, 0.5, 0.5]) == 0.5
+    assert isinstance(one.constant([0.5, torch.tensor(0.5), 0.5]), torch.Tensor)
 
 
 @pytest.mark.parametrize("flag", [0.0, 1.0])
 def test_what_has_no_gradient_or_is_flagged_stays(flag):
     params, gradients = three()
-    (piece,) = pieces(gradients, params)
-    piece.write((torch.ones_like(piece.held[0]),), gradients.active, torch.tensor(flag))
+    (one,) = operands(gradients, params)
+    one.write((torch.ones_like(one.held[0]),), gradients.active, torch.tensor(flag))
     assert [params[name].unique().item() for name in "abc"] == [1.0 - flag, 0.0, 1.0 - flag]
 
 
@@ -52,9 +53,9 @@ def test_what_is_known_of_a_layout_is_never_a_tensor_without_values():
     params, gradients = three()
     with FakeTensorMode():
         fake = zeros(params.layout, torch.device("cpu"))
-        next(pieces(Gradients(params.layout, gradients.active, dict(fake), fake, 1, 1.0), fake))
-    (piece,) = pieces(gradients, params)
-    assert type(piece.owners) is torch.Tensor
+        next(operands(Gradients(params.layout, gradients.active, dict(fake), fake, 1, 1.0), fake))
+    (one,) = operands(gradients, params)
+    assert type(one.owners) is torch.Tensor
 
 
 OPTIMIZERS = {
@@ -79,7 +80,7 @@ def test_nothing_changes_where_the_flag_is_set(optimizer, flag, viewed_elements)
     gradients, _, _ = made.gradients(state, labelled(6, seed=1))
     arrays = state.read()
     with unchanged(state), torch.no_grad():
-        optimizer.update(gradients, arrays.opt, arrays.params, learning_rate=0.1, found_inf=flag)
+        optimizer.update(gradients, arrays.opt, arrays.params, UpdateContext(0.1, flag))
 
 
 @STORAGES
@@ -92,6 +93,6 @@ def test_a_flag_on_the_device_that_is_not_set_gives_the_same_update(optimizer, v
         gradients, _, _ = made.gradients(state, labelled(6, seed=1))
         arrays = state.read()
         with torch.no_grad():
-            optimizer.update(gradients, arrays.opt, arrays.params, learning_rate=0.1, found_inf=flag)
+            optimizer.update(gradients, arrays.opt, arrays.params, UpdateContext(0.1, flag))
         found.append(state)
     assert ff.difference(*found) is None

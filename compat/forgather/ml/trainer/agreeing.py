@@ -9,7 +9,7 @@ import torch
 
 from forgather.ml.trainer.counting import weight_of
 from forgather.ml.trainer.data import Lengths
-from forgather.ml.trainer.logs import LogPart
+from forgather.ml.trainer.logs import LogMixin
 from forgather.ml.trainer.trainer_types import TrainerControl
 from forgather.ml.trainer.windows import Window, added, items_of, told
 from forgather_fn.world import World, known_to_all
@@ -17,7 +17,7 @@ from forgather_fn.world import World, known_to_all
 _FLAGS = tuple(field.name for field in fields(TrainerControl))
 
 
-class AgreeingPart(LogPart):
+class AgreeingMixin(LogMixin):
     """The part of a trainer that makes its processes do the same.
 
     Callbacks run on every process, as with transformers, and what they ask for may differ: a clock, a file, a callback

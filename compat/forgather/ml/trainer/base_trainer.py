@@ -15,9 +15,9 @@ import forgather_fn as ff
 from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
 from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
 from forgather.ml.trainer.callbacks import PrinterCallback, ProgressCallback
-from forgather.ml.trainer.checking import CheckingPart
+from forgather.ml.trainer.checking import CheckingMixin
 from forgather.ml.trainer.collators import default_collator
-from forgather.ml.trainer.loop import LoopPart
+from forgather.ml.trainer.loop import LoopMixin
 from forgather.ml.trainer.model_settings import constructed
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
@@ -26,7 +26,7 @@ from forgather_fn.program import Program
 from forgather_fn.world import ALONE, World
 
 
-class BaseTrainer(CheckingPart, LoopPart, ExtensibleTrainer):
+class BaseTrainer(CheckingMixin, LoopMixin, ExtensibleTrainer):
     """The work that all trainers share: everything but the strategy by which a plan becomes a program.
 
     A drop-in for ``transformers.Trainer``. Positional arguments are in its order; those of Forgather's trainers are

@@ -5,21 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgather.ml.trainer.agreeing import AgreeingPart
-from forgather.ml.trainer.evaluation import EvaluationPart
-from forgather.ml.trainer.rates import RatePart, metric_of
-from forgather.ml.trainer.resuming import ResumingPart
+from forgather.ml.trainer.agreeing import AgreeingMixin
+from forgather.ml.trainer.evaluation import EvaluationMixin
+from forgather.ml.trainer.rates import RateMixin, metric_of
+from forgather.ml.trainer.resuming import ResumingMixin
 from forgather.ml.trainer.running import Running
 
 
-class BetweenPart(EvaluationPart, ResumingPart, RatePart, AgreeingPart):
+class BetweenMixin(EvaluationMixin, ResumingMixin, RateMixin, AgreeingMixin):
     """The part of a trainer that does what callbacks asked for."""
 
     def _look_up(self, run: Running, epoch: int) -> None:
         """Do what callbacks asked for."""
         self._agree()
         tr_loss = None
-        if type(self)._maybe_log_save_evaluate is not BetweenPart._maybe_log_save_evaluate:
+        if type(self)._maybe_log_save_evaluate is not BetweenMixin._maybe_log_save_evaluate:
             tr_loss = torch.tensor(run.losses.sum_since())
         self._maybe_log_save_evaluate(
             tr_loss, run.grad_norm, self.model, None, epoch, run.ignore_keys, run.start, learning_rate=run.learning_rate

@@ -30,7 +30,7 @@ NEVER_CALLED = {
 """Private methods of transformers' Trainer that are not called here, and what to override instead."""
 
 
-class CheckingPart(Attributes):
+class CheckingMixin(Attributes):
     """The part of a trainer that checks what it is given."""
 
     _given_args: Any

@@ -26,7 +26,7 @@ def has_length(data: Any) -> bool:
 
 @attrs.frozen
 class Lengths:
-    """How long a training is, in the words of :meth:`DataPart.set_initial_training_values`.
+    """How long a training is, in the words of :meth:`DataMixin.set_initial_training_values`.
 
     Attributes:
         epochs: Passes over the data, the last one begun.
@@ -47,7 +47,7 @@ class Lengths:
     max_steps: int
 
 
-class DataPart(Attributes):
+class DataMixin(Attributes):
     """The part of a trainer that makes data loaders."""
 
     def get_train_dataloader(self) -> Any:

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 import forgather_fn as ff
 from forgather.ml.trainer.counting import batch_size_of, weight_of
-from forgather.ml.trainer.data import DataPart, has_length
-from forgather.ml.trainer.feed import part
+from forgather.ml.trainer.data import DataMixin, has_length
+from forgather.ml.trainer.feed import own_batches
 from forgather.ml.trainer.kept import Kept, in_turn
-from forgather.ml.trainer.logs import LogPart
+from forgather.ml.trainer.logs import LogMixin
 from forgather.ml.trainer.nested import plain_numbers
-from forgather.ml.trainer.prediction import PredictionPart
+from forgather.ml.trainer.prediction import PredictionMixin
 from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.trainer_types import EvalLoopOutput, EvalPrediction, PredictionOutput, speed_metrics
 from forgather_fn.model import evaluation_mode
 from forgather_fn.share import Share
 
 
-class EvaluationPart(PredictionPart, DataPart, LogPart):
+class EvaluationMixin(PredictionMixin, DataMixin, LogMixin):
     """The part of a trainer that evaluates and predicts."""
 
     def evaluate(
@@ -134,7 +134,7 @@ class EvaluationPart(PredictionPart, DataPart, LogPart):
         rounds = Sharing(
             sharing.world, Share(sharing.world.size, sharing.world.rank, sharing.world.size), sharing.dispatch
         )
-        self.callback_handler.eval_dataloader, batches = part(dataloader, self.args.seed, rounds, limit)
+        self.callback_handler.eval_dataloader, batches = own_batches(dataloader, self.args.seed, rounds, limit)
         return batches
 
     def _sharing(self) -> Sharing | None:

@@ -138,7 +138,7 @@ def feed(loader: Any, seed: int, sharing: Sharing | None = None) -> Feed:
     return Feed(loader, opened)
 
 
-def part(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> tuple[Any, Iterator[Any]]:
+def own_batches(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> tuple[Any, Iterator[Any]]:
     """Give the batches of a loader that this process has, one pass over them.
 
     Args:

@@ -16,7 +16,7 @@ import forgather_fn as ff
 from forgather_fn.flat import Flat, Hyper, regrouped
 from forgather_fn.gradient import Gradients
 from forgather_fn.model import parameter_anatomy
-from forgather_fn.optim import Optimizer, OptState
+from forgather_fn.optim import Optimizer, OptState, UpdateContext
 
 ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 
@@ -95,11 +95,8 @@ class Adopted:
         self._fill(state, params)
         return state
 
-    def update(
-        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
-    ) -> OptState:
+    def update(self, gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
         """Make the update that the optimizer's own step would make, with its options as they are now."""
-        del learning_rate
         if self._dirty or (self.shown is not None and not self.optimizer.state):
             self._fill(state, params)
         rows = self.optimizer.param_groups
@@ -109,7 +106,7 @@ class Adopted:
         known = params.kept.get("hypers")
         if known is None or known[0] != hypers:
             known = params.kept["hypers"] = (hypers, regrouped(params, hypers))
-        found = self._core().update(gradients, state, known[1], learning_rate=common, found_inf=found_inf)
+        found = self._core().update(gradients, state, known[1], context._replace(learning_rate=common))
         self.optimizer._opt_called = True  # what schedulers look for before they warn of a missing step
         if self.shown is not found or len(self.optimizer.state) < len(self.names):
             self._show(found, params)
@@ -216,12 +213,10 @@ class Called:
         """Tell nothing apart: the optimizer has groups of its own."""
         return {name: Hyper() for name in params}
 
-    def update(
-        self, gradients: Gradients, state: OptState, params: Flat, *, learning_rate: float | Tensor, found_inf: Tensor
-    ) -> OptState:
+    def update(self, gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
         """Call the optimizer's step."""
-        del learning_rate, params
-        if found_inf.item():
+        del params
+        if context.found_inf.item():
             return state
         gradients = gradients.resolved()
         for p, name in self.names.items():

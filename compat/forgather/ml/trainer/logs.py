@@ -73,7 +73,7 @@ class Losses:
         return self.before + self.since
 
 
-class LogPart(Attributes):
+class LogMixin(Attributes):
     """The part of a trainer that logs."""
 
     _initial_num_input_tokens_seen: int

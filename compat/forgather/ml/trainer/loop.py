@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from forgather.ml.trainer.agreeing import agreed, telling
-from forgather.ml.trainer.between import BetweenPart, out_of_memory
+from forgather.ml.trainer.between import BetweenMixin, out_of_memory
 from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.feed import closing, feed
 from forgather.ml.trainer.logs import Losses
 from forgather.ml.trainer.model_settings import model_settings
-from forgather.ml.trainer.position import PositionPart
+from forgather.ml.trainer.position import PositionMixin
 from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.running import Running
-from forgather.ml.trainer.stepping import SteppingPart, StoppedInsideError, ff_unbind
+from forgather.ml.trainer.stepping import SteppingMixin, StoppedInsideError, ff_unbind
 from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
 from forgather.ml.trainer.windows import Window
@@ -31,7 +31,7 @@ from forgather_fn.world import known_to_all
 logger = logging.getLogger(__name__)
 
 
-class LoopPart(SteppingPart, BetweenPart, PositionPart):
+class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
     """The part of a trainer that trains."""
 
     _preempted: Callable[[], bool]

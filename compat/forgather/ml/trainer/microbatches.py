@@ -17,7 +17,7 @@ whether the use of the number is watched; and the labels, once taken out."""
 
 
 def microbatches(window: Window, watch: bool) -> list[dict[str, Any]]:
-    """Make what :meth:`ObjectivePart._objective` reads of the microbatches of one step that this process has.
+    """Make what :meth:`ObjectiveMixin._objective` reads of the microbatches of one step that this process has.
 
     Args:
         window: The microbatches.

@@ -18,7 +18,7 @@ from forgather_fn.model import evaluation_mode
 from forgather_fn.random import key, seeded
 
 
-class ObjectivePart(Attributes):
+class ObjectiveMixin(Attributes):
     """The part of a trainer that computes the loss."""
 
     _loss_shifts_labels: bool

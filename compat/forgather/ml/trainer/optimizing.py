@@ -28,7 +28,7 @@ class Named:
         return self.model.named_parameters(*args, **kwargs)
 
 
-class OptimizerPart(Attributes):
+class OptimizerMixin(Attributes):
     """The part of a trainer that makes the optimizer."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:

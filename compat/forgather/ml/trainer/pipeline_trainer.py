@@ -167,7 +167,7 @@ class PipelineTrainer(BaseTrainer):
 
     def _spread(self) -> Spread:
         program, _ = self._running()
-        part = program.part()
+        part = program.portion()
         assert part is not None
         return Spread(self.optimizer, self.model, program.world, part.order)
 

@@ -9,7 +9,7 @@ from forgather.ml.trainer.data import has_length
 from forgather.ml.trainer.running import Running
 
 
-class PositionPart(Attributes):
+class PositionMixin(Attributes):
     """The part of a trainer that finds its place in the data."""
 
     def _find_position(self, run: Running) -> None:

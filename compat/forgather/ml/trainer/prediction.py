@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from forgather.ml.trainer.nested import detached
-from forgather.ml.trainer.objective import ObjectivePart
+from forgather.ml.trainer.objective import ObjectiveMixin
 
 
-class PredictionPart(ObjectivePart):
+class PredictionMixin(ObjectiveMixin):
     """The part of a trainer that predicts a batch."""
 
     def prediction_step(

@@ -14,7 +14,7 @@ def waits_for_metrics(scheduler: Any) -> bool:
     return isinstance(scheduler, ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
 
 
-class RatePart(Attributes):
+class RateMixin(Attributes):
     """The part of a trainer that makes and steps the scheduler."""
 
     _created_lr_scheduler: bool

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from forgather.ml.trainer.saving import SavingPart
+from forgather.ml.trainer.saving import SavingMixin
 from forgather.ml.trainer.trainer_types import TrainerState
 from forgather.ml.trainer.weights import (
     ADAPTER,
@@ -35,7 +35,7 @@ STATE, OPTIMIZER, SCHEDULER, RNG = "trainer_state.json", "optimizer.pt", "schedu
 SCALER = "scaler.pt"
 
 
-class ResumingPart(SavingPart):
+class ResumingMixin(SavingMixin):
     """The part of a trainer that reads checkpoints."""
 
     _engine: Any

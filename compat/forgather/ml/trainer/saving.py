@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from forgather.ml.trainer.logs import LogPart
+from forgather.ml.trainer.logs import LogMixin
 from forgather.ml.trainer.weights import write_weights
 from forgather_fn import scaling
 from forgather_fn.checkpoint import catalog
@@ -65,7 +65,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
 
 
-class SavingPart(LogPart):
+class SavingMixin(LogMixin):
     """The part of a trainer that writes models and checkpoints."""
 
     _writing: Writing | None

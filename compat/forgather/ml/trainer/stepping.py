@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 import forgather_fn as ff
-from forgather.ml.trainer.agreeing import AgreeingPart
-from forgather.ml.trainer.evaluation import EvaluationPart
+from forgather.ml.trainer.agreeing import AgreeingMixin
+from forgather.ml.trainer.evaluation import EvaluationMixin
 from forgather.ml.trainer.left_gradients import add_up, clipped, taken
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
-from forgather.ml.trainer.optimizing import OptimizerPart
+from forgather.ml.trainer.optimizing import OptimizerMixin
 from forgather.ml.trainer.windows import Window
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.program import Program
 from forgather_fn.random import key, seeded
-from forgather_fn.share import Parts
+from forgather_fn.share import Microbatches
 from forgather_fn.state import NonFiniteError, TrainState
 
 INSIDE = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
@@ -39,7 +39,7 @@ class Engine:
         state: Where the training is; the module's parameters are its memory.
         held: The optimizer's side.
         halves: Whether steps are made in two halves, so that the plan does not clip.
-        looks: What the layout was made of: see :meth:`SteppingPart._look`.
+        looks: What the layout was made of: see :meth:`SteppingMixin._look`.
     """
 
     program: Program
@@ -49,7 +49,7 @@ class Engine:
     looks: tuple[Any, ...]
 
 
-class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
+class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
     """The part of a trainer that makes steps."""
 
     _engine: Engine | None
@@ -186,7 +186,7 @@ class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
         if engine.halves:
             return self._step_in_halves(engine, window)
         parts = microbatches(window, watch=self._uses_items is None)
-        data = Parts(tuple(parts), window.first) if engine.program.plan.microbatches > 1 else parts[0]
+        data = Microbatches(tuple(parts), window.first) if engine.program.plan.microbatches > 1 else parts[0]
         state, metrics = engine.program.step(engine.state, ff.Batch(data, int(window.all.samples), None))
         engine.state = state
         return metrics["loss"], metrics["grad_norm"]
@@ -201,7 +201,7 @@ class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
             p.grad = None
         self._scaler.used = not window.batches
         before = _copied(state.buffers)
-        loss = self._train_parts(window)
+        loss = self._train_microbatches(window)
         if state.loss_scale:
             unscale(self.model, state.loss_scale["scale"], self._scaler)
         gradients = taken(self.model, state, samples, total)
@@ -217,7 +217,7 @@ class SteppingPart(OptimizerPart, EvaluationPart, AgreeingPart):
         self.control = handler.call_event("on_optimizer_step", args, self.state, self.control)
         return Mean(loss.detach() * total, total), norm
 
-    def _train_parts(self, window: Window) -> Tensor:
+    def _train_microbatches(self, window: Window) -> Tensor:
         """Call :meth:`training_step` on each microbatch, and leave in ``grad`` the gradient of all processes.
 
         A ``training_step`` that does not call the trainer's own gives what it gives under DistributedDataParallel: the

@@ -1,4 +1,4 @@
-"""What an evaluation measures besides the loss: means, and reducers."""
+"""What an evaluation measures besides the loss: means, and aggregates."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from forgather_fn.losses.pairing import Paired
 from forgather_fn.mean import Mean
 
 Partial = Mapping[str, Tensor]
-"""What a reducer keeps, by name. Those of two parts of the data, added up, are that of both."""
+"""What an aggregate keeps, by name. Those of two parts of the data, added up, are that of both."""
 
 
 class Metric(Protocol):
@@ -23,7 +23,7 @@ class Metric(Protocol):
         ...
 
 
-class ReducerInit(Protocol):
+class AggregateInit(Protocol):
     """Begin."""
 
     def __call__(self) -> Partial:
@@ -31,7 +31,7 @@ class ReducerInit(Protocol):
         ...
 
 
-class ReducerAdd(Protocol):
+class AggregateAdd(Protocol):
     """Take a batch in."""
 
     def __call__(self, partial: Partial, outputs: Any, batch: Any, /) -> Partial:
@@ -39,7 +39,7 @@ class ReducerAdd(Protocol):
         ...
 
 
-class ReducerResult(Protocol):
+class AggregateResult(Protocol):
     """End."""
 
     def __call__(self, partial: Partial, /) -> Mapping[str, float]:
@@ -48,13 +48,13 @@ class ReducerResult(Protocol):
 
 
 @attrs.frozen(repr=False)
-class Reducer:
+class Aggregate:
     """A measure that is not the mean of measures of parts: a fold over batches, and a function of what it has kept.
 
     An evaluation lets ``add`` begin at ``init()`` for each batch, and adds up what it gives: counts (integers, of any
     shape) as they come, in int64; sums (floating) in the order of the batches, in float64. So the result has the same
     bits for any number of processes, and does not depend on the batch size. What cannot be added up (a maximum, a list
-    of all predictions) is no reducer.
+    of all predictions) is no aggregate.
 
     Attributes:
         init: Makes what is kept.
@@ -64,7 +64,7 @@ class Reducer:
 
     Example:
         >>> import torch
-        >>> count = Reducer(
+        >>> count = Aggregate(
         ...     init=lambda: {"n": torch.tensor(0)},
         ...     add=lambda kept, outputs, batch: {"n": kept["n"] + len(outputs)},
         ...     result=lambda kept: {"samples": float(kept["n"])},
@@ -73,38 +73,38 @@ class Reducer:
         {'samples': 3.0}
     """
 
-    init: ReducerInit
-    add: ReducerAdd
-    result: ReducerResult
+    init: AggregateInit
+    add: AggregateAdd
+    result: AggregateResult
     description: str = ""
 
     def __repr__(self) -> str:
-        return self.description or f"Reducer({describe(self.add)})"
+        return self.description or f"Aggregate({describe(self.add)})"
 
 
-Measure = Metric | Reducer | Paired
-"""What an evaluation takes: means of a batch, a reducer, or either of what the loss compares."""
+Measure = Metric | Aggregate | Paired
+"""What an evaluation takes: means of a batch, an aggregate, or either of what the loss compares."""
 
 
-def sorted_out(measures: Iterable[Measure], loss: Loss) -> tuple[tuple[Metric, ...], tuple[Reducer, ...]]:
-    """Tell means from reducers, each of what the loss compares.
+def sorted_out(measures: Iterable[Measure], loss: Loss) -> tuple[tuple[Metric, ...], tuple[Aggregate, ...]]:
+    """Tell means from aggregates, each of what the loss compares.
 
     Raises:
         ValueError: One is neither, or the loss does not tell which predictions belong to which targets.
     """
-    if isinstance(measures, Reducer | Paired) or not isinstance(measures, Iterable):
+    if isinstance(measures, Aggregate | Paired) or not isinstance(measures, Iterable):
         raise ValueError(f"metrics takes a sequence: metrics=({measures!r},)")
     metrics: list[Metric] = []
-    reducers: list[Reducer] = []
+    aggregates: list[Aggregate] = []
     for measure in measures:
         found = measure.as_in(loss) if isinstance(measure, Paired) else measure
-        if isinstance(found, Reducer):
-            reducers.append(found)
+        if isinstance(found, Aggregate):
+            aggregates.append(found)
         elif callable(found) and not isinstance(found, type):
             metrics.append(found)
         else:
             raise ValueError(
-                f"metrics: {measure!r} is neither a function (outputs, batch) -> {{name: Mean}} nor a Reducer; "
+                f"metrics: {measure!r} is neither a function (outputs, batch) -> {{name: Mean}} nor an Aggregate; "
                 "such are ff.metrics.accuracy, ff.metrics.top_k(5), ff.metrics.f1(classes=10)"
             )
-    return tuple(metrics), tuple(reducers)
+    return tuple(metrics), tuple(aggregates)

@@ -1,16 +1,16 @@
-"""Which part of a state a process has, where no process has all of it."""
+"""Which portion of a state a process has, where no process has all of it."""
 
 import attrs
 
 
 @attrs.frozen(eq=False)
-class Part:
+class Portion:
     """What of a model a process has, and what of that it writes to a checkpoint.
 
     Attributes:
-        number: Which of the parts this is, from 0.
+        number: Which of the portions this is, from 0.
         count: How many there are.
-        writes: Whether this process writes it; others may have the same part.
+        writes: Whether this process writes it; others may have the same one.
         order: All trained parameters of the whole model, in its order.
         own: The parameters that the process has.
         named: Those of them that it writes; a tied one is written by one process.

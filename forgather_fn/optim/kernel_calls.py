@@ -1,4 +1,4 @@
-"""The parts that element-wise updates work on."""
+"""The calls of fused kernels that an element-wise update is."""
 
 import operator
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from forgather_fn.gradient import Gradients
 
 
 @attrs.frozen(eq=False)
-class Part:
-    """The tensors of one group and data type that one kernel call updates.
+class KernelCall:
+    """The tensors of one group and data type, which one call of a fused kernel updates.
 
     Attributes:
         hyper: The hyperparameters of the group.
         chunks: Where they lie.
-        params: Parts of the parameters.
-        slots: Parts of each slot.
+        params: Ranges of the parameters.
+        slots: The same ranges of each slot.
         counts: How often each has been updated, a scalar for each, where that is kept.
     """
 
@@ -30,9 +30,9 @@ class Part:
     counts: list[Tensor]
 
 
-def parts(
+def kernel_calls(
     gradients: Gradients, params: Flat, *slots: Flat, together: bool = True, count: Tensor | None = None
-) -> list[Part]:
+) -> list[KernelCall]:
     """Sort what an element-wise update works on by group: one call of a fused kernel each.
 
     The lists are made once and shared by later steps as long as the same parameters get gradients.
@@ -48,20 +48,20 @@ def parts(
     cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
     chunks = cut(active)
     given = (chunks, count, *slots)
-    known: dict[int, tuple[tuple[Any, ...], list[Part]]] = params.kept.setdefault("parts", {})
+    known: dict[int, tuple[tuple[Any, ...], list[KernelCall]]] = params.kept.setdefault("kernel calls", {})
     found = known.get(id(chunks))
     if found is None or len(found[0]) != len(given) or not all(map(operator.is_, found[0], given)):
         if len(known) >= CUTS_KEPT + len(params):
             known.clear()
-        found = known[id(chunks)] = (given, _parts(chunks, params, slots, count))
+        found = known[id(chunks)] = (given, _calls(chunks, params, slots, count))
     return found[1]
 
 
-def _parts(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat], count: Tensor | None) -> list[Part]:
+def _calls(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat], count: Tensor | None) -> list[KernelCall]:
     result = []
     for buffer, group in dict.fromkeys((chunk.buffer, chunk.group) for chunk in chunks):
         own = tuple(chunk for chunk in chunks if (chunk.buffer, chunk.group) == (buffer, group))
-        lists = tuple(list(flat.pieces(own)) for flat in (params, *slots))
+        lists = tuple(list(flat.slices(own)) for flat in (params, *slots))
         counts = [] if count is None else [count[chunk.first] for chunk in own]
-        result.append(Part(params.layout.groups[group], own, lists[0], lists[1:], counts))
+        result.append(KernelCall(params.layout.groups[group], own, lists[0], lists[1:], counts))
     return result
