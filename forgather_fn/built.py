@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn import flat as flat_storage
-from forgather_fn.batch import placed
+from forgather_fn.batch import microbatches, placed
 from forgather_fn.binding import Binding
 from forgather_fn.data import Batch
 from forgather_fn.flat import Layout
@@ -125,6 +125,15 @@ class Built:
     def place(self, data: Any) -> Any:
         """Bring a batch's data to the device and the precision of the plan."""
         return placed(data, self.device, self.floating)
+
+    def parts(self, batch: Batch) -> list[Any]:
+        """Bring a batch to the device, cut into the plan's microbatches.
+
+        Raises:
+            ValueError: As :func:`~forgather_fn.batch.microbatches`.
+        """
+        data, count = self.place(batch.data), self.plan.microbatches
+        return [data] if count == 1 else microbatches(attrs.evolve(batch, data=data), count)
 
 
 def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], batch: Batch | None) -> Gradients:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn import interrupt, scaling, tree, wanted
-from forgather_fn.batch import microbatches, outline
+from forgather_fn.batch import outline
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
 from forgather_fn.execution import Advance, Execution, TakeGradients
@@ -61,15 +61,13 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
     """
     arrays = state.read()
     built.bound(arrays)
-    data = built.place(batch.data)
-    count = built.plan.microbatches
-    parts = [data] if count == 1 else microbatches(attrs.evolve(batch, data=data), count)
+    parts = built.parts(batch)
     try:
         (means, mean_taken), buffers = passed(built, state, lambda: _accumulate(built, state, parts))
     except (RuntimeError, TypeError, IndexError) as error:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in built.binding.layout.dtypes)
         error.add_note(
-            f"The batch was {outline(data)}; the parameters are {kinds}, precision={built.plan.precision!r}."
+            f"The batch was {outline(built.place(batch.data))}; the parameters are {kinds}, precision={built.plan.precision!r}."
         )
         raise
     weight = means["loss"].weight
