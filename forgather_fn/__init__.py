@@ -10,7 +10,7 @@ from forgather_fn.changes import changing, folded, rollback
 from forgather_fn.compiler import CompileError
 from forgather_fn.data import Batch, Stream, batches
 from forgather_fn.endings import early_stopped, stopped_by, until
-from forgather_fn.estimate import memory
+from forgather_fn.estimate import memory_estimate
 from forgather_fn.functional import frozen
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import group
@@ -79,7 +79,7 @@ __all__ = [
     "lora",
     "losses",
     "members",
-    "memory",
+    "memory_estimate",
     "metrics",
     "noise",
     "optim",

@@ -26,7 +26,7 @@ class AverageUpdate(Protocol):
 
 @attrs.frozen(repr=False)
 class Average:
-    """A state change: a running average of the parameters, for evaluation and export (``params="average"``)."""
+    """A state change: a running average of the parameters, for evaluation and export (``params="ema"``)."""
 
     update: AverageUpdate
     description: str = ""

@@ -82,7 +82,7 @@ class Built:
         check_layout("this state", arrays.params.layout, self.binding.layout)
         missing = sorted(self.slots - set(arrays.opt))
         sides = {
-            "an average of the parameters": (arrays.average is not None, self.plan.average is not None),
+            "an average of the parameters": (arrays.ema is not None, self.plan.average is not None),
             "the number of transforms": (len(arrays.transforms), len(self.plan.transforms)),
             "a loss scale": (bool(arrays.loss_scale), self.plan.precision == "float16"),
             "optimizer slots that are missing": (len(missing), 0),

@@ -74,7 +74,7 @@ def _changes(begin: Callable[[Steps], Callable[[Tick], Tick]], keeps: str | None
     return stage
 
 
-def folded(name: str, reducer: Reducer, *, of: str = "loss") -> Stage:
+def folded(name: str, reducer: Reducer, *, metric: str = "loss") -> Stage:
     """Fold a metric of every step by a reducer; what it comes to is a result of the tick under ``name``.
 
     What the reducer keeps is ``state.controls[name]``, so that it is in the checkpoint. Reading the metric waits for
@@ -83,7 +83,7 @@ def folded(name: str, reducer: Reducer, *, of: str = "loss") -> Stage:
     Args:
         name: Of the result, and of what is kept.
         reducer: Such as :func:`~forgather_fn.reducers.spikes`.
-        of: The metric of the step.
+        metric: Of the step.
 
     Raises:
         ValueError: It is written after what saves; another stage, or the schedule, keeps something under that name; or,
@@ -102,9 +102,9 @@ def folded(name: str, reducer: Reducer, *, of: str = "loss") -> Stage:
 
     def fold(tick: Tick) -> Tick:
         kept = kept_of(reducer, tick.state.controls, name)
-        metric = _metric(tick, of)
-        if not isinstance(metric, Mean) or float(metric.weight):  # a mean over nothing says nothing
-            kept = reducer.add(kept, float(metric))
+        value = _metric(tick, metric)
+        if not isinstance(value, Mean) or float(value.weight):  # a mean over nothing says nothing
+            kept = reducer.add(kept, float(value))
         changed = tick.changed(tick.state.controlled({**tick.state.controls, name: kept}))
         return changed.found({name: reducer.result(kept)})
 

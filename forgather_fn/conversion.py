@@ -101,10 +101,10 @@ def _arrays(
     for name in ("controls", "loss_scale"):
         mine = getattr(fresh, name)
         parts[name] = mine if name in without else carrying.tree(getattr(given, name), mine, name, names)
-    if fresh.average is not None:
-        fresh.average.assign(params)
-        if given.average is not None and "average" not in without:
-            carrying.tree(given.average, fresh.average, "average", names)
+    if fresh.ema is not None:
+        fresh.ema.assign(params)
+        if given.ema is not None and "ema" not in without:
+            carrying.tree(given.ema, fresh.ema, "ema", names)
     if "progress" not in without:
         for name in COUNTERS:
             getattr(fresh, name).copy_(getattr(given, name))
@@ -277,5 +277,5 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _paths(arrays: Arrays) -> Iterator[str]:
     yield from (f"params/{name}" for name in (*arrays.params, *arrays.frozen))
-    for part in ("buffers", "opt", "transforms", "average", "controls", "loss_scale"):
+    for part in ("buffers", "opt", "transforms", "ema", "controls", "loss_scale"):
         yield from (path for path, leaf in walk(getattr(arrays, part), part) if leaf is not None)

@@ -81,7 +81,9 @@ def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
     return None if left is None else state.step + left
 
 
-def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater: bool = False) -> Stage:
+def early_stopped(
+    metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater_is_better: bool = False
+) -> Stage:
     """End the stream when a result has not improved for ``patience`` looks in a row.
 
     The best result and the count are ``state.controls["early_stopped/<metric>"]``, so that a run that goes on from a
@@ -92,7 +94,7 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
         metric: The name of a result of an observer, upstream or downstream.
         patience: After how many looks without improvement in a row the stream ends.
         min_delta: By how much a result must be better than the best to count.
-        greater: Whether greater is better.
+        greater_is_better: Of the numbers compared; False where less is better.
 
     Raises:
         ValueError: ``patience`` is less than 1, or ``min_delta`` negative.
@@ -100,7 +102,9 @@ def early_stopped(metric: str = "eval_loss", *, patience: int, min_delta: float 
     if patience < 1 or not min_delta >= 0:
         raise ValueError(f"early_stopped: expected patience >= 1 and min_delta >= 0; got {patience} and {min_delta}")
 
-    control = Control(f"early_stopped/{metric}", metric, stale(min_delta=min_delta, greater=greater))
+    control = Control(
+        f"early_stopped/{metric}", metric, stale(min_delta=min_delta, greater_is_better=greater_is_better)
+    )
 
     def over(state: TrainState) -> bool:
         return control.reducer.result(control.kept(state.controls)) >= patience

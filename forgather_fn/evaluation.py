@@ -153,9 +153,9 @@ def chosen(plan: Plan, arrays: Arrays, which: Params) -> Flat:
             return arrays.params
         with torch.no_grad():
             return evaluated(arrays.opt, arrays.params)
-    if which != "average":
-        raise ValueError(f"params={which!r} is not one of 'params', 'average'")
-    if arrays.average is None:
-        raise ValueError("params='average', but the plan keeps no average; add Plan(average=ff.ema(decay))")
+    if which != "ema":
+        raise ValueError(f"params={which!r} is not one of 'params', 'ema'")
+    if arrays.ema is None:
+        raise ValueError("params='ema', but the plan keeps no average; add Plan(average=ff.ema(decay))")
     with torch.no_grad():
-        return narrowed(arrays.average, arrays.params)
+        return narrowed(arrays.ema, arrays.params)

@@ -37,8 +37,8 @@ def joined(members: Mapping[str, TrainState], before: Arrays | None = None) -> A
             controls are.
     """
     every = {name: member.read() for name, member in members.items()}
-    stored = None if before is None else (before.params, before.buffers, before.average)
-    averages = {name: arrays.average for name, arrays in every.items() if arrays.average is not None}
+    stored = None if before is None else (before.params, before.buffers, before.ema)
+    averages = {name: arrays.ema for name, arrays in every.items() if arrays.ema is not None}
     own = {
         name: {field: getattr(members[name], field) for field in _HOST}
         | {counter: getattr(arrays, counter) for counter in COUNTERS}
@@ -56,7 +56,7 @@ def joined(members: Mapping[str, TrainState], before: Arrays | None = None) -> A
         buffers=_side_by_side({name: arrays.buffers for name, arrays in every.items()}, stored and stored[1]),
         opt={name: arrays.opt for name, arrays in every.items()},
         transforms=tuple(arrays.transforms for arrays in every.values()),
-        average=_side_by_side(averages, stored and stored[2]) if averages else None,
+        ema=_side_by_side(averages, stored and stored[2]) if averages else None,
         controls={**(before.controls if before else {}), MEMBERS: own},
         loss_scale={name: arrays.loss_scale for name, arrays in every.items() if arrays.loss_scale},  # type: ignore[misc]
     )
@@ -85,7 +85,7 @@ def members(state: TrainState) -> Mapping[str, TrainState]:
 def _taken_apart(state: TrainState, arrays: Arrays) -> dict[str, TrainState]:
     own: Mapping[str, Any] = arrays.controls[MEMBERS]
     params, buffers = (apart(flat, tuple(own)) for flat in (arrays.params, arrays.buffers))
-    averages = {} if arrays.average is None else apart(arrays.average, _owners(arrays.average))
+    averages = {} if arrays.ema is None else apart(arrays.ema, _owners(arrays.ema))
     states = {}
     for number, (name, kept) in enumerate(own.items()):
         prefix = f"{name}."
@@ -96,7 +96,7 @@ def _taken_apart(state: TrainState, arrays: Arrays) -> dict[str, TrainState]:
             buffers=buffers[name],
             opt=arrays.opt[name],
             transforms=arrays.transforms[number],
-            average=averages.get(name),
+            ema=averages.get(name),
             controls=kept["controls"],
             loss_scale=arrays.loss_scale.get(name, {}),  # type: ignore[arg-type]
         )

@@ -44,7 +44,7 @@ class Restore(Protocol):
             path: A checkpoint directory, which must be whole, or a run directory.
             allow: What may differ from the plan that it was made by, on purpose: ``"schedule"``, ``"optimizer"``,
                 ``"loss"``, ... and, of the stream that goes on, ``"batch_size"`` and ``"data"``.
-            without: What is not read and starts fresh: ``"optimizer"``, ``"average"``, ``"transforms"``,
+            without: What is not read and starts fresh: ``"optimizer"``, ``"ema"``, ``"transforms"``,
                 ``"controls"``, ``"loss_scale"``, ``"progress"`` (steps, samples, counters).
 
         Raises:
@@ -210,7 +210,8 @@ class Program:
     ``attrs.evolve(program, step=...)``. ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
     ``batches`` how they come to it; ``portion`` which of a state this process has, None for all of it; ``whole``
-    brings a state together that they have in shards.
+    brings a state together that they have in shards. ``members`` are the programs of a joint one, by name; none where
+    it is of one model.
     """
 
     plan: Plan
@@ -230,6 +231,7 @@ class Program:
     share: Share | None = None
     portion: Callable[[], Portion | None] = lambda: None
     whole: Whole = itself
+    members: "Mapping[str, Program]" = attrs.field(factory=dict)
 
     def steps(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":
         """Give the ticks over a data stream, from where the state left it, or over any iterable of batches."""

@@ -32,11 +32,11 @@ class NonFiniteError(ValueError):
 COUNTERS: Final = ("updates", "skipped", "tokens", "nonfinite")
 """What a state counts on the device; ``nonfinite`` is the first step that was not finite, or -1."""
 
-RESTARTABLE: Final = frozenset({"optimizer", "average", "transforms", "controls", "loss_scale", "progress"})
+RESTARTABLE: Final = frozenset({"optimizer", "ema", "transforms", "controls", "loss_scale", "progress"})
 """What of a state may begin anew where it is carried on: what ``restore`` and ``convert`` take as ``without``."""
 
-Params = Literal["params", "average"]
-"""Which parameters of a state: those that are trained, or the average that the plan keeps of them."""
+Params = Literal["params", "ema"]
+"""Which parameters of a state: those that are trained, or the average that the plan keeps of them, whichever it is."""
 
 
 @attrs.define(eq=False)
@@ -75,7 +75,7 @@ class Arrays:
     buffers: Flat
     opt: Mapping[str, Any]
     transforms: tuple[Any, ...] = ()
-    average: Flat | None = None
+    ema: Flat | None = None
     controls: Mapping[str, Any] = attrs.field(factory=dict)
     loss_scale: Mapping[str, Tensor] = attrs.field(factory=dict)
 
@@ -147,9 +147,9 @@ class TrainState:
         return self.read().transforms
 
     @property
-    def average(self) -> Mapping[str, Tensor] | None:
+    def ema(self) -> Mapping[str, Tensor] | None:
         """Averaged parameters, where the plan asks for them."""
-        return self.read().average
+        return self.read().ema
 
     @property
     def controls(self) -> Mapping[str, Any]:
@@ -232,7 +232,7 @@ class TrainState:
         if self.consumed:
             return f"{head}, consumed by {self._ownership.consumed_by})"
         parts = [head]
-        for name in ("params", "frozen", "buffers", "opt", "average"):
+        for name in ("params", "frozen", "buffers", "opt", "ema"):
             tensors, elements, size = tree.size(getattr(self._arrays, name))
             if tensors:
                 parts.append(f"{name}={elements:,} in {tensors} tensors ({_readable(size)})")

@@ -15,7 +15,7 @@ from forgather_fn.state import Params, TrainState
 
 
 def refreshed_statistics(
-    program: Program, state: TrainState, data: Iterable[Any] | Stream, *, params: Params = "average"
+    program: Program, state: TrainState, data: Iterable[Any] | Stream, *, params: Params = "ema"
 ) -> TrainState:
     """Measure anew what batch norms know of their inputs, for the parameters that are given, by one pass over data.
 

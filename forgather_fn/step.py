@@ -27,7 +27,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, TrainState
-from forgather_fn.transforms import apply_all
+from forgather_fn.transforms.base import apply_all
 
 T = TypeVar("T")
 
@@ -271,17 +271,17 @@ def _averaged(
     plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor, good: Tensor | float
 ) -> Arrays:
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
-    averaged = arrays.average
+    ema = arrays.ema
     if plan.average is not None:
-        assert averaged is not None
-        averaged = plan.average.update(averaged, arrays.params, good=good, updates=arrays.updates)
-    if opt is arrays.opt and averaged is arrays.average and transforms is arrays.transforms:
+        assert ema is not None
+        ema = plan.average.update(ema, arrays.params, good=good, updates=arrays.updates)
+    if opt is arrays.opt and ema is arrays.ema and transforms is arrays.transforms:
         return arrays
     if transforms is not arrays.transforms:
         transforms = tuple(
             tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
         )
-    return attrs.evolve(arrays, opt=opt, average=averaged, transforms=transforms)
+    return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
 
 
 def _counted(

@@ -71,7 +71,7 @@ def alike(found: list[Any]) -> Any:
 def built_by_chance() -> list[float]:
     torch.manual_seed(rank() + 5)
     state = ff.accelerated(plan(model=nn.Linear(4, 3), average=ff.ema(0.5))).init()
-    return values(state) + torch.cat([p.reshape(-1) for p in state.average.values()]).tolist()
+    return values(state) + torch.cat([p.reshape(-1) for p in state.ema.values()]).tolist()
 
 
 def test_all_start_from_the_weights_of_the_first(pair):
@@ -296,7 +296,7 @@ def test_the_first_process_reports(pair, tmp_path):
 
 def saving(run: str, background: bool) -> list[str]:
     program = ff.accelerated(plan())
-    saver = ff.saved(run, async_=background)
+    saver = ff.saved(run, asynchronous=background)
     ff.last(ff.until(steps=4)(ff.every(2, saver)(program.steps(program.init(0), data()))))
     return [entry.path.name for entry in list_checkpoints(run)]
 
@@ -312,7 +312,7 @@ def failing_saves(run: str) -> None:
     if rank() == 0:
         Path(run).mkdir(exist_ok=True)
         (Path(run) / "checkpoints").write_text("in the way")
-    saver = ff.saved(run, failures=1, async_=False)
+    saver = ff.saved(run, failures=1, asynchronous=False)
     ff.last(ff.until(steps=3)(ff.every(1, saver)(program.steps(state, data()))))
 
 
@@ -342,7 +342,7 @@ def resumed(run: str) -> list[str]:
     notes: list[str] = []
     reader = logging.Handler()
     reader.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("forgather_fn.checkpoint.loading").addHandler(reader)
+    logging.getLogger("forgather_fn.checkpoint.restoring").addHandler(reader)
     ff.accelerated(plan()).restore(run)
     return notes
 
@@ -462,4 +462,4 @@ def test_precisions_that_do_not_fit_are_refused():
 
 def test_an_accelerator_and_arguments_for_one_are_too_much():
     with pytest.raises(ValueError, match=r"Accelerator\(cpu=\.\.\.\)"):
-        ff.accelerated(plan(), Accelerator(cpu=True), {"cpu": True})
+        ff.accelerated(plan(), accelerator=Accelerator(cpu=True), accelerator_args={"cpu": True})

@@ -163,7 +163,7 @@ def test_folding_keeps_the_outputs_and_begins_the_adapters_anew():
     torch.testing.assert_close(made.apply(restarted, TOKENS), expected, rtol=1e-5, atol=1e-6)
     assert not restarted.params["0.lora.A"].any()
     assert not restarted.params["2.lora.B"].any()
-    assert not restarted.average["2.lora.B"].any()
+    assert not restarted.ema["2.lora.B"].any()
     assert not torch.equal(restarted.frozen["2.weight"], state.frozen["2.weight"])
     assert_equal(state, kept)
     plain = program(lambda: copy.deepcopy(model))

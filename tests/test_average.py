@@ -21,19 +21,19 @@ def test_it_is_the_average_written_by_hand(dtype, far, decay):
         for name, tensor in state.params.items():
             expected[name] = decay * expected[name] + (1 - decay) * tensor.double()
     for name, tensor in expected.items():
-        assert state.average[name].dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
-        torch.testing.assert_close(state.average[name].double(), tensor, atol=far, rtol=far)
+        assert state.ema[name].dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        torch.testing.assert_close(state.ema[name].double(), tensor, atol=far, rtol=far)
 
 
 def test_it_starts_as_a_copy_of_the_parameters():
     state = program(classifier(), average=ff.ema(0.9)).init(0)
     for name, tensor in state.params.items():
-        assert torch.equal(state.average[name], tensor)
-        assert state.average[name].data_ptr() != tensor.data_ptr()
+        assert torch.equal(state.ema[name], tensor)
+        assert state.ema[name].data_ptr() != tensor.data_ptr()
 
 
 def test_without_an_average_none_is_kept():
-    assert program(classifier()).init(0).average is None
+    assert program(classifier()).init(0).ema is None
 
 
 def test_evaluation_prediction_and_export_can_take_it():
@@ -41,13 +41,13 @@ def test_evaluation_prediction_and_export_can_take_it():
     state = ff.fold(made.step, made.init(0), labelled_batches(3))
     features, labels = labelled(6)
     model = classifier()
-    model.load_state_dict(dict(state.average))
-    assert torch.equal(made.apply(state, features, params="average"), model(features))
+    model.load_state_dict(dict(state.ema))
+    assert torch.equal(made.apply(state, features, params="ema"), model(features))
     assert not torch.equal(made.apply(state, features), model(features))
     expected = torch.nn.functional.cross_entropy(model(features), labels).item()
-    assert made.evaluate(state, [(features, labels)], params="average")["loss"] == pytest.approx(expected, rel=1e-6)
-    exported = made.export(state, params="average")
-    assert all(torch.equal(tensor, state.average[name]) for name, tensor in exported.named_parameters())
+    assert made.evaluate(state, [(features, labels)], params="ema")["loss"] == pytest.approx(expected, rel=1e-6)
+    exported = made.export(state, params="ema")
+    assert all(torch.equal(tensor, state.ema[name]) for name, tensor in exported.named_parameters())
 
 
 def test_an_average_of_ones_own():
@@ -61,7 +61,7 @@ def test_an_average_of_ones_own():
 
     made = program(classifier(), average=Average(latest))
     state = ff.fold(made.step, made.init(0), labelled_batches(3))
-    assert torch.equal(state.average["0.weight"], state.params["0.weight"] * 3)
+    assert torch.equal(state.ema["0.weight"], state.params["0.weight"] * 3)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan"), 1.5])
@@ -77,7 +77,7 @@ def averages(average, steps=12, **changes):
     for batch in labelled_batches(steps, dtype=torch.float64):
         state, _ = made.step(state, batch)
         params.append({name: tensor.clone() for name, tensor in state.params.items()})
-        found.append({name: tensor.clone() for name, tensor in state.average.items()})
+        found.append({name: tensor.clone() for name, tensor in state.ema.items()})
     return params, found, made, state
 
 
@@ -131,19 +131,19 @@ def test_steps_that_are_left_out_do_not_count(average):
     with_bad = ff.fold(made.step, made.init(0), [*batches[:2], bad, *batches[3:]])
     plain = program(classifier(), **changes)
     without = ff.fold(plain.step, plain.init(0), [*batches[:2], *batches[3:]])
-    for name, tensor in without.average.items():
-        assert torch.equal(with_bad.average[name], tensor)
+    for name, tensor in without.ema.items():
+        assert torch.equal(with_bad.ema[name], tensor)
 
 
 @pytest.mark.parametrize("average", [ff.ema(0.9, warmup=True), ff.swa(start=2)], ids=repr)
 def test_others_are_evaluated_and_exported_as_ema(average):
     _, _, made, state = averages(average)
-    exported = made.export(state, params="average")
-    assert all(torch.equal(tensor, state.average[name]) for name, tensor in exported.named_parameters())
+    exported = made.export(state, params="ema")
+    assert all(torch.equal(tensor, state.ema[name]) for name, tensor in exported.named_parameters())
     assert any(not torch.equal(tensor, state.params[name]) for name, tensor in exported.named_parameters())
     features, labels = labelled(9, dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(exported(features), labels).item()
-    found = made.evaluate(state, [(features, labels)], params="average")["loss"]
+    found = made.evaluate(state, [(features, labels)], params="ema")["loss"]
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -152,7 +152,7 @@ class TestRefreshedStatistics:
         made = program(Noisy(), average=ff.swa(start=2))
         state = ff.fold(made.step, made.init(0), labelled_batches(4))
         before = state.copy()
-        model = made.export(state, params="average")
+        model = made.export(state, params="ema")
         batches = labelled_batches(5)
         torch.optim.swa_utils.update_bn([rows for rows, _ in batches], model)
         refreshed = ff.refreshed_statistics(made, state, batches)
@@ -163,7 +163,7 @@ class TestRefreshedStatistics:
         assert torch.equal(refreshed.buffers["seen"], state.buffers["seen"])
         assert not torch.equal(refreshed.buffers["body.1.running_mean"], state.buffers["body.1.running_mean"])
         features, _ = labelled(6)
-        assert torch.equal(made.apply(refreshed, features, params="average"), _evaluating(model, features))
+        assert torch.equal(made.apply(refreshed, features, params="ema"), _evaluating(model, features))
 
     def test_a_stream_is_read_once_in_order(self):
         made = program(Noisy(), average=ff.swa(start=1))
@@ -233,10 +233,10 @@ def test_an_average_of_half_precision_is_kept_in_float32(name):
         state, _ = program.step(state, (x, y))
         share = 0.001 if name == "ema" else 1 / step
         wide = {key: tensor.lerp(state.params[key].double(), share) for key, tensor in wide.items()}
-    for key, tensor in state.average.items():
+    for key, tensor in state.ema.items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor.double(), wide[key], rtol=0, atol=1e-6)
-    exported = program.export(state, params="average")
+    exported = program.export(state, params="ema")
     assert exported.weight.dtype == torch.bfloat16
     assert torch.equal(exported.weight, wide["weight"].to(torch.bfloat16))
-    assert program.evaluate(state, [(x, y)], params="average")["loss"] > 0
+    assert program.evaluate(state, [(x, y)], params="ema")["loss"] > 0

@@ -161,7 +161,7 @@ class TestStatesAndPrograms:
         made = program(module, optimizer=optimizer, average=ff.ema(0.9), viewed_elements=viewed_elements)
         state = ff.fold(made.step, made.init(0), labelled_batches(2))
         kept = state.copy()
-        held = [weakref.ref(kept.params.buffers[0]), weakref.ref(kept.average.buffers[0])]
+        held = [weakref.ref(kept.params.buffers[0]), weakref.ref(kept.ema.buffers[0])]
         made.step(kept, labelled(6))
         made.step(state, labelled(6))
         del kept
@@ -267,7 +267,7 @@ class TestChangesFromOutside:
             made = program(Noisy(), average=ff.ema(0.9))
             state, _ = made.step(made.init(0), labelled(6))
             kept = state.copy()
-            made.evaluate(state, [labelled(6)], params="average")
+            made.evaluate(state, [labelled(6)], params="ema")
             made.step(kept, labelled(6))
             made.export(state)
             made.step(state, labelled(6))
@@ -389,7 +389,7 @@ class TestExport:
     def test_an_average_that_is_not_kept_cannot_be_exported(self, bound):
         made, _, state = bound
         with pytest.raises(ValueError, match="keeps no average"):
-            made.export(state, params="average")
+            made.export(state, params="ema")
 
     def test_it_can_be_read_without_this_library(self, bound):
         made, _, state = bound
@@ -441,11 +441,11 @@ def made_from(viewed_elements):
 
 OPERATIONS = {
     "evaluate": lambda made, state: made.evaluate(state, [labelled(5)]),
-    "average": lambda made, state: made.evaluate(state, [labelled(5)], params="average"),
+    "average": lambda made, state: made.evaluate(state, [labelled(5)], params="ema"),
     "apply": lambda made, state: made.apply(state, labelled(5)[0]),
     "gradients": lambda made, state: made.gradients(state, labelled(6)),
     "export": lambda made, state: made.export(state),
-    "export_average": lambda made, state: made.export(state, params="average"),
+    "export_average": lambda made, state: made.export(state, params="ema"),
     "fail": lambda made, state: failing(made, state),
     "move": lambda made, state: made.plan.model.double().float(),
     "copy": lambda made, state: copy.deepcopy(made.plan.model),

@@ -206,7 +206,7 @@ class TestFolded:
     def test_an_unknown_metric_is_refused_with_the_known_ones(self):
         made = program(classifier())
         with pytest.raises(ValueError, match="the step has no metric 'los'; it has 'loss'"):
-            run(made, ff.folded("x", ff.reducers.stale(), of="los"), ff.last)
+            run(made, ff.folded("x", ff.reducers.stale(), metric="los"), ff.last)
 
 
 class TestNames:
@@ -215,7 +215,7 @@ class TestNames:
     @pytest.mark.parametrize(
         "stages",
         [
-            lambda: (ff.folded("a", ff.reducers.stale()), ff.folded("a", ff.reducers.stale(), of="grad_norm")),
+            lambda: (ff.folded("a", ff.reducers.stale()), ff.folded("a", ff.reducers.stale(), metric="grad_norm")),
             lambda: (ff.folded("plateau", ff.reducers.stale()),),
             lambda: (ff.folded("members", ff.reducers.stale()),),
             lambda: (ff.folded("rollback", ff.reducers.spikes()), ff.rollback(after=1, every=1, on="rollback")),
@@ -255,7 +255,7 @@ class TestRollback:
             kept[tick.state.step] = tick.state.copy()
             found.append(tick.results.get("rolled_back"))
         assert found == [None, None, None, None, 1.0, None, None, None]
-        for name in ("params", "opt", "average", "buffers", "updates"):
+        for name in ("params", "opt", "ema", "buffers", "updates"):
             assert tree.difference(kept[5].as_tree()[name], kept[2].as_tree()[name]) is None
             assert tree.difference(kept[4].as_tree()[name], kept[3].as_tree()[name]) is None
         assert (kept[5].step, kept[5].samples, int(kept[5].skipped)) == (5, 30, 2)
@@ -264,7 +264,7 @@ class TestRollback:
         other = program(classifier(), **changes)
         other.init(0)
         expected = ff.fold(other.step, attrs.evolve(kept[2].copy(), step=5), batches[5:])
-        for name in ("params", "opt", "average"):
+        for name in ("params", "opt", "ema"):
             assert tree.difference(kept[8].as_tree()[name], expected.as_tree()[name]) is None
 
     def test_the_state_that_it_started_from_is_the_first_copy(self):

@@ -295,7 +295,7 @@ class TestNonFinite:
         before = state.copy()
         state, _ = program.step(state, self.batch)
         assert (int(state.skipped), int(state.updates), state.step) == (1, 1, 2)
-        for held in ("params", "average", "opt"):
+        for held in ("params", "ema", "opt"):
             assert tree.difference(getattr(before, held), getattr(state, held)) is None
 
 

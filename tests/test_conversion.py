@@ -165,11 +165,11 @@ def test_another_kind_of_optimizer_or_transform_begins_fresh():
 def test_an_average_is_carried_or_begins_as_the_parameters():
     one, other = program(classifier), program(classifier, average=ff.ema(0.5))
     made = one.convert(trained_by(one), other)
-    assert torch.equal(made.average["0.weight"], made.params["0.weight"])
+    assert torch.equal(made.ema["0.weight"], made.params["0.weight"])
     moved = run(other, made, labelled_batches(1))
-    assert torch.equal(other.convert(moved, other).average["0.weight"], moved.average["0.weight"])
-    fresh = other.convert(moved, other, without={"average", "optimizer", "progress"})
-    assert torch.equal(fresh.average["0.weight"], moved.params["0.weight"])
+    assert torch.equal(other.convert(moved, other).ema["0.weight"], moved.ema["0.weight"])
+    fresh = other.convert(moved, other, without={"ema", "optimizer", "progress"})
+    assert torch.equal(fresh.ema["0.weight"], moved.params["0.weight"])
     assert (fresh.step, int(fresh.updates), fresh.opt["count"].tolist()) == (0, 0, [0.0] * 4)
 
 
@@ -197,9 +197,9 @@ def test_one_process_to_accelerated_and_back():
         ({"dropping": ["3.wieght"]}, r"dropping='3\.wieght' matches no parameter; there are '3\.weight'"),
         (
             {"without": {"optimiser"}},
-            r"without=\{'optimiser'\}: expected a set of names out of \['average', 'controls'",
+            r"without=\{'optimiser'\}: expected a set of names out of \['controls', 'ema'",
         ),
-        ({"without": "average"}, "without='average': expected a set"),
+        ({"without": "ema"}, "without='ema': expected a set"),
     ],
 )
 def test_what_has_no_place_is_refused(changes, message):

@@ -146,7 +146,7 @@ CASES = {
         r"Linear has no parameter that asks for a gradient",
     ),
     "an average that is not kept": (
-        lambda: (made := program(classifier())).evaluate(made.init(0), labelled_batches(1), params="average"),
+        lambda: (made := program(classifier())).evaluate(made.init(0), labelled_batches(1), params="ema"),
         r"keeps no average; add Plan\(average=ff\.ema\(decay\)\)",
     ),
     "an evaluation of nothing": (

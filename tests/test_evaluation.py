@@ -92,7 +92,7 @@ class TestEvaluate:
         modes = [child.training for child in model.modules()]
         generator = torch.get_rng_state()
         with unchanged(state):
-            for params in ("params", "average"):
+            for params in ("params", "ema"):
                 made.evaluate(state, cut(labelled(9), 4), params=params)
         assert [child.training for child in model.modules()] == modes
         assert torch.equal(torch.get_rng_state(), generator)
@@ -156,11 +156,11 @@ class TestEvaluate:
 
     def test_no_average_is_an_error_with_the_fix(self, made):
         with pytest.raises(ValueError, match=r"keeps no average; add Plan\(average=ff.ema\(decay\)\)"):
-            made.evaluate(made.init(0), [ragged()], params="average")
+            made.evaluate(made.init(0), [ragged()], params="ema")
 
     def test_unknown_parameters_are_refused_and_leave_no_trace(self, made):
         state = made.init(0)
-        with unchanged(state), pytest.raises(ValueError, match="params='best' is not one of 'params', 'average'"):
+        with unchanged(state), pytest.raises(ValueError, match="params='best' is not one of 'params', 'ema'"):
             made.evaluate(state, [ragged()], params="best")
         assert made.plan.model.training
 

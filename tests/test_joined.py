@@ -69,7 +69,7 @@ def distance(programs: Any, states: Any, data: Any) -> dict[str, float]:
     """How far the averages of what is generated are from the data's."""
     (real,) = next(iter(data))
     noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
-    fake = programs["generator"].apply(states["generator"], noise, params="average")
+    fake = programs["generator"].apply(states["generator"], noise, params="ema")
     return {"mean": float((fake.mean(0) - real.mean(0)).norm()), "spread": float((fake.std(0) - real.std(0)).norm())}
 
 
@@ -121,7 +121,7 @@ def test_it_is_two_programs_stepped_by_hand():
 def test_the_gradient_of_the_generator_goes_through_the_critic_and_not_to_it():
     program = gan()
     state = program.init(0)
-    states, programs = ff.members(state), program.plan.model.programs
+    states, programs = ff.members(state), program.members
     critic = programs["critic"].module()
     noise = torch.randn(8, 2)
     for parameter in critic.parameters():
@@ -204,13 +204,13 @@ def test_a_step_that_fails_after_an_update_says_so():
     assert_equal(state, kept)
 
 
-@pytest.mark.parametrize("async_", [True, False])
-def test_left_at_any_step_and_taken_up_again(tmp_path, async_):
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_left_at_any_step_and_taken_up_again(tmp_path, asynchronous):
     program = gan()
     reports: list[Mapping[str, float]] = []
     whole = toolz.pipe(
         program.steps(program.init(4), gan_data(50)),
-        ff.every(1, ff.saved(tmp_path, async_=async_), ff.report(lambda row: reports.append(row.values))),
+        ff.every(1, ff.saved(tmp_path, asynchronous=asynchronous), ff.report(lambda row: reports.append(row.values))),
         ff.until(steps=5),
         ff.last,
     )
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_one_commit_under_names_of_the_members(tmp_path: Path):
     loaded = ff.checkpoint.load(ff.checkpoint.save(program, state, tmp_path))
     assert {name.partition(".")[0] for name in loaded.tensors["model"]} == {"critic", "generator"}
     assert "generator.1.running_mean" in loaded.tensors["model"]
-    assert set(loaded.tensors["average"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}
+    assert set(loaded.tensors["ema"]) == {f"generator.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")}
     other = ff.joined({**GAN, "critic": attrs.evolve(GAN["critic"], optimizer=ff.sgd())}, gan_step)
     with pytest.raises(ff.checkpoint.CheckpointError, match=r"optimizer:\n.*critic: optimizer=adam\("):
         other.restore(tmp_path)
@@ -236,7 +236,7 @@ def test_a_checkpoint_is_one_commit_under_names_of_the_members(tmp_path: Path):
     assert (fresh.step, ff.members(fresh)["critic"].step) == (0, 0)
     assert not any(tensor.any() for tensor in fresh.opt["critic"]["exp_avg"].values())
     with pytest.raises(ValueError, match="takes only 'optimizer' and 'progress'"):
-        gan().restore(tmp_path, without={"average"})
+        gan().restore(tmp_path, without={"ema"})
 
 
 def test_steps_may_be_over_some_of_the_members():
@@ -302,7 +302,7 @@ def test_an_actor_and_its_critic_learn_a_bandit():
             break
     assert sum(rewards[:5]) / 5 < 0.5
     assert sum(rewards[-5:]) / 5 > 0.9
-    value = program.plan.model.programs["critic"].apply(ff.members(tick.state)["critic"], torch.eye(3))
+    value = program.members["critic"].apply(ff.members(tick.state)["critic"], torch.eye(3))
     assert value.mean() > 0.6
 
 
@@ -405,7 +405,7 @@ def test_what_is_of_the_parts_alone_is_refused():
         program.module()
     state = program.init(0)
     for call in (program.gradients, program.apply):
-        with pytest.raises(ValueError, match=r"through its programs, 'critic', 'generator', on ff\.members"):
+        with pytest.raises(ValueError, match=r"through program.members, 'critic', 'generator', on ff\.members"):
             call(state, gaussian(8))
     with pytest.raises(ValueError, match="evaluated by the function that it was made with"):
         program.evaluate(state, [gaussian(8)])
@@ -433,7 +433,7 @@ class TestRollback:
 
     def test_on_a_result(self):
         made = self.made()
-        watched = ff.folded("spike", ff.reducers.spikes(), of="found")
+        watched = ff.folded("spike", ff.reducers.spikes(), metric="found")
         ticks = made.steps(made.init(0), self.batches())
         final = toolz.pipe(ticks, watched, ff.rollback(after=1, every=1, on="spike"), ff.last)
         assert final.controls["rollback"] == {"bad": 0, "times": 1}

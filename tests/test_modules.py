@@ -401,8 +401,8 @@ def test_what_is_exported_stands_on_its_own(kind):
     kept = state.copy()
     exported = copy.deepcopy(made.export(state))
     assert_same(exported, {**kept.params, **kept.frozen, **kept.buffers})
-    model = made.export(state, params="average")
-    rounded = {name: tensor.to(kept.params[name].dtype) for name, tensor in kept.average.items()}
+    model = made.export(state, params="ema")
+    rounded = {name: tensor.to(kept.params[name].dtype) for name, tensor in kept.ema.items()}
     assert_same(model, {**rounded, **kept.frozen, **kept.buffers})
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:

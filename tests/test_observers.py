@@ -166,11 +166,11 @@ class TestEvaluated:
         data = [labelled(11, seed=9)]
 
         def observe(tick):
-            seen.append((dict(tick.results), made.evaluate(tick.state, data, params="average")))
+            seen.append((dict(tick.results), made.evaluate(tick.state, data, params="ema")))
 
         toolz.pipe(
             made.steps(made.init(0), labelled_batches(2)),
-            ff.every(2, ff.evaluated(data, params="average", name="average"), observe),
+            ff.every(2, ff.evaluated(data, params="ema", name="average"), observe),
             ff.last,
         )
         assert seen[0][0] == {"average_loss": seen[0][1]["loss"]}

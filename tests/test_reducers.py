@@ -50,7 +50,7 @@ class TestPlateau:
             threshold_mode=mode,
             cooldown=cooldown,
             minimum=minimum,
-            greater=greater,
+            greater_is_better=greater,
         )
         kept = schedule.control.reducer.init()
         for result in results:

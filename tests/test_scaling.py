@@ -137,7 +137,7 @@ class TestOverflow:
         after, metrics = made.step(before, steep(1)[0])
         assert math.isfinite(float(metrics["loss"]))
         assert not math.isfinite(float(metrics["grad_norm"]))
-        for part in ("params", "opt", "average", "updates", "nonfinite"):
+        for part in ("params", "opt", "ema", "updates", "nonfinite"):
             assert ff.tree.difference(getattr(kept, part), getattr(after, part), part) is None
         assert after.loss_scale["scale"].item() == scaling.INITIAL / 2
         assert after.loss_scale["growth_tracker"].item() == 0

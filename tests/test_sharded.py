@@ -133,7 +133,7 @@ def recorded(state: ff.TrainState | None, metrics: list[dict[str, float]]) -> di
     if state is None:
         return None
     arrays = state.read()
-    flats = {"params": arrays.params, "average": arrays.average, "buffers": arrays.buffers, "frozen": arrays.frozen}
+    flats = {"params": arrays.params, "ema": arrays.ema, "buffers": arrays.buffers, "frozen": arrays.frozen}
     flats |= {f"opt/{name}": slot for name, slot in arrays.opt.items() if not isinstance(slot, torch.Tensor)}
     tensors = {f"{kind}/{n}": t.clone() for kind, flat in flats.items() if flat is not None for n, t in flat.items()}
     tensors |= {f"opt/{name}": slot for name, slot in arrays.opt.items() if isinstance(slot, torch.Tensor)}
@@ -257,8 +257,8 @@ def parts_of_a_step(strategy: str) -> dict[str, Any]:
     norm, loss = float(metrics["grad_norm"]), float(means["loss"])
     wants = frozenset({"gradient_norms", "parameter_norms", "update_norms"})
     state, metrics = program.step(state, batch, wants=wants)
-    outputs = {which: program.apply(state, batch["ids"], params=which) for which in ("params", "average")}
-    exported = {which: program.export(state, params=which) for which in ("params", "average")}
+    outputs = {which: program.apply(state, batch["ids"], params=which) for which in ("params", "ema")}
+    exported = {which: program.export(state, params=which) for which in ("params", "ema")}
     state, after = program.step(state, batch)
     return {
         "numbers": [norm, loss, float(after["loss"])],
@@ -285,7 +285,7 @@ def memory() -> tuple[int, list[int], dict[str, tuple[int, ...]]]:
     state = program.init(seed=1)
     state, _ = program.step(state, rows(16))
     arrays = state.read()
-    held = [arrays.params, arrays.average, arrays.opt["exp_avg"], arrays.opt["exp_avg_sq"]]
+    held = [arrays.params, arrays.ema, arrays.opt["exp_avg"], arrays.opt["exp_avg_sq"]]
     stored = [sum(buffer.numel() for buffer in flat.buffers) for flat in held]
     local = sum(p.to_local().numel() for p in program.module().parameters())
     return local, stored, {name: tuple(tensor.shape) for name, tensor in state.params.items()}

@@ -180,7 +180,7 @@ class TestComposition:
         made = program(classifier(), average=ff.ema(0.9))
         observers = [
             ff.evaluated([labelled(5)]),
-            ff.evaluated([labelled(5)], params="average", name="ema"),
+            ff.evaluated([labelled(5)], params="ema", name="ema"),
             ff.report(lambda row: None, wants=["gradient_norms"]),
             lambda tick: tick.state.copy() and None,
             lambda tick: {"predicted": float(made.apply(tick.state, labelled(4)[0]).sum())},

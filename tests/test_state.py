@@ -16,7 +16,7 @@ VIEWS = (
     "buffers",
     "opt",
     "transforms",
-    "average",
+    "ema",
     "controls",
     "updates",
     "skipped",
@@ -181,7 +181,7 @@ def test_states_compare_by_identity_and_not_by_elements(made):
         ("params/2.bias", lambda state: state.params["2.bias"][1].add_(1)),
         ("buffers/1.running_mean", lambda state: state.buffers["1.running_mean"].add_(1)),
         ("opt/exp_avg/0.weight", lambda state: state.opt["exp_avg"]["0.weight"].add_(1)),
-        ("average/1.weight", lambda state: state.average["1.weight"].add_(1)),
+        ("ema/1.weight", lambda state: state.ema["1.weight"].add_(1)),
         ("tokens", lambda state: state.tokens.add_(1)),
         ("skipped", lambda state: state.skipped.add_(1)),
     ],
@@ -204,7 +204,7 @@ def test_the_repr_is_short_and_shows_no_tensor():
     state = program(classifier(hidden=5000), average=ff.ema(0.9)).init(3)
     text = repr(state)
     assert text.startswith("TrainState(step=0, samples=0, seed=3, params=45,003 in 4 tensors (175.8 KiB)")
-    assert "average=45,003" in text
+    assert "ema=45,003" in text
     assert "opt=90," in text
     assert "tensor(" not in text
     assert len(text) < 300

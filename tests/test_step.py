@@ -552,7 +552,7 @@ class TestNonFinite:
             "frozen",
             "buffers",
             "opt",
-            "average",
+            "ema",
             "transforms",
             "updates",
             "nonfinite",
@@ -640,7 +640,7 @@ class TestTheFlagOnTheDevice:
         before = state.copy()
         state = ff.fold(made.step, state, [spoil(labelled(6)), *labelled_batches(2), spoil(labelled(6))])
         after, expected = state.as_tree(), before.as_tree()
-        for name in ("params", "buffers", "opt", "average", "transforms", "updates", "skipped"):
+        for name in ("params", "buffers", "opt", "ema", "transforms", "updates", "skipped"):
             assert tree.difference(after[name], expected[name], name) is None
         assert (state.step, state.nonfinite.item()) == (6, 2)
         with pytest.raises(ff.NonFiniteError, match="step 2"):

@@ -15,7 +15,6 @@ LINES: Final = 400
 CODE: Final = 60
 
 LONG: Final = {
-    "forgather_fn/checkpoint/snapshot.py:snapshot": "the whole of a checkpoint's record, field by field",
     "forgather_fn/optim/adam.py:_adam_family": "a record of closures, each of which is short",
     "forgather_fn/optim/schedule_free.py:schedule_free_adamw": "a record of closures, each of which is short",
     "forgather_fn/strategy/joined.py:joined": "a record of closures, each of which is short",
@@ -51,8 +50,8 @@ Aborted Batch CompileError ConsumedStateError Gradients Mean NonFiniteError Obse
 Steps Stream Tick TrainState Transform
 accelerated adam adamw adapters at at_end batches chain changing checkpoint clipped control controlled data diagnostics
 difference early_stopped ema evaluated every every_seconds fold folded from_torch frozen group joined last lora losses
-members memory metrics noise optim pipelined power_ema reducers refreshed_statistics report rollback saved schedules
-serve sgd single stateless stopped_by swa testing transforms until
+members memory_estimate metrics noise optim pipelined power_ema reducers refreshed_statistics report rollback saved
+schedules serve sgd single stateless stopped_by swa testing transforms until
 """
 
 

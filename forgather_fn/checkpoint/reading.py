@@ -17,7 +17,7 @@ UNREADABLE: Final = (OSError, ValueError, KeyError, TypeError, AttributeError, O
 def rows_of(rows: Rows | None, record: Mapping[str, Any], kind: str, name: str) -> Rows | None:
     """Say how a tensor of a group of files is cut: as parameters are, if it has the shape of one, else not at all."""
     slots = [f"{prefix}/" for prefix in _flat_paths(record["structure"])]
-    like_parameter = kind == "average" or (kind == "model" and name not in record["buffers"])
+    like_parameter = kind == "ema" or (kind == "model" and name not in record["buffers"])
     return rows if like_parameter or name.startswith(tuple(slots)) else None
 
 

@@ -15,11 +15,11 @@ class Best:
 
     Attributes:
         metric: Its name.
-        greater: Whether greater is better.
+        greater_is_better: Of the numbers compared; False where less is better.
     """
 
     metric: str
-    greater: bool = False
+    greater_is_better: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -44,7 +44,7 @@ def best_of(entries: Sequence[Entry], best: Best) -> Entry | None:
         value = entry.manifest.metrics.get(best.metric) if entry.whole and entry.manifest else None
         if value is None or math.isnan(value):
             continue
-        rank = value if best.greater else -value
+        rank = value if best.greater_is_better else -value
         if found is None or rank > found[0]:
             found = rank, entry
     return found[1] if found else None

@@ -92,9 +92,9 @@ def saved(
     *,
     keep: int | None = None,
     best: str | None = None,
-    greater: bool = False,
+    greater_is_better: bool = False,
     resumed_from: str | Path | None = None,
-    async_: bool = True,
+    asynchronous: bool = True,
     failures: int = FAILURES,
 ) -> Observer:
     """Save the state as a checkpoint, as an observer, and at the end of the stream once more.
@@ -107,9 +107,9 @@ def saved(
         run: The run directory; checkpoints lie in its ``checkpoints/``.
         keep: How many of the newest are kept; None for all.
         best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
-        greater: Whether greater is better.
+        greater_is_better: Of the numbers compared; False where less is better.
         resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
-        async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
+        asynchronous: Copy and write while training goes on: only the next update waits for the copy. False waits.
         failures: How many saves in a row may fail before the run does.
 
     Raises:
@@ -125,10 +125,10 @@ def saved(
         raise ValueError(f"saved: best={best!r}: expected the name of a result, such as 'eval_loss', or None")
     policy = Policy(
         keep=keep,
-        best=Best(best, greater) if best else None,
+        best=Best(best, greater_is_better) if best else None,
         resumed_from=_resumed(resumed_from) if resumed_from else None,
     )
-    writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
+    writer = _Writer(path_of(run, "saved").resolve(), policy, asynchronous, failures)
     return Observer(
         writer.observe, open=writer.open, end=writer.end, close=writer.close, answers={"save": writer.answer}
     )

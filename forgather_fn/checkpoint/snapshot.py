@@ -119,11 +119,28 @@ def snapshot(
         "optimizer.safetensors": optimizer,
         "buffers.safetensors": {name: tensor for name, tensor in buffers.items() if name not in persistent},
         "other.safetensors": others,
-        "average.safetensors": dict(flat_later("average", arrays.average)) if arrays.average is not None else {},
+        "ema.safetensors": dict(flat_later("ema", arrays.ema)) if arrays.ema is not None else {},
     }
     texts, weights = _weights(model)
     tensors = {name: held for name, held in (*weights.items(), *tensors.items()) if held}
-    texts[STATE] = _json(
+    texts[STATE] = _index(state, program, data, structure, metrics)
+    config = _config(program.module())
+    if config is not None:
+        texts["config.json"] = config
+
+    def copy() -> None:
+        for host, source in copies:
+            host.copy_(source)
+
+    return Snapshot(state.step, state.samples, tensors, texts, metrics), copy
+
+
+def _index(
+    state: TrainState, program: Program, data: Any, structure: Mapping[str, Any], metrics: Mapping[str, float]
+) -> bytes:
+    """Write what a checkpoint says of a state besides its tensors."""
+    arrays = state.read()
+    return _json(
         {
             "version": VERSION,
             "step": state.step,
@@ -135,7 +152,7 @@ def snapshot(
             "counters": {name: int(getattr(arrays, name)) for name in COUNTERS},
             "structure": structure,
             "buffers": list(arrays.buffers),
-            "average": arrays.average is not None,
+            "ema": arrays.ema is not None,
             "plan": program.plan.describe(),
             "stream": repr(data) if isinstance(data, Stream) else type(data).__name__,
             "versions": versions(),
@@ -143,15 +160,6 @@ def snapshot(
             "metrics": {name: repr(float(value)) for name, value in metrics.items()},
         }
     )
-    config = _config(program.module())
-    if config is not None:
-        texts["config.json"] = config
-
-    def copy() -> None:
-        for host, source in copies:
-            host.copy_(source)
-
-    return Snapshot(state.step, state.samples, tensors, texts, metrics), copy
 
 
 def _weights(model: Mapping[str, Tensor]) -> tuple[dict[str, bytes], dict[str, Mapping[str, Tensor]]]:

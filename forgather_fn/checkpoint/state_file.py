@@ -116,7 +116,7 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "counters": (_holds(*COUNTERS, each=_is_integer), f"mapping with numbers for {', '.join(COUNTERS)}"),
     "structure": (_holds("opt", "transforms", "controls", each=_is_tree), "description of trees of tensors"),
     "buffers": (_is_names, "list of names"),
-    "average": (lambda value: isinstance(value, bool), "true or false"),
+    "ema": (lambda value: isinstance(value, bool), "true or false"),
     "plan": (_holds(each=_is_text), "mapping of texts"),
 }
 """What every state file has: how to tell it, and what it is called."""

@@ -49,9 +49,7 @@ NAMES: Final = frozenset().union(
     _names("forgather_fn.data", "batches best_fit by_length counted memmap_tokens mixture packed rampup text_bytes"),
     _names("forgather_fn.data", "text_lines"),
     _names("forgather_fn.diagnostics", "by_module histograms module_norms profiled"),
-    _names(
-        "forgather_fn.losses", "binary_cross_entropy causal_lm chunked chunked_causal_lm class_weighted contrastive"
-    ),
+    _names("forgather_fn.losses", "binary_cross_entropy causal_lm chunked class_weighted contrastive"),
     _names("forgather_fn.losses", "by_source cross_entropy distilled focal from_output huber ignoring l1 masked mse"),
     _names("forgather_fn.losses", "smoothed weighted with_metrics with_z_loss"),
     _names("forgather_fn.metrics", "accuracy bits_per_byte confusion f1 perplexity top_k"),

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
+from forgather_fn.diagnostics import flops
 from forgather_fn.loop import Clock, Steps, Tick
 from forgather_fn.report.throughput import Count, throughput
-from forgather_fn.report.throughput import peak as peak_of
 from forgather_fn.stages import Observer
 
 
 def utilization(
     flops_per_token: float,
     *,
-    peak: float | None = None,
+    peak_flops: float | None = None,
     tokens_per_sample: float | None = None,
     clock: Clock = time.monotonic,
 ) -> Observer:
@@ -25,8 +25,8 @@ def utilization(
     all devices (appendix B of PaLM, https://arxiv.org/abs/2204.02311). A look waits for the device.
 
     Args:
-        flops_per_token: As :func:`~forgather_fn.report.throughput.flops_per_token` counts.
-        peak: Floating-point operations per second of one device; None to look it up by the name of a CUDA device.
+        flops_per_token: As :func:`~forgather_fn.diagnostics.flops.flops_per_token` counts.
+        peak_flops: Floating-point operations per second of one device; None to look it up by the name of a CUDA device.
         tokens_per_sample: The length of a sequence, in tokens. None to count by ``state.tokens``, the weights of the
             objective, which leave out tokens without a label.
         clock: Gives seconds.
@@ -40,20 +40,20 @@ def utilization(
     """
     for name, value in {
         "flops_per_token": flops_per_token,
-        "peak": peak,
+        "peak_flops": peak_flops,
         "tokens_per_sample": tokens_per_sample,
     }.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"utilization: {name} must be a positive number, got {value!r}")
     before: Count | None = None
-    found = peak or math.nan
+    found = peak_flops or math.nan
 
     def opened(steps: Steps) -> None:
         nonlocal found, before
         before = None
         device = steps.state.updates.device
-        if peak is None:
-            found = peak_of(torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
+        if peak_flops is None:
+            found = flops.peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
 
     def observe(tick: Tick) -> Mapping[str, float]:
         nonlocal before

@@ -6,13 +6,11 @@ from forgather_fn.losses.base import Loss as Loss
 from forgather_fn.losses.base import Objective as Objective
 from forgather_fn.losses.base import named_means as named_means
 from forgather_fn.losses.chunks import chunked as chunked
-from forgather_fn.losses.chunks import chunked_causal_lm as chunked_causal_lm
 from forgather_fn.losses.contrastive import contrastive as contrastive
 from forgather_fn.losses.distillation import distilled as distilled
 from forgather_fn.losses.entropy import causal_lm as causal_lm
 from forgather_fn.losses.entropy import cross_entropy as cross_entropy
 from forgather_fn.losses.entropy import focal as focal
-from forgather_fn.losses.entropy import smoothed_cross_entropy as smoothed_cross_entropy
 from forgather_fn.losses.finding import TARGETS as TARGETS
 from forgather_fn.losses.finding import leading_dimension as leading_dimension
 from forgather_fn.losses.finding import logits_of as logits_of

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from forgather_fn.describe import described
 from forgather_fn.losses.base import Objective
 from forgather_fn.losses.deferred import Deferred, deferring, head_of, logits
-from forgather_fn.losses.entropy import causal_lm
 from forgather_fn.losses.terms import Terms, terms_of
 from forgather_fn.mean import Mean
 
@@ -46,7 +45,7 @@ def chunked(loss: Objective, *, tokens: int = 1024, head: str | None = None) -> 
             head is not found, is no plain linear layer, or its logits are used in another way.
 
     Example:
-        >>> from forgather_fn.losses import causal_lm, with_z_loss
+        >>> from forgather_fn.losses import with_z_loss
         >>> chunked(with_z_loss(causal_lm), tokens=512)
         chunked(loss=with_z_loss(loss=causal_lm, coefficient=0.0001), tokens=512, head=None)
     """
@@ -61,12 +60,6 @@ def chunked(loss: Objective, *, tokens: int = 1024, head: str | None = None) -> 
         return deferring(head_of(module, head))
 
     return attrs.evolve(loss, total=total, around=around, passes_weight=False)
-
-
-@described
-def chunked_causal_lm(*, tokens: int = 1024, head: str | None = None) -> Objective:
-    """Compute ``causal_lm`` without holding all logits: :func:`chunked` of it."""
-    return chunked(causal_lm, tokens=tokens, head=head)
 
 
 def _deferred(outputs: Any) -> Deferred:

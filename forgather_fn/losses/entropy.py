@@ -11,7 +11,6 @@ from forgather_fn.losses.base import Objective
 from forgather_fn.losses.finding import TARGETS, labelled, logits_of, target_of
 from forgather_fn.losses.pairing import BY_CLASS, NEXT_TOKEN, Pairing, class_logits, next_labels, next_tokens
 from forgather_fn.losses.terms import Term, Terms, objective
-from forgather_fn.mean import Mean
 
 
 def element_entropies(logits: Tensor, targets: Tensor, beside: Tensor | None) -> Tensor:
@@ -101,32 +100,3 @@ def focal(*, gamma: float = 2.0) -> Objective:
         return (-torch.expm1(-entropies)).clamp(min=0.0) ** gamma * entropies
 
     return objective(Terms(pairing=BY_CLASS, summands=(Term(losses=losses),)))
-
-
-def smoothed_cross_entropy(logits: Tensor, target: Tensor, epsilon: float) -> Mean:
-    """Take the cross-entropy against targets of which a share is spread over all classes.
-
-    Source: Szegedy et al., "Rethinking the Inception Architecture", arXiv 1512.00567; equal to ``LabelSmoother`` of
-    transformers.
-
-    Args:
-        logits: ``[..., classes]``.
-        target: Class indices, ``[...]``; -100 is left out.
-        epsilon: The share, from 0 to 1.
-
-    Returns:
-        The sum over what is not left out, and its number.
-
-    Raises:
-        ValueError: The share is not between 0 and 1.
-
-    Example:
-        >>> float(smoothed_cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100]), epsilon=0.1))
-        1.386
-    """
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"smoothed_cross_entropy: epsilon must be between 0 and 1, got {epsilon}")
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    rows = logits.reshape(-1, logits.shape[-1])
-    total = F.cross_entropy(rows, target.reshape(-1), reduction="sum", label_smoothing=epsilon)
-    return Mean(total, labelled(target))

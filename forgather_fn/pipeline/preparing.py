@@ -13,8 +13,8 @@ from forgather_fn.meta import initialise_modules, on_meta
 from forgather_fn.model import buffer_slots, initialise_by_name, parameter_anatomy
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError, registered
 from forgather_fn.pipeline.freeing import free, freed, is_freed
+from forgather_fn.pipeline.inference import agreed
 from forgather_fn.pipeline.line import Line
-from forgather_fn.pipeline.looking import agreed
 from forgather_fn.pipeline.machine import first_sample
 from forgather_fn.pipeline.probe import probe
 from forgather_fn.plan import Plan

@@ -9,22 +9,22 @@ from forgather_fn.reducers.base import Kept, Reducer
 Threshold = Literal["relative", "absolute"]
 
 
-def _worst(greater: bool) -> float:
-    return -math.inf if greater else math.inf
+def _worst(greater_is_better: bool) -> float:
+    return -math.inf if greater_is_better else math.inf
 
 
-def improved(number: float, best: float, by: float, *, greater: bool) -> bool:
+def improved(number: float, best: float, by: float, *, greater_is_better: bool) -> bool:
     """Say whether a number is better than the best by more than a margin; nan never is."""
-    return number > best + by if greater else number < best - by
+    return number > best + by if greater_is_better else number < best - by
 
 
 @described
-def stale(*, min_delta: float = 0.0, greater: bool = False) -> Reducer:
+def stale(*, min_delta: float = 0.0, greater_is_better: bool = False) -> Reducer:
     """Count the numbers since the last one that was better than all before.
 
     Args:
         min_delta: By how much a number must be better than the best to count.
-        greater: Whether greater is better.
+        greater_is_better: Of the numbers compared; False where less is better.
 
     Example:
         >>> counting = stale()
@@ -36,11 +36,11 @@ def stale(*, min_delta: float = 0.0, greater: bool = False) -> Reducer:
     """
 
     def add(kept: Kept, number: float) -> Kept:
-        if improved(number, kept["best"], min_delta, greater=greater):
+        if improved(number, kept["best"], min_delta, greater_is_better=greater_is_better):
             return {"best": number, "poor": 0}
         return {"best": kept["best"], "poor": kept["poor"] + 1}
 
-    return Reducer(lambda: {"best": _worst(greater), "poor": 0}, add, lambda kept: kept["poor"])
+    return Reducer(lambda: {"best": _worst(greater_is_better), "poor": 0}, add, lambda kept: kept["poor"])
 
 
 @described
@@ -51,7 +51,7 @@ def plateau(
     threshold: float = 1e-4,
     threshold_mode: Threshold = "relative",
     cooldown: int = 0,
-    greater: bool = False,
+    greater_is_better: bool = False,
 ) -> Reducer:
     """Give a factor that shrinks when numbers have stopped improving.
 
@@ -64,7 +64,7 @@ def plateau(
         threshold: By how much a number must be better than the best to count.
         threshold_mode: Whether that is a share of the best, or absolute.
         cooldown: How many numbers after a plateau are not counted.
-        greater: Whether greater is better.
+        greater_is_better: Of the numbers compared; False where less is better.
 
     Raises:
         ValueError: A number is out of its range.
@@ -80,8 +80,8 @@ def plateau(
 
     def better(number: float, best: float) -> bool:
         if threshold_mode == "relative":  # torch's arithmetic, to the bit
-            return number > best * (1.0 + threshold) if greater else number < best * (1.0 - threshold)
-        return improved(number, best, threshold, greater=greater)
+            return number > best * (1.0 + threshold) if greater_is_better else number < best * (1.0 - threshold)
+        return improved(number, best, threshold, greater_is_better=greater_is_better)
 
     def add(kept: Kept, number: float) -> Kept:
         better_now = better(number, kept["best"])
@@ -94,6 +94,6 @@ def plateau(
         return {"best": best, "poor": poor, "cooldown": cooling, "factor": reached}
 
     def init() -> Kept:
-        return {"best": _worst(greater), "poor": 0, "cooldown": 0, "factor": 1.0}
+        return {"best": _worst(greater_is_better), "poor": 0, "cooldown": 0, "factor": 1.0}
 
     return Reducer(init, add, lambda kept: kept["factor"])

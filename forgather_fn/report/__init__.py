@@ -13,8 +13,6 @@ from forgather_fn.report.row import remaining as remaining
 from forgather_fn.report.row import sink as sink
 from forgather_fn.report.tensorboard import tensorboard as tensorboard
 from forgather_fn.report.throughput import Count as Count
-from forgather_fn.report.throughput import flops_per_token as flops_per_token
-from forgather_fn.report.throughput import peak as peak
 from forgather_fn.report.throughput import throughput as throughput
 from forgather_fn.report.trackers import mlflow as mlflow
 from forgather_fn.report.trackers import trackio as trackio

@@ -17,7 +17,7 @@ def on_plateau(
     threshold_mode: Threshold = "relative",
     cooldown: int = 0,
     minimum: float = 0.0,
-    greater: bool = False,
+    greater_is_better: bool = False,
 ) -> Reactive:
     """Follow a schedule, times a factor that shrinks when a result has stopped improving.
 
@@ -37,7 +37,7 @@ def on_plateau(
         threshold_mode: Whether that is a share of the best, or absolute.
         cooldown: How many results after a plateau are not counted.
         minimum: What the value does not fall below, where ``base`` is not below it anyway.
-        greater: Whether greater is better.
+        greater_is_better: Of the numbers compared; False where less is better.
 
     Raises:
         ValueError: A number is out of its range, or ``base`` reacts itself.
@@ -50,7 +50,7 @@ def on_plateau(
         threshold=threshold,
         threshold_mode=threshold_mode,
         cooldown=cooldown,
-        greater=greater,
+        greater_is_better=greater_is_better,
     )
 
     def reaction(value: float, kept: Kept, /) -> float:

@@ -47,15 +47,15 @@ class JointEvaluate(Protocol):
 
 
 @attrs.frozen(eq=False)
-class Joint:
-    """In the plan of a joint program, whatever belongs to its members: it prints as theirs, and is called through them.
+class OfMembers:
+    """In the plan of a joint program, what each member has of its own: it prints as theirs, and is not called.
 
     Attributes:
-        programs: Of the members.
+        names: Of the members.
         description: How it prints.
     """
 
-    programs: Programs
+    names: tuple[str, ...]
     description: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,8 +65,8 @@ class Joint:
             ValueError: Always.
         """
         raise ValueError(
-            f"a joint program has no model, loss or schedule of its own; those of its members are called through its "
-            f"programs, {listed(list(self.programs))}, on ff.members(state)"
+            f"a joint program has no model, loss or schedule of its own; those of its members are called through "
+            f"program.members, {listed(self.names)}, on ff.members(state)"
         )
 
 
@@ -89,7 +89,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
         evaluate: ``(programs, states, data) -> results``, for ``program.evaluate``.
 
     Returns:
-        The program. ``gradients``, ``update`` and ``apply`` are of the members' programs only.
+        The program. ``gradients``, ``update`` and ``apply`` are only of ``program.members``, their programs.
 
     Raises:
         ValueError: A name is not an identifier, or the members are on several devices or run by several processes.
@@ -111,7 +111,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
         return modules[0]
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
-        from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
+        from forgather_fn.checkpoint.restoring import restored  # when used: it reads safetensors
 
         if isinstance(without, str) or set(without) - {"optimizer", "progress"}:
             raise ValueError(f"restore: without={without!r}: a joint program takes only 'optimizer' and 'progress'")
@@ -156,6 +156,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
         batches=batches,
         open_steps=open_steps,
         world=plan_world,
+        members=programs,
     )
 
 
@@ -209,7 +210,7 @@ def _check(programs: Programs) -> None:
             raise ValueError(
                 f"joined: a member's name begins those of its tensors, and must be an identifier; got {name!r}"
             )
-        if program.world.size > 1 or isinstance(program.plan.model, Joint):
+        if program.world.size > 1 or program.members:
             raise ValueError(f"joined: {name} is run by several processes, or joint itself; use plans or ff.single")
         if program.plan.controls:
             raise ValueError(
@@ -234,12 +235,15 @@ def _plan(programs: Programs, step: JointStep) -> Plan:
         separate = joining.apart(params, tuple(programs))
         return {name: program.plan.optimizer.init(separate[name]) for name, program in programs.items()}
 
-    refused: Any = Joint(programs, said("optimizer"))
+    def of_members(*fields: str) -> Any:
+        return OfMembers(tuple(programs), said(*fields))
+
+    refused = of_members("optimizer")
     return Plan(
-        model=Joint(programs, said("model")),
-        loss=Joint(programs, f"{describe(step)}; {said(*_OURS)}"),
+        model=of_members("model"),
+        loss=OfMembers(tuple(programs), f"{describe(step)}; {said(*_OURS)}"),
         optimizer=Optimizer(start, refused, refused, description=said("optimizer"), compiles=False),
-        schedule=Joint(programs, said("schedule")),
+        schedule=of_members("schedule"),
         on_nonfinite="skip" if any(one.plan.on_nonfinite == "skip" for one in programs.values()) else "raise",
         device=next(iter(programs.values())).plan.device,
         donate=all(program.plan.donate for program in programs.values()),
@@ -250,19 +254,17 @@ def _carry(
     old: Program, state: TrainState, new: Program, /, *, dropping: Collection[str], without: Collection[str], tell: Any
 ) -> TrainState:
     """Carry the members of a joint state into those of another, by name."""
-    ours, theirs = old.plan.model, new.plan.model
-    if not (isinstance(ours, Joint) and isinstance(theirs, Joint) and ours.programs.keys() == theirs.programs.keys()):
+    ours, theirs = old.members, new.members
+    if ours.keys() != theirs.keys():
         raise ValueError("convert: the members of a joint program are carried to those of another with the same names")
-    odd = [pattern for pattern in dropping if pattern.partition(".")[0] not in ours.programs]
+    odd = [pattern for pattern in dropping if pattern.partition(".")[0] not in ours]
     if odd:
-        raise ValueError(
-            f"convert: dropping={odd[0]!r} begins with no member's name; they are {listed(list(ours.programs))}"
-        )
+        raise ValueError(f"convert: dropping={odd[0]!r} begins with no member's name; they are {listed(list(ours))}")
     new.init(state.seed)
     states = {
-        name: ours.programs[name].convert(
+        name: ours[name].convert(
             member,
-            theirs.programs[name],
+            theirs[name],
             dropping=[p.removeprefix(f"{name}.") for p in dropping if p.startswith(f"{name}.")],
             without=without,
             tell=tell,

@@ -14,7 +14,7 @@ from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
 from forgather_fn.metrics import Measure
 from forgather_fn.model import build, call_arguments
-from forgather_fn.pipeline import looking
+from forgather_fn.pipeline import inference
 from forgather_fn.pipeline.alone import proved
 from forgather_fn.pipeline.balance import balanced, measured
 from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_of
@@ -31,7 +31,8 @@ from forgather_fn.share import Share
 from forgather_fn.state import Params, TrainState
 from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import launched_on
-from forgather_fn.strategy.program import Looking, Storage, Strategy, assembled, floating, held_whole, prepared
+from forgather_fn.strategy.program import Inference, Strategy, assembled
+from forgather_fn.strategy.storage import Storage, floating, held_whole, prepared
 from forgather_fn.world import World
 
 
@@ -92,7 +93,7 @@ def pipelined(
             world=world,
             share=share if pipelines > 1 else None,
             storage=stand.storage(),
-            looking=Looking(stand.evaluate, stand.apply) if ranks > 1 else None,
+            inference=Inference(stand.evaluate, stand.apply) if ranks > 1 else None,
             portion=stand.portion,
         ),
     )
@@ -245,8 +246,8 @@ class _Standing:
     def evaluate(
         self, built: Built, state: TrainState, data: Any, params: Params, metrics: Sequence[Measure]
     ) -> dict[str, float]:
-        """Measure a state; see :func:`~forgather_fn.pipeline.looking.evaluate`."""
-        return looking.evaluate(self._running(), built, state, data, params, metrics)
+        """Measure a state; see :func:`~forgather_fn.pipeline.inference.evaluate`."""
+        return inference.evaluate(self._running(), built, state, data, params, metrics)
 
     def apply(
         self,
@@ -256,12 +257,12 @@ class _Standing:
         named: dict[str, Any],
         params: Params,
     ) -> Any:
-        """Call the model; see :func:`~forgather_fn.pipeline.looking.apply`."""
-        return looking.apply(self._running(), built, state, inputs, named, params)
+        """Call the model; see :func:`~forgather_fn.pipeline.inference.apply`."""
+        return inference.apply(self._running(), built, state, inputs, named, params)
 
     def export(self, built: Built, state: TrainState, params: Params) -> nn.Module:
-        """Take the model out; see :func:`~forgather_fn.pipeline.looking.export`."""
-        return looking.export(self._running(), built, state, params)
+        """Take the model out; see :func:`~forgather_fn.pipeline.inference.export`."""
+        return inference.export(self._running(), built, state, params)
 
     def _running(self) -> Machine:
         assert self.machine is not None

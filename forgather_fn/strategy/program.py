@@ -1,96 +1,35 @@
 """A program: what every strategy makes of a plan, from how its steps are run and which processes run them."""
 
-import copy
 import functools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
-from forgather_fn import average, evaluation, flat, scaling
+from forgather_fn import evaluation
 from forgather_fn.batch import as_batch
-from forgather_fn.binding import attach, bound, unbind
 from forgather_fn.built import Built, own_gradients
 from forgather_fn.conversion import converted
 from forgather_fn.dispatch import dispatched, opened
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Flat, Hyper, Layout, layout_of
+from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.loop import Data, open_steps
-from forgather_fn.losses import Objective
-from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.metrics import Measure
-from forgather_fn.model import (
-    Anatomy,
-    buffer_names,
-    buffer_slots,
-    build,
-    call_arguments,
-    enter_training,
-    initialise_by_name,
-    parameter_anatomy,
-    surrounded,
-)
 from forgather_fn.plan import Plan
 from forgather_fn.portion import Portion
-from forgather_fn.program import Metrics, Program, Whole, itself
-from forgather_fn.reducers.base import begun
-from forgather_fn.shards import Rows
+from forgather_fn.program import Metrics, Program
 from forgather_fn.share import Share
-from forgather_fn.state import Arrays, Params, TrainState, as_state, counter
-from forgather_fn.workspace import workspace
+from forgather_fn.state import Params, TrainState, as_state
+from forgather_fn.strategy.storage import Agree, Storage, first_state, held_whole
 from forgather_fn.world import ALONE, World
 
 
-class Agree(Protocol):
-    """Make the first states of all processes the same one."""
-
-    def __call__(self, layout: Layout, tensors: Sequence[Tensor], /) -> None:
-        """Give these tensors the values that they have on the first process.
-
-        Raises:
-            ValueError: The processes have other models or plans.
-        """
-        ...
-
-
-class First(Protocol):
-    """Copy the values of a module into storage of a state's own."""
-
-    def __call__(self, built: Built, module: nn.Module, /) -> tuple[Flat, Mapping[str, Tensor], Flat]:
-        """Give the trained parameters, the others, and the buffers: the same on all processes."""
-        ...
-
-
 @attrs.frozen(eq=False)
-class Storage:
-    """How the states of a program hold parameters: whole, or this process's shards of them.
-
-    Attributes:
-        prepare: ``(plan, seed) -> module``: builds the module, or takes it, and gives it its first values.
-        build: Makes it ready to run.
-        first: Makes the tensors of a first state.
-        export: Takes the model out.
-        whole: Brings a state together, to be written.
-        rows: Which rows of a parameter are read from a checkpoint; None for all.
-        pace: Keeps processes in step in an evaluation.
-    """
-
-    prepare: Callable[[Plan, int], nn.Module]
-    build: Callable[[Plan, nn.Module], Built]
-    first: First
-    export: Callable[[Built, TrainState, Params], nn.Module]
-    whole: Whole = itself
-    rows: Rows | None = None
-    pace: evaluation.Pace = evaluation.UNPACED
-
-
-@attrs.frozen(eq=False)
-class Looking:
+class Inference:
     """How a program runs a model besides training it; see :class:`~forgather_fn.program.Program`.
 
     Attributes:
@@ -113,7 +52,7 @@ class Strategy:
         agree: Makes tensors of a first state the same on all processes, in place.
         dispatch: Whether the first process alone reads data, and sends the others theirs.
         storage: How states hold parameters; None for whole ones.
-        looking: How the model is run besides; None for each batch on one process.
+        inference: How the model is run besides; None for each batch on one process.
         portion: Which portion of a state this process has, when its model is built; None for all of it.
     """
 
@@ -123,7 +62,7 @@ class Strategy:
     agree: Agree = lambda layout, tensors: None
     dispatch: bool = False
     storage: Storage | None = None
-    looking: Looking | None = None
+    inference: Inference | None = None
     portion: Callable[[], Portion | None] = lambda: None
 
 
@@ -138,7 +77,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     """
     held: list[tuple[Built, Execution]] = []
     storage = strategy.storage or held_whole(strategy.agree)
-    looking = strategy.looking or Looking(
+    inference = strategy.inference or Inference(
         functools.partial(evaluation.evaluate, world=strategy.world, pace=storage.pace), evaluation.apply
     )
 
@@ -154,14 +93,14 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         seed = operator.index(seed)
         module = storage.prepare(plan, seed)
         machine = held[0][0] if held else storage.build(plan, module)
-        state = _first_state(machine, module, seed, storage)
+        state = first_state(machine, module, seed, storage)
         if not held:
             machine = attrs.evolve(machine, slots=frozenset(state.opt))
             held.append((machine, strategy.execution(machine)))
         return state
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
-        from forgather_fn.checkpoint.loading import restored  # when used: it reads safetensors
+        from forgather_fn.checkpoint.restoring import restored  # when used: it reads safetensors
 
         return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
 
@@ -217,10 +156,10 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         step=step,
         gradients=gradients,
         update=update,
-        evaluate=lambda state, data, /, *, params="params", metrics=(): looking.evaluate(
+        evaluate=lambda state, data, /, *, params="params", metrics=(): inference.evaluate(
             built(), as_state(state), data, params, metrics
         ),
-        apply=lambda state, /, *inputs, params="params", **named: looking.apply(
+        apply=lambda state, /, *inputs, params="params", **named: inference.apply(
             built(), as_state(state), inputs, named, params
         ),
         export=export,
@@ -237,158 +176,3 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 def _at(state: TrainState, cursor: str | None) -> TrainState:
     """Note where the data goes on; most streams need no more than the number of samples."""
     return state if cursor is None else attrs.evolve(state, cursor=cursor)
-
-
-def prepared(plan: Plan, seed: int) -> nn.Module:
-    """Build the module and give it its first values, data types, and device."""
-    module = build(plan.model, seed)
-    if plan.init == "by_name" and on_meta(module):
-        initialise_from_meta(module, seed, plan.device)
-    elif plan.init == "by_name":
-        unbind(module)  # so that its new values are not drawn into the storage of a state
-        initialise_by_name(module, seed)
-    anatomy = parameter_anatomy(module)
-    module.to(device=plan.device, dtype=floating(plan))
-    anatomy.retie()
-    return module
-
-
-def floating(plan: Plan) -> torch.dtype | None:
-    """Give the data type that floating tensors are brought to, if any."""
-    return {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
-
-
-def _build(plan: Plan, module: nn.Module) -> Built:
-    if bound(module):
-        unbind(module)  # so that frozen parameters do not lie in the storage of another program's state
-    enter_training(module)
-    binding = attach(module, trained_hypers(plan, module, parameter_anatomy(module)))
-    check_can_be_scaled(plan, binding.layout)
-    by_leaf = [[site.tensor for site, name in binding.trainable if name == leaf.name] for leaf in binding.layout.leaves]
-    return Built(
-        plan=plan,
-        module=module,
-        binding=binding,
-        workspace=workspace(
-            binding.layout.widened() if plan.accumulate == "float32" else binding.layout,
-            [list(dict.fromkeys(ps)) for ps in by_leaf],
-            plan.device,
-            plan.viewed_elements if plan.update == "after_backward" else 0,
-        ),
-        call=_call(plan, module),
-        arguments=call_arguments(module, plan.loss),
-        floating=floating(plan),
-        dtype=torch.float64 if torch.float64 in binding.layout.dtypes else torch.float32,
-    )
-
-
-def trained_hypers(plan: Plan, module: nn.Module, anatomy: Anatomy) -> Mapping[str, Hyper]:
-    """Give the hyperparameters of the parameters that ask for a gradient.
-
-    Raises:
-        ValueError: None does, or all are in a frozen group.
-    """
-    asked = {name: p for name, p in anatomy.params.items() if p.requires_grad}
-    if not asked:
-        raise ValueError(
-            f"{type(module).__name__} has no parameter that asks for a gradient: there is nothing to train"
-        )
-    hypers = plan.optimizer.groups(asked)
-    if all(hyper.frozen for hyper in hypers.values()):
-        raise ValueError("every parameter is in a frozen group: there is nothing to train")
-    return hypers
-
-
-def check_can_be_scaled(plan: Plan, layout: Layout) -> None:
-    """Make sure that gradients that are scaled for float16 can be scaled back."""
-    half = [leaf.name for leaf in layout.leaves if leaf.dtype == torch.float16]
-    if plan.precision == "float16" and half:
-        raise ValueError(
-            f'Plan: precision="float16" computes in float16 on parameters of float32, and {flat.listed(half)} '
-            "are in float16: what is lost in them no loss scale brings back. Convert the model: model.float()"
-        )
-
-
-def _call(plan: Plan, module: nn.Module) -> Callable[..., Any]:
-    """Give the module as it is called outside of a compiled step; in evaluation, compiled as well."""
-    call = torch.compile(module, backend=plan.backend) if plan.compile else module
-    if not (isinstance(plan.loss, Objective) and plan.loss.around):
-        return call
-
-    def within(*args: Any, **kwargs: Any) -> Any:
-        with surrounded(module, plan.loss):
-            return call(*args, **kwargs)
-
-    return within
-
-
-def held_whole(agree: Agree) -> Storage:
-    """Hold every parameter whole, on every process."""
-
-    def first(built: Built, module: nn.Module) -> tuple[Flat, Mapping[str, Tensor], Flat]:
-        binding = built.binding
-        values: dict[str, Tensor] = {name: p.detach() for name, p in parameter_anatomy(module).params.items()}
-        params = flat.filled(binding.layout, {name: values[name] for name in binding.layout.index}, built.device)
-        frozen = {name: values[name] for _, name in binding.still}
-        stored = stored_buffers(module, built.device)
-        agree(binding.layout, [*params.buffers, *frozen.values(), *stored.buffers])
-        return params, frozen, stored
-
-    return Storage(prepare=prepared, build=_build, first=first, export=_export)
-
-
-def stored_buffers(module: nn.Module, device: torch.device) -> Flat:
-    """Copy the buffers of a module, tied ones once."""
-    slots = buffer_slots(module)
-    names = buffer_names(slots)
-    buffers = {s.name: s.tensor.detach() for s in slots if s.tensor is not None and names[s.name] == s.name}
-    return flat.filled(layout_of(buffers), buffers, device)
-
-
-def _first_state(built: Built, module: nn.Module, seed: int, storage: Storage) -> TrainState:
-    """Copy the module's values into storage of the state's own, and bind the program's module to it."""
-    plan, binding, device = built.plan, built.binding, built.device
-    params, frozen, stored = storage.first(built, module)
-    if plan.average is not None and storage.rows is not None and params.layout.widened() is not params.layout:
-        raise ValueError(
-            f"{plan.average!r} is kept in float32, and shards of parameters in half precision have no place for that: "
-            'use float32 parameters with Plan(precision="bfloat16")'
-        )
-    transforms = tuple(transform.init(params) for transform in plan.transforms)
-    arrays = Arrays(
-        updates=counter(0, device),
-        skipped=counter(0, device),
-        tokens=counter(0, device),
-        nonfinite=counter(-1, device),
-        params=params,
-        frozen=frozen,
-        buffers=stored,
-        opt=plan.optimizer.init(params),
-        transforms=transforms,
-        average=None if plan.average is None else average.begun(params),
-        controls=begun(plan.controls),
-        loss_scale=scaling.initial(device) if plan.precision == "float16" else {},
-    )
-    binding.release()
-    binding.bind(arrays.params, arrays.frozen, arrays.buffers)
-    return TrainState(step=0, samples=0, seed=seed, arrays=arrays)
-
-
-def _export(built: Built, state: TrainState, params: Params) -> nn.Module:
-    arrays = state.read()
-    built.bound(arrays)
-    used = evaluation.chosen(built.plan, arrays, params)
-    if used is not arrays.params:
-        built.binding.bind(used, arrays.frozen, arrays.buffers)
-    try:
-        exported = copy.deepcopy(built.module)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{type(built.module).__name__} cannot be copied ({error}); take its weights instead: "
-            "program.module().state_dict()"
-        ) from error
-    finally:
-        built.bound(arrays)
-    built.binding.restore_ties(exported)
-    unbind(exported)
-    return exported

@@ -36,7 +36,7 @@ from forgather_fn.sharded import added, on_shards, shard_workspace
 from forgather_fn.shards import Shards, shards_of
 from forgather_fn.share import Share
 from forgather_fn.state import Arrays, Ownership, Params, TrainState
-from forgather_fn.strategy.program import (
+from forgather_fn.strategy.storage import (
     Agree,
     Storage,
     check_can_be_scaled,

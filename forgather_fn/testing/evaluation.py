@@ -96,7 +96,7 @@ def compare_cuts(
     """Evaluate the same samples, cut in several ways, and compare the results with the first."""
     with in_float64():
         made = subject(plan, seed, precision="float64")
-        for params in ("params", "average") if plan.average is not None else ("params",):
+        for params in ("params", "ema") if plan.average is not None else ("params",):
             results = {name: _evaluated(made, data, params, name, metrics) for name, data in cuts.items()}
             first, expected = next(iter(results.items()))
             for name, result in results.items():

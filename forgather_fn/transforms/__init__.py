@@ -7,7 +7,6 @@ them, and each is given what the one before has made.
 from forgather_fn.transforms.base import Transform as Transform
 from forgather_fn.transforms.base import TransformInit as TransformInit
 from forgather_fn.transforms.base import TransformUpdate as TransformUpdate
-from forgather_fn.transforms.base import apply_all as apply_all
 from forgather_fn.transforms.base import chain as chain
 from forgather_fn.transforms.base import stateless as stateless
 from forgather_fn.transforms.centring import centralised as centralised

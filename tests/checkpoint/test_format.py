@@ -51,10 +51,10 @@ class TestFiles:
 
     def test_the_rest_lies_beside_them(self, home):
         state = trajectory()[3]
-        names = ["average", "buffers", "manifest.json", "model", "optimizer", "state.json"]
+        names = ["buffers", "ema", "manifest.json", "model", "optimizer", "state.json"]
         assert sorted(path.name.removesuffix(".safetensors") for path in home.iterdir()) == names
         assert tree.difference(load_file(home / "buffers.safetensors"), {"seen": state.buffers["seen"]}) is None
-        assert tree.difference(load_file(home / "average.safetensors"), dict(state.average)) is None
+        assert tree.difference(load_file(home / "ema.safetensors"), dict(state.ema)) is None
         momentum = {f"opt/momentum/{name}": tensor for name, tensor in state.opt["momentum"].items()}
         assert tree.difference(load_file(home / "optimizer.safetensors"), momentum) is None
 
@@ -68,7 +68,7 @@ class TestFiles:
         state = trajectory()[3]
         assert set(record) == {
             *("version", "step", "samples", "seed", "data", "batch_size", "cursor", "counters", "structure"),
-            *("buffers", "average", "plan", "stream", "versions", "world", "metrics"),
+            *("buffers", "ema", "plan", "stream", "versions", "world", "metrics"),
         }
         assert (record["version"], record["step"], record["samples"], record["seed"]) == (1, 3, 12, 0)
         assert record["counters"] == {"updates": 3, "skipped": 0, "tokens": int(state.tokens), "nonfinite": -1}

@@ -100,7 +100,7 @@ DAMAGE = {
     "one byte more": lambda data: data + b"\0",
     "no file": None,
 }
-FILES = ("model.safetensors", "optimizer.safetensors", "buffers.safetensors", "average.safetensors", "state.json")
+FILES = ("model.safetensors", "optimizer.safetensors", "buffers.safetensors", "ema.safetensors", "state.json")
 
 
 def damage(path, how):
@@ -172,7 +172,7 @@ class TestCorruption:
     def test_a_failure_leaves_the_module_as_it_was(self, run):
         model = Small()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        damage(home(run, 4) / "average.safetensors", "a flipped bit")
+        damage(home(run, 4) / "ema.safetensors", "a flipped bit")
         with pytest.raises(CheckpointError):
             small(model=model).restore(home(run, 4))
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -219,7 +219,7 @@ class TestAStateFileThatIsNone:
                 (name,)
                 for name in ("version", "step", "samples", "seed", "data", "batch_size", "counters", "structure")
             ],
-            *[(name,) for name in ("buffers", "average", "plan")],
+            *[(name,) for name in ("buffers", "ema", "plan")],
             *[("counters", name) for name in ("updates", "skipped", "tokens", "nonfinite")],
             *[("structure", name) for name in ("opt", "transforms", "controls")],
             ("structure", "opt", "mapping", "momentum"),
@@ -312,19 +312,19 @@ class TestMismatch:
             CheckpointError,
             match=r"checkpoint-4: body\.weight is \(3, 5\) torch\.float32 there, and \(4, 5\) torch\.float32 in this",
         ):
-            another(model=Wider).restore(home(run, 4), allow={"model"}, without={"optimizer", "average"})
+            another(model=Wider).restore(home(run, 4), allow={"model"}, without={"optimizer", "ema"})
 
     def test_of_the_data_type_shows_both_sides(self, run):
         with pytest.raises(CheckpointError, match=r"torch\.float32 there, and .* torch\.float64 in this model"):
-            another(precision="float64").restore(run, allow={"precision"}, without={"optimizer", "average"})
+            another(precision="float64").restore(run, allow={"precision"}, without={"optimizer", "ema"})
 
     def test_of_the_names_shows_both_sides(self, run, tmp_path):
         longer = another(model=Longer)
         with pytest.raises(CheckpointError, match="lacks 'extra', and has none besides"):
-            longer.restore(run, allow={"model"}, without={"optimizer", "average"})
+            longer.restore(run, allow={"model"}, without={"optimizer", "ema"})
         save(longer, longer.init(0), tmp_path / "b")
         with pytest.raises(CheckpointError, match="lacks none, and has 'extra' besides"):
-            another().restore(tmp_path / "b", allow={"model"}, without={"optimizer", "average"})
+            another().restore(tmp_path / "b", allow={"model"}, without={"optimizer", "ema"})
 
     def test_of_the_slots_shows_both_sides(self, run):
         adamw = another(optimizer=ff.adamw())
@@ -336,7 +336,9 @@ class TestMismatch:
     def test_where_there_is_no_average(self, tmp_path):
         plain = another(average=None)
         save(plain, plain.init(0), tmp_path)
-        with pytest.raises(CheckpointError, match=r"holds no average; leave it out: without=\{'average'\}"):
+        with pytest.raises(
+            CheckpointError, match=r"holds no average of the parameters; leave it out: without=\{'ema'\}"
+        ):
             another().restore(tmp_path, allow={"average"})
 
     @pytest.mark.parametrize("names", [{"optimiser"}, {"model", "x"}, "model", {"microbatches"}])
@@ -346,11 +348,9 @@ class TestMismatch:
         ):
             program.restore(run, allow=names)
 
-    @pytest.mark.parametrize("names", [{"model"}, "average", {"opt"}])
+    @pytest.mark.parametrize("names", [{"model"}, "ema", {"opt"}])
     def test_of_names_in_without_is_an_error(self, program, run, names):
-        with pytest.raises(
-            ValueError, match=r"restore: without=.*expected a set of names out of \['average', 'controls'"
-        ):
+        with pytest.raises(ValueError, match=r"restore: without=.*expected a set of names out of \['controls', 'ema'"):
             program.restore(run, without=names)
 
 
@@ -417,9 +417,9 @@ class TestWithout:
         assert run_to(3, clipping, state, data).step == 3
 
     def test_the_average_starts_from_the_weights(self, program, run):
-        state = program.restore(run, without={"average"})
-        assert torch.equal(state.average["body.weight"], trajectory()[4].params["body.weight"])
-        assert state.average["body.weight"].data_ptr() != state.params["body.weight"].data_ptr()
+        state = program.restore(run, without={"ema"})
+        assert torch.equal(state.ema["body.weight"], trajectory()[4].params["body.weight"])
+        assert state.ema["body.weight"].data_ptr() != state.params["body.weight"].data_ptr()
 
     def test_the_progress_starts_at_nought(self, program, run):
         state = program.restore(run, without={"progress"})
@@ -448,7 +448,7 @@ class TestWithout:
         assert torch.equal(seen[-2], trajectory()[4].params["body.weight"])
 
     def test_everything_but_the_weights(self, program, run):
-        state = program.restore(run, without={"optimizer", "average", "transforms", "controls", "progress"})
+        state = program.restore(run, without={"optimizer", "ema", "transforms", "controls", "progress"})
         fresh = program.init(0)
         assert torch.equal(state.params["body.weight"], trajectory()[4].params["body.weight"])
         assert (state.step, state.seed) == (fresh.step, fresh.seed)
@@ -467,7 +467,7 @@ class TestLoadWeights:
 
     def test_starts_the_average_from_the_weights(self, program, run):
         state = load_weights(program.init(7), run)
-        assert torch.equal(state.average["body.weight"], state.params["body.weight"])
+        assert torch.equal(state.ema["body.weight"], state.params["body.weight"])
 
     @pytest.mark.parametrize("joint", [False, True])
     @pytest.mark.parametrize(
@@ -533,7 +533,7 @@ class TestLoadWeights:
         state = load_weights(fresh, tmp_path, select=lambda name: name.startswith("0."))
         assert torch.equal(state.params["0.weight"], there.params["0.weight"])
         assert torch.equal(state.params["2.weight"], kept.params["2.weight"])
-        assert torch.equal(state.average["2.weight"], kept.average["2.weight"])
+        assert torch.equal(state.ema["2.weight"], kept.ema["2.weight"])
 
     def test_takes_a_part_of_another_model(self, tmp_path):
         source = another(model=mlp)

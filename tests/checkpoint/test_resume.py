@@ -33,11 +33,11 @@ def elsewhere():
     torch.manual_seed(99)
 
 
-def saved_everywhere(run: Path, program: ff.Program, data: ff.Stream, *, async_: bool = True) -> ff.TrainState:
+def saved_everywhere(run: Path, program: ff.Program, data: ff.Stream, *, asynchronous: bool = True) -> ff.TrainState:
     """Train to the end and save every state, the first one too."""
     first = program.init(0)
     save(program, first, run)
-    return run_to(STEPS, program, first, data, ff.every(1, saved(run, async_=async_)))
+    return run_to(STEPS, program, first, data, ff.every(1, saved(run, asynchronous=asynchronous)))
 
 
 def resumed(run: Path, step: int, program: ff.Program, data: ff.Stream, *stages) -> dict:
@@ -114,7 +114,7 @@ class TestEveryStep:
         for stop in range(interval, STEPS + interval, interval):
             program = everything()
             state = program.restore(tmp_path) if latest(tmp_path) else program.init(0)
-            evaluated = ff.every(3, ff.evaluated(drawing(), params="average"), ff.report(rows.append))
+            evaluated = ff.every(3, ff.evaluated(drawing(), params="ema"), ff.report(rows.append))
             stages = evaluated, ff.every(interval, saved(tmp_path, keep=1))
             final = run_to(min(stop, STEPS), program, state, drawing(), *stages)
         assert_same(leaves(final), uninterrupted())

@@ -104,7 +104,7 @@ def test_hooks_are_gone_when_the_forward_pass_fails():
 def test_the_average_may_be_looked_at():
     made = program(classifier(), average=ff.ema(0.9), schedule=0.5)
     state, _ = made.step(made.init(0), labelled(6))
-    trained, averaged = (activations(made, state, labelled(6), params=which) for which in ("params", "average"))
+    trained, averaged = (activations(made, state, labelled(6), params=which) for which in ("params", "ema"))
     assert trained["0"].rms != averaged["0"].rms
 
 

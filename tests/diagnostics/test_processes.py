@@ -77,7 +77,7 @@ def test_two_processes_see_what_one_does(two: Any, strategy: str, tmp_path: Path
 
 def used(strategy: str) -> list[float]:
     program, now, found = STRATEGIES[strategy](plan()), iter(range(9)), []
-    looks = diagnostics.utilization(1.0, peak=12.0, clock=lambda: next(now))
+    looks = diagnostics.utilization(1.0, peak_flops=12.0, clock=lambda: next(now))
     note = ff.every(1, looks, lambda tick: found.append(tick.results.get("model_flops_utilization", 0.0)))
     toolz.pipe(program.steps(program.init(seed=1), labelled_batches(3, dtype=torch.float64)), note, ff.last)
     return found

@@ -16,7 +16,7 @@ def rows(**options):
 
 
 def test_it_is_of_the_tokens_between_two_looks():
-    first, *rest = rows(peak=1000.0)
+    first, *rest = rows(peak_flops=1000.0)
     assert first["tokens_seen"] == 12
     assert "model_flops_utilization" not in first
     # 12 samples in 2 seconds, of 100 operations each, on a device of 1000 a second.
@@ -25,7 +25,7 @@ def test_it_is_of_the_tokens_between_two_looks():
 
 
 def test_tokens_may_be_counted_by_samples():
-    found = rows(peak=1000.0, tokens_per_sample=4)
+    found = rows(peak_flops=1000.0, tokens_per_sample=4)
     assert [row["tokens_seen"] for row in found] == [48, 96, 144]
     assert found[-1]["model_flops_utilization"] == pytest.approx(2.4)
 
@@ -38,7 +38,7 @@ def test_a_device_without_a_known_peak_is_refused_when_the_run_begins():
     assert not state.consumed
 
 
-@pytest.mark.parametrize("options", [{"flops_per_token": 0}, {"peak": -1.0}, {"tokens_per_sample": float("inf")}])
+@pytest.mark.parametrize("options", [{"flops_per_token": 0}, {"peak_flops": -1.0}, {"tokens_per_sample": float("inf")}])
 def test_numbers_are_checked(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be a positive number"):
         utilization(**{"flops_per_token": flops_per_token(7)} | options)

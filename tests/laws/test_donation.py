@@ -71,5 +71,5 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, storage: str, data
     following, _ = program.step(state, bad)
     assert int(following.skipped) == int(kept.skipped) + 1  # a first scale of float16 may be too large for the good one
     assert (following.step, following.samples) == (kept.step + 1, kept.samples + 4)
-    for part in ("params", "frozen", "buffers", "opt", "transforms", "average", "updates", "nonfinite"):
+    for part in ("params", "frozen", "buffers", "opt", "transforms", "ema", "updates", "nonfinite"):
         assert tree.difference(getattr(kept, part), getattr(following, part), part) is None

@@ -34,7 +34,7 @@ def test_all_diagnostics_at_once(name: str, every: int, tmp_path: Any) -> None:
             diagnostics.module_norms(depth=1),
             diagnostics.activation_statistics(),
             diagnostics.histograms(tmp_path, gradients=gradients),
-            diagnostics.utilization(42.0, peak=1e9),
+            diagnostics.utilization(42.0, peak_flops=1e9),
             ff.report(lambda row: None, wants=["gradient_norms", "parameter_norms", "update_norms"]),
         ),
     ]

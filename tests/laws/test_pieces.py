@@ -127,7 +127,6 @@ def test_every_law_is_run() -> None:
 NAMESPACES = ("", "data", "losses", "optim", "reducers", "schedules", "transforms")
 KINDS = ("Average", "Mixture", "Objective", "Optimizer", "Packed", "Reactive", "Reducer", "Stream", "Transform")
 WITHIN = {
-    "chunked_causal_lm": "chunked",
     "orthogonal": "optim.muon",
     "plateau": "on_plateau",
     "spikes": "folded",

@@ -53,7 +53,7 @@ def no_average(patch: Patch) -> None:
     arrays = loading._arrays
 
     def planted(plan: Any, fresh: Any, loaded: Any, without: Any) -> Any:
-        return arrays(plan, fresh, loaded, {*without, "average"})
+        return arrays(plan, fresh, loaded, {*without, "ema"})
 
     patch.setattr(loading, "_arrays", planted)
 

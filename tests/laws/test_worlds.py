@@ -65,7 +65,7 @@ def recorded(state: ff.TrainState, metrics: list[dict[str, float]]) -> dict[str,
     """Take what a run has come to, to be compared to the bit."""
     arrays = state.read()
     opt = {f"opt/{name}": slot for name, slot in arrays.opt.items()}
-    flats = {"params": arrays.params, "average": arrays.average, "buffers": arrays.buffers} | opt
+    flats = {"params": arrays.params, "ema": arrays.ema, "buffers": arrays.buffers} | opt
     tensors = {
         f"{name}/{i}": buffer.clone()
         for name, flat in flats.items()

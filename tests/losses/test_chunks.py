@@ -61,7 +61,7 @@ def assert_same(one, other, tolerance=1e-12):
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_models_of_hugging_face(kind, microbatches):
     model = hugging_face(kind)
-    loss = ff.losses.chunked_causal_lm(tokens=7)
+    loss = ff.losses.chunked(ff.losses.causal_lm, tokens=7)
     expected = taken(model, ff.losses.causal_lm, BATCH, microbatches=microbatches)
     assert_same(expected, taken(model, loss, BATCH, microbatches=microbatches))
 
@@ -84,7 +84,7 @@ def test_classes_of_the_same_position():
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_under_autocast(precision):
-    model, loss = hugging_face("Llama"), ff.losses.chunked_causal_lm(tokens=7)
+    model, loss = hugging_face("Llama"), ff.losses.chunked(ff.losses.causal_lm, tokens=7)
     assert_same(
         taken(model, ff.losses.causal_lm, BATCH, precision=precision),
         taken(model, loss, BATCH, precision=precision),
@@ -94,7 +94,7 @@ def test_under_autocast(precision):
 
 def test_in_bfloat16():
     model = plain(tied=False).to(torch.bfloat16)
-    loss = ff.losses.chunked_causal_lm(tokens=7, head="2")
+    loss = ff.losses.chunked(ff.losses.causal_lm, tokens=7, head="2")
     assert_same(
         taken(model, ff.losses.causal_lm, PLAIN, precision="as_built"),
         taken(model, loss, PLAIN, precision="as_built"),
@@ -104,7 +104,7 @@ def test_in_bfloat16():
 
 @pytest.mark.parametrize("compile", [True, "model"])
 def test_compiled(compile):
-    model, loss = hugging_face("Gemma2"), ff.losses.chunked_causal_lm(tokens=20)
+    model, loss = hugging_face("Gemma2"), ff.losses.chunked(ff.losses.causal_lm, tokens=20)
     expected = taken(model, ff.losses.causal_lm, BATCH)
     try:
         assert_same(expected, taken(model, loss, BATCH, compile=compile, backend="aot_eager"))
@@ -129,7 +129,7 @@ def test_there_are_never_all_logits():
     tokens = torch.randint(0, WORDS, (8, 33), generator=DRAW)
     for loss, expected in (
         (ff.losses.causal_lm, 8 * 33 * WORDS),
-        (ff.losses.chunked_causal_lm(tokens=16, head="2"), 8 * 33 * 8),
+        (ff.losses.chunked(ff.losses.causal_lm, tokens=16, head="2"), 8 * 33 * 8),
     ):
         made = program(plain(), loss=loss)
         state = made.init(0)
@@ -149,12 +149,14 @@ def test_no_logits_are_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ff.losses.chunked_causal_lm(tokens=16, head="2").total(Deferred(hidden, weight, None), {"labels": tokens})
+        ff.losses.chunked(ff.losses.causal_lm, tokens=16, head="2").total(
+            Deferred(hidden, weight, None), {"labels": tokens}
+        )
     assert max(kept, default=0) < 16 * WORDS
 
 
 def test_evaluation_apply_and_export_are_as_ever():
-    made = program(plain(), loss=ff.losses.chunked_causal_lm(tokens=7, head="2"))
+    made = program(plain(), loss=ff.losses.chunked(ff.losses.causal_lm, tokens=7, head="2"))
     other = program(plain(), loss=ff.losses.causal_lm)
     state, same = made.init(0), other.init(0)
     data = [{name: column[rows] for name, column in PLAIN.items()} for rows in (slice(0, 2), slice(2, 5))]
@@ -165,7 +167,7 @@ def test_evaluation_apply_and_export_are_as_ever():
 
 def test_a_failure_leaves_the_head_as_it_was():
     model = plain()
-    made = program(model, loss=ff.losses.chunked_causal_lm(tokens=7, head="2"))
+    made = program(model, loss=ff.losses.chunked(ff.losses.causal_lm, tokens=7, head="2"))
     state = made.init(0)
     with pytest.raises(IndexError):
         made.step(state, {"input": TOKENS + WORDS, "labels": LABELS})
@@ -194,7 +196,7 @@ class Touching(nn.Module):
     ],
 )
 def test_whatever_else_is_done_to_logits_is_refused(touch, what):
-    made = program(Touching(touch), loss=ff.losses.chunked_causal_lm(head="head"))
+    made = program(Touching(touch), loss=ff.losses.chunked(ff.losses.causal_lm, head="head"))
     with pytest.raises(ValueError, match=rf"does more to its logits.*{what}"):
         made.gradients(made.init(0), PLAIN)
 
@@ -205,7 +207,7 @@ def test_products_with_numbers_are_honoured():
 
     model = Touching(lambda logits: touch(logits.double()) if isinstance(logits, torch.Tensor) else touch(logits))
     expected = taken(model, ff.losses.causal_lm, PLAIN, precision="float64")
-    found = taken(model, ff.losses.chunked_causal_lm(tokens=7, head="head"), PLAIN, precision="float64")
+    found = taken(model, ff.losses.chunked(ff.losses.causal_lm, tokens=7, head="head"), PLAIN, precision="float64")
     assert_same(expected, found, tolerance=1e-6)  # the model rounds to float32 on the way
 
 
@@ -219,29 +221,31 @@ class TestRefusals:
         ],
     )
     def test_the_head(self, head, message):
-        made = program(plain(), loss=ff.losses.chunked_causal_lm(head=head))
+        made = program(plain(), loss=ff.losses.chunked(ff.losses.causal_lm, head=head))
         with pytest.raises(ValueError, match=message):
             made.gradients(made.init(0), PLAIN)
 
     def test_a_head_that_is_not_last(self):
-        made = program(nn.Sequential(plain(), nn.Identity()), loss=ff.losses.chunked_causal_lm(head="0.2"))
+        made = program(nn.Sequential(plain(), nn.Identity()), loss=ff.losses.chunked(ff.losses.causal_lm, head="0.2"))
         made.gradients(made.init(0), PLAIN)  # what passes it on does nothing to it
-        made = program(nn.Sequential(plain(), nn.Linear(WORDS, 3)), loss=ff.losses.chunked_causal_lm(head="0.2"))
+        made = program(
+            nn.Sequential(plain(), nn.Linear(WORDS, 3)), loss=ff.losses.chunked(ff.losses.causal_lm, head="0.2")
+        )
         with pytest.raises((ValueError, TypeError)):
             made.gradients(made.init(0), PLAIN)
 
     def test_metrics_beside_it(self):
         with pytest.raises(ValueError, match="never has all logits"):
-            ff.losses.with_metrics(ff.losses.chunked_causal_lm(), ff.metrics.accuracy)
+            ff.losses.with_metrics(ff.losses.chunked(ff.losses.causal_lm), ff.metrics.accuracy)
 
     def test_metrics_of_an_evaluation(self):
-        made = program(plain(), loss=ff.losses.chunked_causal_lm(head="2"))
+        made = program(plain(), loss=ff.losses.chunked(ff.losses.causal_lm, head="2"))
         with pytest.raises(ValueError, match="logits"):
             made.evaluate(made.init(0), [PLAIN], metrics=(ff.metrics.accuracy,))
 
     def test_strategies_that_cannot(self):
-        plan = program(plain(), loss=ff.losses.chunked_causal_lm(head="2")).plan
-        with pytest.raises(ValueError, match="sharded: cannot be with chunked_causal_lm"):
+        plan = program(plain(), loss=ff.losses.chunked(ff.losses.causal_lm, head="2")).plan
+        with pytest.raises(ValueError, match="sharded: cannot be with chunked"):
             ff.accelerated(plan, sharded=True)
         with pytest.raises(ValueError, match=r"pipelined: .*loss"):
             ff.pipelined(plan, {"1": "end"})

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import forgather_fn as ff
-from forgather_fn import losses
 from forgather_fn.losses import leading_dimension, logits_of, named_means, target_of
 from tests.toys import classifier, labelled, program
 
@@ -283,23 +282,3 @@ class TestNamedMeans:
         made = program(classifier(), loss=lambda outputs, batch: ff.Mean(outputs.detach().sum(), 6))
         with pytest.raises(ValueError, match="does not depend on any trainable parameter"):
             made.step(made.init(0), labelled(6))
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0])
-def test_smoothed_cross_entropy_is_that_of_transformers(epsilon):
-    from transformers.trainer_pt_utils import LabelSmoother
-
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
-    target = torch.randint(7, (3, 5), generator=generator)
-    target[0, :3] = -100
-    mean = losses.smoothed_cross_entropy(logits, target, epsilon)
-    expected = LabelSmoother(epsilon)({"logits": logits}, target)
-    # It sums the smoothed part in float32.
-    torch.testing.assert_close(mean.value(), expected.double(), rtol=1e-6, atol=0)
-    assert float(mean.weight) == 12
-
-
-def test_a_share_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="epsilon must be between 0 and 1"):
-        losses.smoothed_cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), epsilon=1.5)

@@ -162,7 +162,7 @@ class TestRefusals:
             (lambda: ff.losses.focal(gamma=-1), "gamma must be"),
             (lambda: ff.losses.huber(delta=0), "delta must be a positive number"),
             (
-                lambda: ff.losses.smoothed(ff.losses.chunked_causal_lm(), epsilon=0.1),
+                lambda: ff.losses.smoothed(ff.losses.chunked(ff.losses.causal_lm), epsilon=0.1),
                 "put ff.losses.chunked around this",
             ),
             (
@@ -172,7 +172,10 @@ class TestRefusals:
                 "put ff.losses.with_metrics around this",
             ),
             (lambda: ff.losses.chunked(ff.losses.mse), "losses of classes"),
-            (lambda: ff.losses.chunked_causal_lm(tokens=0), "tokens must be an integer of at least 1, got 0"),
+            (
+                lambda: ff.losses.chunked(ff.losses.causal_lm, tokens=0),
+                "tokens must be an integer of at least 1, got 0",
+            ),
         ],
     )
     def test_when_made(self, make, message):

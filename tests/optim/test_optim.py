@@ -139,7 +139,7 @@ def test_padding_stays_zero(viewed_elements):
         transforms=[ff.noise(0.1)],
         viewed_elements=viewed_elements,
     )
-    for flat in (state.params, state.average, state.opt["exp_avg"], state.opt["exp_avg_sq"]):
+    for flat in (state.params, state.ema, state.opt["exp_avg"], state.opt["exp_avg_sq"]):
         inside = sum(int(tensor.count_nonzero()) for tensor in flat.values())
         assert sum(int(buffer.count_nonzero()) for buffer in flat.buffers) == inside
 

@@ -69,7 +69,7 @@ def refused(error, home):
     assert len(str(error)) < 20_000
 
 
-FILES = ("model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json", "manifest.json")
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "manifest.json")
 
 
 class TestBytes:
@@ -126,7 +126,7 @@ def read_all(program, home):
         lambda: load(home),
         lambda: load(home, lambda length: slice(0, length // 2)),
         lambda: program.restore(home),
-        lambda: program.restore(home, without={"optimizer", "average", "transforms", "controls", "progress"}),
+        lambda: program.restore(home, without={"optimizer", "ema", "transforms", "controls", "progress"}),
         lambda: program.restore(home, allow={"model", "data", "batch_size"}),
         lambda: load_weights(state, home),
     )

@@ -105,7 +105,7 @@ def start(main: Any, resume: bool | Path, *, changes: bool) -> Any:
     Raises:
         ConfigError: It is neither.
     """
-    from forgather_fn.checkpoint.loading import ALLOWED
+    from forgather_fn.checkpoint.restoring import ALLOWED
     from forgather_fn.training import Training
 
     if isinstance(main, Training):

@@ -105,7 +105,7 @@ class AccelTrainer(BaseTrainer):
                     distributed.broadcast(tensor, group=world.group, group_src=0)
 
     def _strategy(self, plan: ff.Plan) -> Program:
-        return ff.accelerated(plan, self.accelerator, reduction=self.args.reduction)
+        return ff.accelerated(plan, accelerator=self.accelerator, reduction=self.args.reduction)
 
     def _sharing(self) -> Sharing:
         return Sharing(self._world, self._own_share, self.args.accelerator_config.dispatch_batches)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-import forgather_fn as ff
 from forgather.ml.trainer.windows import Window
 from forgather_fn.losses import logits_of
 
@@ -54,7 +54,9 @@ def smoother(epsilon: float) -> Callable[..., Tensor]:
         logits = logits_of(outputs)
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
-        mean = ff.losses.smoothed_cross_entropy(logits, labels, epsilon)
-        return mean.total / (mean.weight if num_items_in_batch is None else num_items_in_batch)
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
+        rows = logits.reshape(-1, logits.shape[-1])
+        total = F.cross_entropy(rows, labels.reshape(-1), reduction="sum", label_smoothing=epsilon)
+        return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
     return smoothed

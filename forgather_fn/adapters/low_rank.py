@@ -3,7 +3,7 @@
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypeVar, cast
 
@@ -17,9 +17,6 @@ from forgather_fn.describe import Described, describe
 from forgather_fn.flat import listed
 from forgather_fn.groups import Predicate
 from forgather_fn.model import ModelFactory, outline
-from forgather_fn.optim.base import rewrite
-from forgather_fn.program import Program
-from forgather_fn.state import TrainState
 
 M = TypeVar("M", nn.Module, ModelFactory)
 
@@ -80,13 +77,14 @@ class LowRank(nn.Module):
 
 
 @attrs.frozen(eq=False)
-class _Adapted:
+class Adapted:
     """The forward of a layer with an adapter. An object and not a closure, so that a copy has one of its own."""
 
     layer: nn.Module
     __wrapped__: Callable[..., Any]
 
     def __call__(self, inputs: Tensor) -> Tensor:
+        """Give what the layer gives, and what its adapter adds."""
         out: Tensor = self.__wrapped__(inputs)
         return out + cast(Tensor, self.layer.lora(inputs))  # type: ignore[operator]
 
@@ -142,7 +140,7 @@ def _built(factory: ModelFactory, adapt: Callable[[nn.Module], nn.Module]) -> nn
 def _adapt(
     module: nn.Module, match: str | Predicate, rank: int, alpha: float, dropout: float, also: str | Predicate
 ) -> nn.Module:
-    _check_free(module, "lora")
+    check_free(module, "lora")
     if adapters_of(module):
         raise ValueError(f"lora: the model has adapters already: {listed(list(adapters_of(module)))}")
     anatomy = outline(module)
@@ -160,7 +158,7 @@ def _adapt(
     for name in weights:
         layer = owners[name]
         layer.add_module(NAME, LowRank(layer, rank, alpha, dropout))
-        layer.forward = _Adapted(layer, layer.forward)
+        layer.forward = Adapted(layer, layer.forward)
     return module
 
 
@@ -189,7 +187,12 @@ def _check_layer(root: nn.Module, name: str, layer: nn.Module, sites: list[str])
         raise ValueError(f"lora: {name} is read by its {type(parent).__name__} past the layer's forward; match others")
 
 
-def _check_free(module: nn.Module, what: str) -> None:
+def check_free(module: nn.Module, what: str) -> None:
+    """Make sure that a module may be changed.
+
+    Raises:
+        ValueError: It stands on a state of a program.
+    """
     if bound(module):
         raise ValueError(
             f"{what}: the module stands on a state of a program, which would not know of the change; give it a copy: "
@@ -204,105 +207,3 @@ def adapters_of(module: nn.Module) -> dict[str, LowRank]:
         for name, child in module.named_modules()
         if isinstance(getattr(child, NAME, None), LowRank)
     }
-
-
-def merged(module: nn.Module) -> nn.Module:
-    """Add the adapters of a model to its weights and take them off: it is of its original class, and so its weights.
-
-    Sums are taken in float32 or more, and rounded once. All parameters ask for gradients.
-
-    Args:
-        module: As ``program.export(state)`` gives it; changed in place, and returned.
-
-    Raises:
-        ValueError: It has no adapters, or stands on a state of a program.
-    """
-    _check_free(module, "merged")
-    for name, adapter in _adapters(module, "merged").items():
-        layer = module.get_submodule(name.rpartition(".")[0])
-        if not isinstance(layer.forward, _Adapted):
-            raise ValueError(
-                f"merged: the layer of {name} was wrapped by something else since: {describe(layer.forward)}"
-            )
-        _add(layer, adapter.delta(adapter.A.detach(), adapter.B.detach()))
-        kept = layer.forward.__wrapped__
-        del layer.forward
-        if getattr(kept, "__self__", None) is not layer:  # an object that was there before, such as a recomputed block
-            layer.forward = kept
-        delattr(layer, NAME)
-    return module.requires_grad_(True)
-
-
-def unmerged(module: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
-    """Give a merged model its adapters back, and take them out of its weights: the inverse of :func:`merged`.
-
-    A weight ``W`` comes back as ``W'`` with ``|W' - W| <= u (|W + D| + |W'|)``, where ``D`` is what the adapter added
-    and ``u`` half the distance from 1 to the next number of the weight's type (2 to the -24 in float32).
-
-    Args:
-        module: Merged, and adapted anew by :func:`lora` with the same arguments; changed in place, and returned.
-        factors: The factors that it was merged with, by name: the ``params`` of a state, or a ``state_dict``.
-
-    Raises:
-        ValueError: It has no adapters, it stands on a state of a program, or a factor is missing or of another shape.
-    """
-    _check_free(module, "unmerged")
-    for name, adapter in _adapters(module, "unmerged").items():
-        prefix = name.removesuffix("weight") + NAME
-        for factor, mine in (("A", adapter.A), ("B", adapter.B)):
-            found = factors.get(f"{prefix}.{factor}")
-            if found is None or found.shape != mine.shape:
-                what = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(mine.shape)}"
-                raise ValueError(f"unmerged: {prefix}.{factor} is {what}; give what the model was merged with")
-            mine.data.copy_(found)
-        _add(module.get_submodule(name.rpartition(".")[0]), -adapter.delta(adapter.A.detach(), adapter.B.detach()))
-    return module
-
-
-def restarted(program: Program, state: TrainState) -> TrainState:
-    """Add the adapters of a state to its weights, and begin them anew at zero: the outputs stay, up to rounding.
-
-    Done every few thousand steps, adapters of low rank make a change of high rank. Slots of the optimizer stay as they
-    are, but for those that hold values of the parameters; an average begins anew. The state is not consumed.
-
-    Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", 2023.
-
-    Args:
-        program: Whose model has adapters.
-        state: Of it.
-
-    Raises:
-        ValueError: The model has no adapters.
-    """
-    adapters = _adapters(program.module(), "restarted")
-    new = state.copy()
-    arrays = new.read()
-    weights = dict(arrays.frozen)
-    written = {}
-    for name, adapter in adapters.items():
-        prefix = name.removesuffix("weight") + NAME
-        delta = adapter.delta(arrays.params[f"{prefix}.A"], arrays.params[f"{prefix}.B"])
-        old = arrays.params[name] if name in arrays.params else weights[name]
-        sum_ = (old.to(delta.dtype) + delta).to(old.dtype)
-        if name in arrays.params:
-            written[name] = old.copy_(sum_)
-        else:
-            weights[name] = sum_
-        zero = f"{prefix}.{adapter.zero}"
-        written[zero] = arrays.params[zero].zero_()
-    rewrite(arrays.opt, written)
-    if arrays.average is not None:
-        arrays.average.assign(arrays.params)
-    return attrs.evolve(new, arrays=attrs.evolve(arrays, frozen=weights))
-
-
-def _adapters(module: nn.Module, what: str) -> dict[str, LowRank]:
-    found = adapters_of(module)
-    if not found:
-        raise ValueError(f"{what}: {type(module).__name__} has no adapters; make some with ff.lora")
-    return found
-
-
-def _add(layer: nn.Module, delta: Tensor) -> None:
-    weight = cast(nn.Parameter, layer.weight)
-    weight.data = torch.empty_like(weight).copy_(weight.detach().to(delta.dtype) + delta)
