@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from forgather_fn import flat as flat_storage
-from forgather_fn.batch import placed
+from forgather_fn.batch import microbatches, placed
 from forgather_fn.binding import Binding
 from forgather_fn.data import Batch
 from forgather_fn.flat import Layout
@@ -21,6 +21,8 @@ from forgather_fn.state import Arrays
 from forgather_fn.workspace import Workspace
 
 T = TypeVar("T")
+
+_LOWERED: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @attrs.frozen(eq=False)
@@ -97,11 +99,16 @@ class Built:
         The outputs are not given, so that nobody holds them through the backward pass: the logits of a large
         vocabulary are the largest tensor of all.
         """
-        return self.seen(data, lambda outputs, data: named_means(self.plan.loss(outputs, data)))
+        return self.seen(data, self._means)
+
+    def _means(self, outputs: Any, data: Any) -> dict[str, Mean]:
+        return named_means(self.plan.loss(outputs, data))
 
     def seen(self, data: Any, look: Callable[[Any, Any], T]) -> T:
         """Run the model on one microbatch, and give what a function of outputs and batch sees."""
         args, kwargs = self.arguments(data)
+        if self.lowered is None:
+            return look(self.call(*args, **kwargs), data)
         with self.autocast():
             return look(self.call(*args, **kwargs), data)
 
@@ -113,11 +120,20 @@ class Built:
     @property
     def lowered(self) -> torch.dtype | None:
         """The type that autocast lowers to, if any."""
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.plan.precision)
+        return _LOWERED.get(self.plan.precision)
 
     def place(self, data: Any) -> Any:
         """Bring a batch's data to the device and the precision of the plan."""
         return placed(data, self.device, self.floating)
+
+    def parts(self, batch: Batch) -> list[Any]:
+        """Bring a batch to the device, cut into the plan's microbatches.
+
+        Raises:
+            ValueError: As :func:`~forgather_fn.batch.microbatches`.
+        """
+        data, count = self.place(batch.data), self.plan.microbatches
+        return [data] if count == 1 else microbatches(attrs.evolve(batch, data=data), count)
 
 
 def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], batch: Batch | None) -> Gradients:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from forgather_fn import compilable, compiler, flat, graphs, interrupt, tree
-from forgather_fn.batch import microbatches
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
 from forgather_fn.execution import Execution
@@ -169,7 +168,7 @@ class Compiled:
     def _begun(self, state: TrainState, batch: Batch) -> tuple[Arrays, list[Any]]:
         built, arrays = self.built, state.read()
         built.bound(arrays)
-        parts = microbatches(attrs.evolve(batch, data=built.place(batch.data)), built.plan.microbatches)
+        parts = built.parts(batch)
         if batch.varies or batch.samples % built.plan.microbatches:
             mark_sizes(parts)
         return arrays, parts

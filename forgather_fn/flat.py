@@ -91,7 +91,7 @@ class Flat(Mapping[str, Tensor]):
         found = self._slices.get(id(chunks))
         if found is None or found[0] is not chunks:
             cut = tuple(self[c.name] if c.name else self.buffers[c.buffer][c.start : c.stop] for c in chunks)
-            if len(self._slices) >= CUTS_KEPT:
+            if len(self._slices) >= CUTS_KEPT + len(self):
                 self._slices.clear()
             found = self._slices[id(chunks)] = (chunks, cut)
         return found[1]

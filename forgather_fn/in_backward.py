@@ -6,7 +6,7 @@ microbatches, a loss scale, and leaving out a step whose gradient is not finite.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import attrs
@@ -19,6 +19,7 @@ from forgather_fn.execution import Execution
 from forgather_fn.finite import Flag, flag_on_device, flag_on_host
 from forgather_fn.gradient import Gradients, norms
 from forgather_fn.losses import named_means
+from forgather_fn.mean import Mean
 from forgather_fn.optim.base import Rates, UpdateContext, rates_at
 from forgather_fn.program import Metrics
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
@@ -47,6 +48,8 @@ def updating_in_backward(built: Built) -> Execution:
         ValueError: Two parameters share memory without being one object, so that neither has the whole gradient.
     """
     by_name: dict[str, nn.Parameter] = {}
+    layout = built.binding.layout
+    alone = {name: layout.alone(i) for name, i in layout.index.items()}
     for site, name in built.binding.trainable:
         if by_name.setdefault(name, site.tensor) is not site.tensor:
             raise ValueError(
@@ -56,14 +59,25 @@ def updating_in_backward(built: Built) -> Execution:
     look: Flag = flag_on_host if built.device.type == "cpu" else flag_on_device
     plan = built.plan
     rest = attrs.evolve(plan, optimizer=attrs.evolve(plan.optimizer, update=_already_updated))
+    running: list[_Updates] = []
+
+    def watched_loss(outputs: Any, data: Any) -> Mapping[str, Mean]:
+        means = named_means(plan.loss(outputs, data))
+        running[-1].look_at(means["loss"])
+        return means
+
+    watched = attrs.evolve(built, plan=attrs.evolve(plan, loss=watched_loss))
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
         _check_wants(wants)
         rates = rates_at(plan.schedule, plan.optimizer, state.step, state.controls)
-        updates = _Updates(built, state, look, rates, state.read().nonfinite, wants)
-        watched = attrs.evolve(built, plan=attrs.evolve(plan, loss=updates.watched_loss))
-        with updates.hooked(by_name):
-            gradients, buffers, means = take_gradients(watched, state, batch)
+        updates = _Updates(built, state, look, rates, state.read().nonfinite, wants, alone)
+        running.append(updates)
+        try:
+            with updates.hooked(by_name):
+                gradients, buffers, means = take_gradients(watched, state, batch)
+        finally:
+            running.pop()
         arrays, reports, _ = update_arrays(
             rest,
             updates.arrays(),
@@ -114,6 +128,7 @@ class _Updates:
         rates: Of this step.
         nonfinite: The first step that was not finite, or -1.
         wants: Metrics beyond the usual ones.
+        alone: Which leaf of the layout each parameter is: it is active, and no other.
         norms: The norm of each gradient that has come.
         moved: The norm of what each parameter was changed by, where it is asked for.
     """
@@ -124,16 +139,15 @@ class _Updates:
     rates: Rates
     nonfinite: Tensor
     wants: frozenset[str]
+    alone: Mapping[str, tuple[bool, ...]]
     norms: dict[str, Tensor] = attrs.field(factory=dict)
     moved: dict[str, Tensor] = attrs.field(factory=dict)
     _taken: Arrays | None = None
 
-    def watched_loss(self, outputs: Any, data: Any) -> Any:
-        """Compute the loss, and look at it before anything is updated by its gradient."""
-        means = named_means(self.built.plan.loss(outputs, data))
+    def look_at(self, loss: Mean) -> None:
+        """Look at the loss before anything is updated by its gradient."""
         with torch.no_grad():
-            self._finite(means["loss"].total.detach())
-        return means
+            self._finite(loss.total.detach())
 
     @contextlib.contextmanager
     def hooked(self, by_name: dict[str, nn.Parameter]) -> Iterator[None]:
@@ -174,32 +188,29 @@ class _Updates:
         return found
 
     def _update(self, name: str, parameter: nn.Parameter) -> None:
+        assert not torch.is_grad_enabled()  # as in every backward pass that makes no graph of its own
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         layout = self.built.binding.layout
-        leaf = layout.leaves[layout.index[name]]
-        with torch.no_grad():
-            grad = dense(name, [grad], leaf.stride)
-            norm = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype.itemsize < 4 else None)
-            try:
-                found_inf = self._finite(norm)
-            except NonFiniteError:
-                if self._taken is None:
-                    raise
-                raise NonFiniteError(_PARTLY.format(step=self.state.step, name=name)) from None
+        grad = dense(name, [grad], layout.leaves[layout.index[name]].stride)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype.itemsize < 4 else None)
+        try:
+            found_inf = self._finite(norm)
+        except NonFiniteError:
             if self._taken is None:
-                self._taken = self.state.consume(f"step {self.state.step}")
-            arrays = self._taken
-            if self.nonfinite is not arrays.nonfinite:
-                arrays.nonfinite.copy_(self.nonfinite)
-            active = tuple(other is leaf for other in layout.leaves)
-            gradients = Gradients(layout, active, {name: grad}, None, 0, 0.0)
-            before = arrays.params[name].clone() if "update_norms" in self.wants else None
-            rates = self.rates
-            context = UpdateContext(rates.learning_rate, found_inf, rates.scheduled, self.state.step, self.state.seed)
-            opt = self.built.plan.optimizer.update(gradients, arrays.opt, arrays.params, context)
-            if before is not None:
-                self.moved |= norms({name: before.sub_(arrays.params[name])})
+                raise
+            raise NonFiniteError(_PARTLY.format(step=self.state.step, name=name)) from None
+        if self._taken is None:
+            self._taken = self.state.consume(f"step {self.state.step}")
+        arrays = self._taken
+        if self.nonfinite is not arrays.nonfinite:
+            arrays.nonfinite.copy_(self.nonfinite)
+        before = arrays.params[name].clone() if "update_norms" in self.wants else None
+        gradients, rates = Gradients(layout, self.alone[name], {name: grad}, None, 0, 0.0), self.rates
+        context = UpdateContext(rates.learning_rate, found_inf, rates.scheduled, self.state.step, self.state.seed)
+        opt = self.built.plan.optimizer.update(gradients, arrays.opt, arrays.params, context)
+        if before is not None:
+            self.moved |= norms({name: before.sub_(arrays.params[name])})
         self.norms[name] = norm
         self._taken = arrays if opt is arrays.opt else attrs.evolve(arrays, opt=opt)
         # Whoever still needs the old value in this backward pass is told by autograd, instead of getting the new one.

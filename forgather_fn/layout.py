@@ -15,7 +15,8 @@ ALIGNMENT = 256
 kernel is given, so that updating tensors together or one by one gives the same bits."""
 
 CUTS_KEPT = 32
-"""How many ways of cutting a layout are remembered; models whose gradients come and go have many."""
+"""How many ways of cutting a layout are remembered, beside each of its leaves alone; models whose gradients come and go
+have many."""
 
 
 @attrs.frozen
@@ -94,6 +95,10 @@ class Layout:
             ),
         )
 
+    def alone(self, i: int) -> tuple[bool, ...]:
+        """Say that one leaf is active and no other."""
+        return (False,) * i + (True,) + (False,) * (len(self.leaves) - i - 1)
+
     def _single(self, i: int) -> Chunk:
         leaf = self.leaves[i]
         return Chunk(leaf.buffer, leaf.offset, leaf.offset + leaf.extent, leaf.group, i)
@@ -102,7 +107,7 @@ class Layout:
         self, kind: str, active: tuple[bool, ...], make: Callable[[tuple[bool, ...]], tuple[Chunk, ...]]
     ) -> tuple[Chunk, ...]:
         if (kind, active) not in self._cuts:
-            if len(self._cuts) >= CUTS_KEPT:
+            if len(self._cuts) >= CUTS_KEPT + len(self.leaves):
                 self._cuts.clear()
             self._cuts[kind, active] = make(active)
         return self._cuts[kind, active]

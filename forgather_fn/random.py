@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from typing import Final
 
+import attrs
 import torch
 
-_PLAIN: Final = (int, str)
+_PLAIN: Final = frozenset((int, str))
 
 
 def key(seed: int, *path: int | str) -> int:
@@ -30,7 +30,9 @@ def key(seed: int, *path: int | str) -> int:
         >>> key(0, 1) == key(1, 0)
         False
     """
-    parts = tuple([part if type(part) in _PLAIN else int(part) for part in (seed, *path)])
+    parts = seed, *path
+    if not _PLAIN.issuperset(map(type, parts)):
+        parts = tuple(part if type(part) in _PLAIN else int(part) for part in parts)
     digest = hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -49,20 +51,29 @@ def reseed(value: int, device: torch.device) -> None:
         generator.manual_seed(value)
 
 
-@contextlib.contextmanager
-def seeded(value: int, device: torch.device) -> Iterator[None]:
+def seeded(value: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Run a block under a seed, and put torch's generators back as they were.
 
     Args:
         value: A key, as :func:`key` makes it.
         device: Whose generator is seeded, beside the CPU's.
     """
-    used = generators(device)
-    states = [generator.get_state() for generator in used]
-    for generator in used:
-        generator.manual_seed(value)
-    try:
-        yield
-    finally:
-        for generator, state in zip(used, states, strict=True):
+    return _Seeded(value, generators(device))
+
+
+@attrs.define(eq=False)
+class _Seeded(contextlib.AbstractContextManager[None]):
+    """A block under a seed: written out, since a generator in its place takes as long as all that it does."""
+
+    value: int
+    used: list[torch.Generator]
+    _states: list[torch.Tensor] = attrs.field(factory=list)
+
+    def __enter__(self) -> None:
+        for generator in self.used:
+            self._states.append(generator.get_state())
+            generator.manual_seed(self.value)
+
+    def __exit__(self, *raised: object) -> None:
+        for generator, state in zip(self.used, self._states, strict=True):
             generator.set_state(state)

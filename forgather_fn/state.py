@@ -281,7 +281,7 @@ def nonfinite_message(step: int, what: str = "the loss or a gradient") -> str:
 
 def counter(value: int, device: torch.device) -> Tensor:
     """Make an int64 scalar on the device."""
-    return torch.tensor(value, dtype=torch.int64, device=device)
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def _readable(size: float) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn import interrupt, scaling, tree, wanted
-from forgather_fn.batch import microbatches, outline
+from forgather_fn.batch import outline
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
 from forgather_fn.execution import Advance, Execution, TakeGradients
@@ -27,7 +27,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, TrainState
-from forgather_fn.transforms.base import apply
+from forgather_fn.transforms.base import apply_all
 
 T = TypeVar("T")
 
@@ -61,18 +61,14 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
     """
     arrays = state.read()
     built.bound(arrays)
-    data = built.place(batch.data)
-    parts = (
-        [data]
-        if built.plan.microbatches == 1
-        else microbatches(attrs.evolve(batch, data=data), built.plan.microbatches)
-    )
+    parts = built.parts(batch)
     try:
         (means, mean_taken), buffers = passed(built, state, lambda: _accumulate(built, state, parts))
     except (RuntimeError, TypeError, IndexError) as error:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in built.binding.layout.dtypes)
         error.add_note(
-            f"The batch was {outline(data)}; the parameters are {kinds}, precision={built.plan.precision!r}."
+            f"The batch was {outline(built.place(batch.data))}; the parameters are {kinds}, "
+            f"precision={built.plan.precision!r}."
         )
         raise
     weight = means["loss"].weight
@@ -171,7 +167,7 @@ def known_weight(plan: Plan, parts: Sequence[Any]) -> Tensor | float | None:
 
 def inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Divide one by a weight; nothing to weigh gives zero, so that a batch without labels moves nothing."""
-    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+    if isinstance(weight, Tensor) and weight.is_cpu:
         weight = weight.item()  # looking is free here, and one call is faster than three
     if not isinstance(weight, Tensor):
         return torch.scalar_tensor(1.0 / weight if weight else 0.0, dtype=dtype, device=device)
@@ -247,8 +243,9 @@ def update_arrays(
     """
     with torch.no_grad():
         extra: dict[str, Any] = dict(wanted.of_gradients(gradients, wants)) if wants else {}
-        gradients, transforms = _transformed(plan, gradients, arrays, step, seed)
-        gradients = gradients.measured()
+        gradients, transforms = apply_all(
+            plan.transforms, gradients, arrays.transforms, params=arrays.params, step=step, seed=seed
+        )
         norm = gradients.norm()
         loss, overflow = means["loss"].total if "loss" in means else None, None
         if arrays.loss_scale:
@@ -260,46 +257,41 @@ def update_arrays(
         updated = wanted.of_update(arrays.params, wants, gradients.spread) if wants else None
         context = UpdateContext(rates.learning_rate, verdict.found_inf, rates.scheduled, step, seed)
         opt = plan.optimizer.update(gradients, arrays.opt, arrays.params, context)
-        arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf)
-        extra |= updated() if updated else {}
-        arrays = _counted(plan, arrays, gradients, buffers, verdict)
+        good = applied(verdict.found_inf)
+        arrays = _averaged(plan, arrays, opt, transforms, verdict.found_inf, good)
+        if updated is not None:
+            extra |= updated()
+        arrays = _counted(plan, arrays, gradients, buffers, verdict, good)
         if verdict.nonfinite is not arrays.nonfinite:
             arrays.nonfinite.copy_(verdict.nonfinite)
     stopped = verdict.found_inf if verdict.skipped is None else verdict.found_inf - verdict.skipped
     return arrays, {"grad_norm": norm, **gradients.reports, **extra}, stopped
 
 
-def _transformed(
-    plan: Plan, gradients: Gradients, arrays: Arrays, step: int | Tensor, seed: int | Tensor
-) -> tuple[Gradients, tuple[Any, ...]]:
-    states = []
-    for transform, held in zip(plan.transforms, arrays.transforms, strict=True):
-        gradients, held = apply(transform, gradients, held, params=arrays.params, step=step, seed=seed)
-        states.append(held)
-    return gradients, tuple(states)
-
-
-def _averaged(plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor) -> Arrays:
-    good = applied(found_inf)
+def _averaged(
+    plan: Plan, arrays: Arrays, opt: OptState, transforms: tuple[Any, ...], found_inf: Tensor, good: Tensor | float
+) -> Arrays:
     arrays.updates.add_(good.long() if isinstance(good, Tensor) else int(good))
     ema = arrays.ema
     if plan.average is not None:
         assert ema is not None
         ema = plan.average.update(ema, arrays.params, found_inf=found_inf, updates=arrays.updates)
-    if any(held is not None for held in transforms):
+    if opt is arrays.opt and ema is arrays.ema and transforms is arrays.transforms:
+        return arrays
+    if transforms is not arrays.transforms:
         transforms = tuple(
             tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
         )
-    if opt is arrays.opt and ema is arrays.ema and not any(held is not None for held in transforms):
-        return arrays
     return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
 
 
-def _counted(plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, verdict: Verdict) -> Arrays:
+def _counted(
+    plan: Plan, arrays: Arrays, gradients: Gradients, buffers: Flat | None, verdict: Verdict, good: Tensor | float
+) -> Arrays:
     found_inf, _, skipped = verdict
-    weight, good = gradients.weight, applied(found_inf)
+    weight = gradients.weight
     counted = weight.long() if isinstance(weight, Tensor) else int(weight)
-    if plan.on_nonfinite == "raise" and isinstance(good, Tensor):
+    if isinstance(good, Tensor) and plan.on_nonfinite == "raise":
         taken = good if skipped is None else good + skipped
         counted = counted * taken.long()  # a step that raises leaves everything as it was
     arrays.tokens.add_(counted)

@@ -93,7 +93,7 @@ def named_means(result: Any) -> dict[str, Mean]:
         ValueError: It is not a mean or a mapping of means, the objective is not a differentiable scalar, or the
             objective's weight depends on the model.
     """
-    means = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    means = {"loss": result} if isinstance(result, Mean) or not isinstance(result, Mapping) else dict(result)
     for name, mean in means.items():
         if not isinstance(mean, Mean):
             given = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from forgather_fn.describe import described
 from forgather_fn.losses.base import Objective
 from forgather_fn.losses.finding import TARGETS, labelled, logits_of, target_of
-from forgather_fn.losses.pairing import BY_CLASS, NEXT_TOKEN, Pairing, class_logits, next_labels
+from forgather_fn.losses.pairing import BY_CLASS, NEXT_TOKEN, Pairing, class_logits, next_labels, next_tokens
 from forgather_fn.losses.terms import Term, Terms, objective
 
 
@@ -26,10 +26,10 @@ def entropy_terms(pairing: Pairing) -> Terms:
 
 
 def _causal_lm_total(outputs: Any, batch: Any) -> Tensor:
-    logits = NEXT_TOKEN.predictions(outputs, batch)
+    logits, labels = next_tokens(outputs, batch)
     shifted = logits.reshape(-1, logits.shape[-1])
     return F.cross_entropy(
-        shifted.float() if shifted.dtype.itemsize < 4 else shifted, next_labels(batch).reshape(-1), reduction="sum"
+        shifted.float() if shifted.dtype.itemsize < 4 else shifted, labels.reshape(-1), reduction="sum"
     )
 
 

@@ -71,14 +71,19 @@ def not_left_out(targets: Tensor) -> Tensor:
     return targets[..., 0] == targets[..., 0] if targets.is_floating_point() else targets != -100
 
 
-def _next_logits(outputs: Any, batch: Any) -> Tensor:
-    logits, labels = logits_of(outputs), next_labels(batch)
-    if logits.dim() < 2 or logits[..., :-1, :].shape[:-1] != labels.shape:
+def next_tokens(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Give the logits that have a label, ``[batch, time - 1, words]``, and these labels, ``[batch, time - 1]``.
+
+    Raises:
+        ValueError: They do not fit, or labels are no integers.
+    """
+    logits, labels = logits_of(outputs), _token_labels(batch)
+    if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(target_of(batch).shape)}: "
+            f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             "expected [batch, time, words] against [batch, time]"
         )
-    return logits[..., :-1, :]
+    return logits[..., :-1, :], labels[..., 1:]
 
 
 def next_labels(batch: Any) -> Tensor:
@@ -87,10 +92,14 @@ def next_labels(batch: Any) -> Tensor:
     Raises:
         ValueError: They are no integers.
     """
+    return _token_labels(batch)[..., 1:]
+
+
+def _token_labels(batch: Any) -> Tensor:
     labels = target_of(batch)
     if labels.is_floating_point():
         raise ValueError(f"labels of tokens are class indices (torch.long), got {labels.dtype}")
-    return labels[..., 1:]
+    return labels
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ BY_CLASS = Pairing(
 """Logits against the classes of the same position; -100 is left out."""
 
 NEXT_TOKEN = Pairing(
-    predictions=_next_logits,
+    predictions=lambda outputs, batch: next_tokens(outputs, batch)[0],
     targets=next_labels,
     along=lambda tensor: tensor[..., 1:],
     keep=lambda batch: not_left_out(next_labels(batch)),

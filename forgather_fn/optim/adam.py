@@ -41,14 +41,8 @@ def _adam_family(
         gradients, found_inf = gradients.for_kernel(), context.found_inf
         count = state["count"]
         beta1, beta2 = context.valued(numbers[0]), context.valued(numbers[1])
-        compiling = torch.compiler.is_compiling()
-        together = not compiling and _counted_alike(gradients, params, count)
-        if all(gradients.active):
-            count.add_(applied(found_inf))
-        else:
-            active = torch.tensor(gradients.active, dtype=count.dtype, device=count.device)
-            count.add_(active * applied(found_inf))
-        if compiling:
+        if torch.compiler.is_compiling():
+            _count_up(count, gradients.active, applied(found_inf))
             unfused.adam(
                 gradients,
                 params,
@@ -61,19 +55,26 @@ def _adam_family(
                 context=context,
             )
             return state
-        counts = _unbound(params, count)
-        for call in kernel_calls(gradients, params, state["exp_avg"], state["exp_avg_sq"], together=together):
+        slots = state["exp_avg"], state["exp_avg_sq"]
+        together = _counted_alike(gradients, params, count)
+        calls = kernel_calls(gradients, params, *slots, together=together, count=count)
+        if not together and sum(len(call.chunks) for call in calls) == 1:  # as in a backward pass that updates
+            calls[0].counts[0].add_(applied(found_inf))
+        else:
+            _count_up(count, gradients.active, applied(found_inf))
+        for call in calls:
+            rate, decay = context.rates_of(call.hyper)
             kernel(
                 call.params,
                 gradients.slices(call.chunks),
                 call.slots[0],
                 call.slots[1],
                 [],
-                [counts[chunk.first] for chunk in call.chunks],
-                lr=context.learning_rate * context.valued(call.hyper.learning_rate),
+                call.counts,
+                lr=rate,
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=context.valued(call.hyper.weight_decay or 0.0),
+                weight_decay=decay,
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
@@ -88,12 +89,20 @@ def _adam_family(
     )
 
 
+def _count_up(count: Tensor, active: tuple[bool, ...], by: Tensor | float) -> None:
+    count.add_(by if all(active) else torch.tensor(active, dtype=count.dtype, device=count.device) * by)
+
+
 def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
     """Tell whether all active parameters have been updated equally often, so that they may share a count.
 
     That holds as long as the same ones get a gradient at every update. Storage that is new here (a first step, a copy,
-    a restored state) is asked once; that waits for the device.
+    a restored state) is asked once; that waits for the device. Where each gradient has storage of its own, nothing is
+    updated together, and nobody asks.
     """
+    if gradients.flat is None:
+        params.kept.pop("counted", None)
+        return False
     known = params.kept.get("counted")
     if known is None or known[0] is not count:
         counts = list(itertools.compress(count.tolist(), gradients.active))
@@ -102,14 +111,6 @@ def _counted_alike(gradients: Gradients, params: Flat, count: Tensor) -> bool:
         known = (count, None)
     params.kept["counted"] = known
     return known[1] is not None
-
-
-def _unbound(params: Flat, count: Tensor) -> Sequence[Tensor]:
-    found = params.kept.get("counts")
-    if found is None or found[0] is not count:
-        found = params.kept["counts"] = (count, count.unbind())
-    counts: Sequence[Tensor] = found[1]
-    return counts
 
 
 @described

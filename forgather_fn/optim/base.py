@@ -112,6 +112,13 @@ class UpdateContext(NamedTuple):
         """Give a hyperparameter's value at this step."""
         return self.scheduled[number.name] if isinstance(number, Scheduled) else number
 
+    def rates_of(self, hyper: Hyper) -> tuple[Scalar, Scalar]:
+        """Give learning rate and weight decay of a group at this step, no decay as 0."""
+        rate, decay = hyper.learning_rate, hyper.weight_decay or 0.0
+        if isinstance(rate, Scheduled) or isinstance(decay, Scheduled):
+            return self.learning_rate * self.valued(rate), self.valued(decay)
+        return self.learning_rate * rate, decay
+
 
 class Rates(NamedTuple):
     """What an update is told of its step: the learning rate, and the values of the optimizer's own schedules."""

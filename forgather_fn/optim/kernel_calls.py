@@ -1,11 +1,13 @@
 """The calls of fused kernels that an element-wise update is."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 from torch import Tensor
 
-from forgather_fn.flat import Chunk, Flat, Hyper
+from forgather_fn.flat import CUTS_KEPT, Chunk, Flat, Hyper
 from forgather_fn.gradient import Gradients
 
 
@@ -18,15 +20,19 @@ class KernelCall:
         chunks: Where they lie.
         params: Ranges of the parameters.
         slots: The same ranges of each slot.
+        counts: How often each has been updated, a scalar for each, where that is kept.
     """
 
     hyper: Hyper
     chunks: tuple[Chunk, ...]
     params: list[Tensor]
     slots: tuple[list[Tensor], ...]
+    counts: list[Tensor]
 
 
-def kernel_calls(gradients: Gradients, params: Flat, *slots: Flat, together: bool = True) -> list[KernelCall]:
+def kernel_calls(
+    gradients: Gradients, params: Flat, *slots: Flat, together: bool = True, count: Tensor | None = None
+) -> list[KernelCall]:
     """Sort what an element-wise update works on by group: one call of a fused kernel each.
 
     The lists are made once and shared by later steps as long as the same parameters get gradients.
@@ -36,25 +42,26 @@ def kernel_calls(gradients: Gradients, params: Flat, *slots: Flat, together: boo
         params: To be updated.
         slots: In the layout of the parameters.
         together: Whether neighbours of one group may be updated as one tensor. The bits are the same either way.
+        count: How often each leaf has been updated, where that is kept.
     """
     layout, active = gradients.layout, gradients.active
     cut = layout.singles if gradients.flat is None else layout.runs if together else layout.spans
     chunks = cut(active)
-    found = params.kept.get("kernel calls")
-    if found is None or found[0] is not chunks or not _same(found[1], slots):
-        found = params.kept["kernel calls"] = (chunks, slots, _calls(chunks, params, slots))
-    result: list[KernelCall] = found[2]
-    return result
+    given = (chunks, count, *slots)
+    known: dict[int, tuple[tuple[Any, ...], list[KernelCall]]] = params.kept.setdefault("kernel calls", {})
+    found = known.get(id(chunks))
+    if found is None or len(found[0]) != len(given) or not all(map(operator.is_, found[0], given)):
+        if len(known) >= CUTS_KEPT + len(params):
+            known.clear()
+        found = known[id(chunks)] = (given, _calls(chunks, params, slots, count))
+    return found[1]
 
 
-def _same(ones: Sequence[Flat], others: Sequence[Flat]) -> bool:
-    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
-
-
-def _calls(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat]) -> list[KernelCall]:
+def _calls(chunks: tuple[Chunk, ...], params: Flat, slots: Sequence[Flat], count: Tensor | None) -> list[KernelCall]:
     result = []
     for buffer, group in dict.fromkeys((chunk.buffer, chunk.group) for chunk in chunks):
         own = tuple(chunk for chunk in chunks if (chunk.buffer, chunk.group) == (buffer, group))
         lists = tuple(list(flat.slices(own)) for flat in (params, *slots))
-        result.append(KernelCall(params.layout.groups[group], own, lists[0], lists[1:]))
+        counts = [] if count is None else [count[chunk.first] for chunk in own]
+        result.append(KernelCall(params.layout.groups[group], own, lists[0], lists[1:], counts))
     return result

@@ -56,7 +56,7 @@ class Operands:
 
     def write(self, new: Sequence[Tensor], active: Sequence[bool], found_inf: Tensor) -> None:
         """Take new values, but for rows of leaves without a gradient, and not where the flag is set."""
-        rows = self.constant([float(on) for on in active])
+        rows = self.constant(active)
         if found_inf is FINE and not isinstance(rows, Tensor):
             for held, tensor in zip(self.held, new, strict=True):
                 held.copy_(tensor)
@@ -69,6 +69,8 @@ class Operands:
 
     def hypers(self, layout: Layout, context: UpdateContext) -> tuple[Scalar, Scalar]:
         """Give learning rate and weight decay of each row."""
+        if self.owners is None:
+            return context.rates_of(layout.groups[layout.leaves[self.leaves[0]].group])
         rates = [context.valued(group.learning_rate) for group in layout.groups]
         decays = [context.valued(group.weight_decay or 0.0) for group in layout.groups]
         own = [leaf.group for leaf in layout.leaves]

@@ -48,19 +48,20 @@ def sgd(
     def update(gradients: Gradients, state: OptState, params: Flat, context: UpdateContext) -> OptState:
         gradients = gradients.for_kernel()
         slots = [state["momentum"]] if keeps else []
-        decay = context.valued(number)
+        kept = context.valued(number)
         if torch.compiler.is_compiling():
-            unfused.sgd(gradients, params, *slots, momentum=decay, nesterov=nesterov, context=context)
+            unfused.sgd(gradients, params, *slots, momentum=kept, nesterov=nesterov, context=context)
             return state
         for call in kernel_calls(gradients, params, *slots):
+            rate, decay = context.rates_of(call.hyper)
             kernel: Callable[..., None] = torch._fused_sgd_ if _fused_sgd_is_right(call.params[0]) else _unfused_sgd
             kernel(
                 call.params,
                 gradients.slices(call.chunks),
                 call.slots[0] if keeps else [],
-                weight_decay=context.valued(call.hyper.weight_decay or 0.0),
-                momentum=decay,
-                lr=context.learning_rate * context.valued(call.hyper.learning_rate),
+                weight_decay=decay,
+                momentum=kept,
+                lr=rate,
                 dampening=0.0,
                 nesterov=nesterov,
                 maximize=False,

@@ -50,8 +50,7 @@ def one_by_one(gradients: Gradients, params: Flat, context: UpdateContext) -> It
             params[name],
             wide(params[name]),
             wide(gradient),
-            context.learning_rate * context.valued(hyper.learning_rate),
-            context.valued(hyper.weight_decay or 0.0),
+            *context.rates_of(hyper),
         )
 
 

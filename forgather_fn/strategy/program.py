@@ -108,7 +108,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         _, execution = running()
         batch, state = as_batch(batch), as_state(state)
         following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
-        return _at(following, batch.cursor), metrics
+        return following if batch.cursor is None else _at(following, batch.cursor), metrics
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
         _, execution = running()

@@ -1,6 +1,7 @@
 """What transforms are, and how they are put together."""
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -87,6 +88,27 @@ def apply(
     return result, state
 
 
+def apply_all(
+    transforms: Sequence[Transform],
+    gradients: Gradients,
+    states: tuple[Any, ...],
+    *,
+    params: Mapping[str, Tensor],
+    step: int | Tensor,
+    seed: int | Tensor,
+) -> tuple[Gradients, tuple[Any, ...]]:
+    """Run transforms one after the other, each with its state.
+
+    Returns:
+        The gradient, and the new states: the same tuple, where each of them is the same.
+    """
+    new = []
+    for transform, held in zip(transforms, states, strict=True):
+        gradients, held = apply(transform, gradients, held, params=params, step=step, seed=seed)
+        new.append(held)
+    return gradients, states if all(map(operator.is_, new, states)) else tuple(new)
+
+
 @described
 def chain(*transforms: Transform) -> Transform:
     """Apply transforms one after the other, as one.
@@ -103,11 +125,7 @@ def chain(*transforms: Transform) -> Transform:
     def update(
         gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
     ) -> tuple[Gradients, Any]:
-        states = []
-        for transform, held in zip(transforms, state, strict=True):
-            gradients, held = apply(transform, gradients, held, params=params, step=step, seed=seed)
-            states.append(held)
-        return gradients, tuple(states)
+        return apply_all(transforms, gradients, state, params=params, step=step, seed=seed)
 
     return Transform(
         init,

@@ -45,9 +45,12 @@ def clipped(max_norm: float | Schedule | None) -> Transform:
         norm = gradients.norm()
         if max_norm is None:
             return gradients.reporting(grad_norm=norm), state
-        bound = rate(max_norm, int(step)) if callable(max_norm) else max_norm
-        _check("clipped", f"max_norm at step {step}", bound)
-        if norm.device.type == "cpu" and not torch.compiler.is_compiling():
+        if isinstance(max_norm, int | float):
+            bound = float(max_norm)
+        else:
+            bound = rate(max_norm, int(step))
+            _check("clipped", f"max_norm at step {step}", bound)
+        if norm.is_cpu and not torch.compiler.is_compiling():
             ratio = (norm.item() + 1e-6) / bound  # looking is free here, and one call is faster than three
             if ratio <= 1.0:
                 return gradients.reporting(grad_norm=norm), state
