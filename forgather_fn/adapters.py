@@ -19,6 +19,7 @@ from forgather_fn.groups import Predicate
 from forgather_fn.model import ModelFactory, outline
 from forgather_fn.optim.base import rewrite
 from forgather_fn.program import Program
+from forgather_fn.signature import checked
 from forgather_fn.state import TrainState
 
 M = TypeVar("M", nn.Module, ModelFactory)
@@ -91,6 +92,7 @@ class _Adapted:
         return out + cast(Tensor, self.layer.lora(inputs))  # type: ignore[operator]
 
 
+@checked
 def lora(
     model: M, match: str | Predicate, *, rank: int, alpha: float, dropout: float = 0.0, also: str | Predicate = ""
 ) -> M:

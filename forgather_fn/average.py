@@ -10,6 +10,7 @@ from torch import Tensor
 from forgather_fn import flat
 from forgather_fn.describe import describe, described
 from forgather_fn.flat import Flat
+from forgather_fn.signature import checked
 
 
 class AverageUpdate(Protocol):
@@ -35,6 +36,7 @@ class Average:
         return self.description or f"Average({describe(self.update)})"
 
 
+@checked
 def ema(decay: float, *, warmup: bool = False) -> Average:
     """Keep an exponential moving average: after every update, ``ema = d * ema + (1 - d) * params``.
 
