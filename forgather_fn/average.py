@@ -11,6 +11,7 @@ from forgather_fn import flat
 from forgather_fn.describe import describe, described
 from forgather_fn.finite import applied
 from forgather_fn.flat import Flat
+from forgather_fn.signature import checked
 
 
 class AverageUpdate(Protocol):
@@ -36,6 +37,7 @@ class Average:
         return self.description or f"Average({describe(self.update)})"
 
 
+@checked
 def ema(decay: float, *, warmup: bool = False) -> Average:
     """Keep an exponential moving average: after every update, ``ema = d * ema + (1 - d) * params``.
 

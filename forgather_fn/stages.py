@@ -10,6 +10,7 @@ import attrs
 
 from forgather_fn import interrupt
 from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, closing
+from forgather_fn.signature import checked, shown
 
 
 class Observe(Protocol):
@@ -51,6 +52,8 @@ def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:
 
 
 def _as_observer(observer: Observer | Observe) -> Observer:
+    if not (isinstance(observer, Observer) or callable(observer)):
+        raise ValueError(f"an observer is a function of a tick, such as ff.saved(...) gives; got {shown(observer)}")
     return observer if isinstance(observer, Observer) else Observer(observer)
 
 
@@ -127,6 +130,7 @@ def _check_order(tick: Tick, found: Iterable[str]) -> None:
             )
 
 
+@checked
 def every(steps: int, *observers: Observer | Observe) -> Stage:
     """Look at every tick whose step is a multiple of ``steps``.
 
@@ -137,22 +141,33 @@ def every(steps: int, *observers: Observer | Observe) -> Stage:
     Raises:
         ValueError: ``steps`` is not a positive integer.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise ValueError(f"every: the number of steps must be an integer of at least 1, got {steps!r}")
     return observing(lambda tick: tick.state.step % steps == 0, lambda step: step % steps == 0, *observers)
 
 
+@checked
 def at(steps: int | Iterable[int], *observers: Observer | Observe) -> Stage:
     """Look at the ticks of these steps.
 
     Args:
         steps: One step number, or several: ``at((1, 10, 100), ...)``.
         observers: As in :func:`every`.
+
+    Raises:
+        ValueError: They are no integers of at least 1: the first tick is that of step 1.
     """
-    chosen = frozenset([steps] if isinstance(steps, int) else steps)
+    numbers = [steps] if isinstance(steps, int) else list(steps)
+    odd = [step for step in numbers if type(step) is not int or step < 1]
+    if odd or not numbers:
+        raise ValueError(
+            f"at: steps must be integers of at least 1; got {odd[0]!r}" if odd else "at: there are no steps"
+        )
+    chosen = frozenset(numbers)
     return observing(lambda tick: tick.state.step in chosen, lambda step: step in chosen, *observers)
 
 
+@checked
 def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock = time.monotonic) -> Stage:
     """Look at the first tick after every ``seconds`` seconds.
 

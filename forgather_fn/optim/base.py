@@ -1,5 +1,6 @@
 """The contract of optimizers: pairs of pure functions."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -204,7 +205,7 @@ def check_betas(name: str, betas: Sequence[float | Schedule], eps: float) -> Non
     Raises:
         ValueError: They are not two such numbers, or ``eps`` is negative.
     """
-    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or not eps >= 0:
+    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or not 0 <= eps < math.inf:
         raise ValueError(
-            f"{name}: betas must be two numbers in [0, 1) and eps at least 0; got betas={betas}, eps={eps}"
+            f"{name}: betas must be two numbers in [0, 1) and eps at least 0, and finite; got betas={betas}, eps={eps}"
         )
