@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import attrs
@@ -44,8 +44,11 @@ def described(factory: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{_call(factory, signature)}: {error}{_elsewhere(kwargs)}") from None
         made = factory(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         text = f"{factory.__name__}({', '.join(_arguments(bound))})"
         kind: Any = type(made)
@@ -78,6 +81,18 @@ def describe(part: object) -> str:
 def _unnamed(part: object) -> str:
     """Name an instance that does not say what it is by its class; its address means nothing in another process."""
     return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _call(factory: Callable[..., Any], signature: inspect.Signature) -> str:
+    """Write a function with the names of its arguments, and no types or defaults, for an error of one line."""
+    bare = [one.replace(annotation=one.empty, default=one.empty) for one in signature.parameters.values()]
+    # Such a signature is not checked: an argument without a default may follow one that had one.
+    return f"{factory.__name__}{inspect.Signature(bare, __validate_parameters__=False)}"
+
+
+def _elsewhere(given: Iterable[str]) -> str:
+    """Say where the argument is that optimizers have everywhere else, and not here."""
+    return "; the learning rate is the plan's: Plan(schedule=1e-3)" if {"lr", "learning_rate"} & {*given} else ""
 
 
 def _arguments(bound: inspect.BoundArguments) -> list[str]:

@@ -61,8 +61,9 @@ class Optimizer:
 
     Attributes:
         init: ``params -> state``.
-        update: ``(gradients, state, params, context) -> state``, in place on what it is given. Those that need shapes read
-            ``params[name]``; those that work element by element, :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
+        update: ``(gradients, state, params, context) -> state``, in place on what it is given. Those that need shapes
+            read ``params[name]``; those that work element by element,
+            :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
         groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``. If not given, all have the
             schedule's learning rate, and none a weight decay.
         description: How it prints.
