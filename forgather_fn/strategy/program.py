@@ -142,10 +142,10 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def evaluate(
         state: TrainState, data: Any, /, *, params: Params = "params", metrics: Sequence[Measure] = ()
     ) -> dict[str, float]:
-        return looking.evaluate(built(), as_state(state), data, params, metrics)
+        return inference.evaluate(built(), as_state(state), data, params, metrics)
 
     def apply(state: TrainState, /, *inputs: Any, params: Params = "params", **named: Any) -> Any:
-        return looking.apply(built(), as_state(state), inputs, named, params)
+        return inference.apply(built(), as_state(state), inputs, named, params)
 
     def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
         return storage.export(built(), as_state(state), params)
