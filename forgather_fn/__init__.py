@@ -1,6 +1,7 @@
 """Training as a fold of a pure step over a stream of batches."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from forgather_fn import adapters, data, losses, metrics, optim, reducers, schedules, transforms
@@ -129,6 +130,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name not in _WHEN_USED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With name and object, Python's traceback adds the nearest name that there is.
+        missing = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(missing, name=name, obj=sys.modules[__name__])
     module = importlib.import_module(f"{__name__}.{_WHEN_USED[name] or name}")
     return getattr(module, name) if _WHEN_USED[name] else module

@@ -94,6 +94,8 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         values = {name: _scalar(name, value) for name, value in metrics.items()} | dict(tick.results)
         now = Count(clock(), state.samples, int(state.tokens))
         values |= throughput(before, now) if before is not None else {}
+        if now.tokens == now.samples:  # rows that are no sequences count as one token each: one rate is enough
+            values.pop("tokens_per_second", None)
         before = now
         row = Row(
             step=state.step,

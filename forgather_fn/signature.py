@@ -86,7 +86,9 @@ def bind(factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> inspect.B
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{factory.__name__}: {error}; it takes {_known(signature, kwargs)}") from None
+        raise TypeError(
+            f"{factory.__name__}: {error}; it takes {_known(signature, kwargs)}{_elsewhere(kwargs)}"
+        ) from None
     bound.apply_defaults()
     for name, one in expected.items():
         bound.arguments[name] = value = plain(bound.arguments[name])
@@ -114,7 +116,13 @@ def _known(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     names = list(signature.parameters)
     unknown = next((name for name in given if name not in names), "")
     near = difflib.get_close_matches(unknown, names, n=len(names), cutoff=0.0) if unknown else names
-    return ", ".join(near) or "none"
+    named = names and all(one.kind is one.KEYWORD_ONLY for one in signature.parameters.values())
+    return (", ".join(near) or "none") + ", each by its name" * bool(named)
+
+
+def _elsewhere(given: Iterable[str]) -> str:
+    """Say where the argument is that optimizers have everywhere else, and not here."""
+    return "; the learning rate is the plan's: Plan(schedule=1e-3)" if {"lr", "learning_rate"} & {*given} else ""
 
 
 @functools.cache

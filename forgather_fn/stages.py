@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import attrs
 
@@ -40,6 +40,17 @@ class Observer:
     end: Callable[[Tick], None] = lambda tick: None
     close: Callable[[], None] = lambda: None
     answers: Mapping[str, Answer] = attrs.field(factory=dict)
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Say where it belongs: an observer in the place of a stage would be called with the steps.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "an observer is not a stage, and does not say when it looks: put it into one, ff.every(100, observer), "
+            "ff.at((1, 10), observer) or ff.at_end(observer)"
+        )
 
 
 def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:

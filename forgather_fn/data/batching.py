@@ -78,6 +78,8 @@ def batches(
         >>> [batch.data["x"].tolist() for batch in itertools.islice(stream.start(seed=0, samples=4), 2)]
         [[4, 5, 6, 7], [8, 9, 0, 1]]
     """
+    if isinstance(dataset, Stream):
+        raise ValueError(f"this is a stream already, of batches: give its dataset; got {dataset!r}")
     if not (isinstance(batch_size, Mapping) or callable(batch_size)):
         _check_integers(1, batch_size=batch_size)
     _check_integers(1, prefetch=prefetch, epochs=1 if epochs is None else epochs)

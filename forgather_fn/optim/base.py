@@ -62,9 +62,11 @@ class Optimizer:
 
     Attributes:
         init: ``params -> state``.
-        update: ``(gradients, state, params) -> state``, in place on what it is given. Those that need shapes read
-            ``params[name]``; those that work element by element, :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
-        groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``.
+        update: ``(gradients, state, params, context) -> state``, in place on what it is given. Those that need shapes
+            read ``params[name]``; those that work element by element,
+            :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
+        groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``. If not given, all have the
+            schedule's learning rate, and none a weight decay.
         description: How it prints.
         compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; its learning rate is
             a scalar tensor there.
@@ -79,7 +81,7 @@ class Optimizer:
 
     init: OptimizerInit
     update: OptimizerUpdate
-    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]
+    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]] = lambda params: dict.fromkeys(params, Hyper())
     description: str = ""
     compiles: bool = True
     separable: bool = False
