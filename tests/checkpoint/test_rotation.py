@@ -108,7 +108,7 @@ class TestWhatMayGo:
 class TestTheBest:
     @given(runs(), st.booleans())
     def test_is_no_worse_than_any(self, entries, greater):
-        found = best_of(entries, Best("eval_loss", greater))
+        found = best_of(entries, Best("eval_loss", greater_is_better=greater))
         values = [e.manifest.metrics["eval_loss"] for e in usable(entries) if "eval_loss" in e.manifest.metrics]
         values = [value for value in values if not math.isnan(value)]
         if found is None:
@@ -137,7 +137,7 @@ class TestTheBest:
     )
     def test_by_example(self, losses, greater, expected):
         entries = [entry(i, loss=loss) for i, loss in enumerate(losses)]
-        found = best_of(entries, Best("eval_loss", greater))
+        found = best_of(entries, Best("eval_loss", greater_is_better=greater))
         assert found == (None if expected is None else entries[expected])
 
     def test_is_not_a_damaged_one(self):
