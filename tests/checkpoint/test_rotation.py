@@ -13,7 +13,7 @@ from forgather_fn.checkpoint.rotation import best_of
 VALUES = st.one_of(
     st.none(), st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]), st.floats(allow_nan=True)
 )
-BEST = st.one_of(st.none(), st.builds(Best, st.just("eval_loss"), st.booleans()))
+BEST = st.one_of(st.none(), st.builds(Best, st.just("eval_loss"), greater_is_better=st.booleans()))
 
 
 def entry(number, *, loss=None, pinned=False, faults=(), ours=True, step=None):
