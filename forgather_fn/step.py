@@ -66,9 +66,8 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
         (means, mean_taken), buffers = passed(built, state, lambda: _accumulate(built, state, parts))
     except (RuntimeError, TypeError, IndexError) as error:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in built.binding.layout.dtypes)
-        error.add_note(
-            f"The batch was {outline(built.place(batch.data))}; the parameters are {kinds}, precision={built.plan.precision!r}."
-        )
+        given, precision = outline(built.place(batch.data)), built.plan.precision
+        error.add_note(f"The batch was {given}; the parameters are {kinds}, precision={precision!r}.")
         raise
     weight = means["loss"].weight
     gradients = built.workspace.collect(batch.samples, weight)
