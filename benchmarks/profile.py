@@ -96,7 +96,7 @@ COMPILED: Final = (
 )
 LOOP: Final = (
     Line("what is wanted of the step", ("forgather_fn.loop:Demand.at",)),
-    Line("report, every ten steps", ("forgather_fn:report().observe",)),
+    Line("a report: a look at the numbers", ("forgather_fn:report().observe",)),
     Line("read the samples of a batch", ("forgather_fn.data.loading:Fetch.__getitem__",)),
     Line("the step", ("forgather_fn:single().step",), model=True),
 )
@@ -113,7 +113,10 @@ TRAINER: Final = (
             "forgather.ml.trainer.loop:LoopMixin._get_learning_rate",
         ),
     ),
-    Line("options of the live optimizer", ("forgather.ml.trainer.live_optimizer:Adopted.update",)),
+    Line(
+        "the live optimizer: its options now, and the update", ("forgather.ml.trainer.live_optimizer:Adopted.update",)
+    ),
+    Line("the optimizer's kernels", ("torch:_fused_adamw_",), model=True),
     Line("around the step: its parts, its batch", ("forgather.ml.trainer.loop:LoopMixin._step",)),
     Line("the step of the core", ("forgather_fn:single().step",), model=True),
 )
@@ -196,10 +199,10 @@ def stepping(program: ff.Program) -> Callable[[], object]:
 
 
 def ticking() -> Callable[[], object]:
-    """Give the function that makes the next tick of a loop with a report every ten steps."""
+    """Give the function that makes the next tick of a loop with a report at every step."""
     reports: list[Any] = []
     program = ff.single(plan())
-    stages = ff.every(10, ff.report(reports.append)), ff.until(steps=1 << 40)
+    stages = ff.every(1, ff.report(reports.append)), ff.until(steps=1 << 40)
     ticks = iter(toolz.pipe(program.steps(program.init(0), streamed(SMALL, columns(SMALL))), *stages))
     return lambda: next(ticks)
 
@@ -215,7 +218,7 @@ def arms(backend: str) -> tuple[Arm, ...]:
             lambda: stepping(ff.single(plan(update="in_backward", transforms=()))),
         ),
         Arm("ff.single, compile=True", COMPILED, lambda: stepping(ff.single(plan(compile=True, backend=backend)))),
-        Arm("The loop: program.steps, every, until, a stream of columns", LOOP, ticking),
+        Arm("The loop: program.steps, a report at every step, until, a stream of columns", LOOP, ticking),
         Arm(
             "ff.accelerated, two processes",
             (*ACROSS, *EAGER),
