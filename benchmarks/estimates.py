@@ -30,7 +30,7 @@ def table(quick: bool) -> Table:
             plan = functools.partial(plan_of, task, functools.partial(Clock, task), **fields(task))
             batch = task.batches[0]
             taken, _ = most_held(functools.partial(_two_steps, plan, batch))
-            expected = ff.memory_estimate(plan(), batch)
+            expected = ff.memory(plan(), batch)
             found.append((task.name, name, taken, expected.peak - expected.batch))  # the batch is there before
     worst = max(abs(estimate / taken - 1) for _, _, taken, estimate in found)
     return Table(

@@ -17,8 +17,10 @@ from benchmarks.models import next_token_loss
 from benchmarks.overhead import DEEP, LARGE, SMALL
 from benchmarks.table import Reach, Table
 from benchmarks.task import MAX_NORM, PEAK, WEIGHT_DECAY, Task, optimizer_of
-from forgather_fn.replicated import traffic
+from forgather_fn import parcel
+from forgather_fn.layout import Layout
 from forgather_fn.testing.processes import processes
+from forgather_fn.world import World
 
 TASKS: Final[Mapping[str, Task]] = {task.name: task for task in (SMALL, DEEP, LARGE)}
 ROUNDS: Final = 9
@@ -146,3 +148,15 @@ def _by_size(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
         lines=tuple(lines),
         results=tuple({"processes": size, "models": models} for size, models in found.items()),
     )
+
+
+def traffic(layout: Layout, names: int, world: World) -> int:
+    """Count the bytes that each process sends in a step, where sums are taken around a ring.
+
+    Args:
+        layout: Of the parameters.
+        names: How many means the loss has.
+        world: The processes.
+    """
+    room = parcel.size(len(layout.leaves), 2 * names, world.size)
+    return 2 * (world.size - 1) * (layout.bytes + room * layout.dtypes[0].itemsize) // world.size

@@ -1,6 +1,7 @@
 """Training as a fold of a pure step over a stream of batches."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from forgather_fn import adapters, data, losses, metrics, optim, reducers, schedules, transforms
@@ -10,7 +11,7 @@ from forgather_fn.changes import changing, folded, rollback
 from forgather_fn.compiler import CompileError
 from forgather_fn.data import Batch, Stream, batches
 from forgather_fn.endings import early_stopped, stopped_by, until
-from forgather_fn.estimate import memory_estimate
+from forgather_fn.estimate import memory
 from forgather_fn.functional import frozen
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import group
@@ -79,7 +80,7 @@ __all__ = [
     "lora",
     "losses",
     "members",
-    "memory_estimate",
+    "memory",
     "metrics",
     "noise",
     "optim",
@@ -129,6 +130,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name not in _WHEN_USED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With name and object, Python's traceback adds the nearest name that there is.
+        missing = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(missing, name=name, obj=sys.modules[__name__])
     module = importlib.import_module(f"{__name__}.{_WHEN_USED[name] or name}")
     return getattr(module, name) if _WHEN_USED[name] else module

@@ -9,17 +9,19 @@ from torch import Tensor
 
 from forgather_fn import flat
 from forgather_fn.describe import describe, described
+from forgather_fn.finite import applied
 from forgather_fn.flat import Flat
+from forgather_fn.signature import checked
 
 
 class AverageUpdate(Protocol):
     """Move an average towards the parameters."""
 
-    def __call__(self, average: Flat, params: Flat, /, *, good: Tensor | float, updates: Tensor) -> Flat:
+    def __call__(self, average: Flat, params: Flat, /, *, found_inf: Tensor, updates: Tensor) -> Flat:
         """Update ``average`` in place and give it.
 
-        ``good`` is 1, or 0 where the step was not finite and nothing must change; ``updates`` counts
-        the updates so far, this one included.
+        Where ``found_inf`` (a float32 scalar on the device) is 1 instead of 0, nothing must change, as in the update of
+        an optimizer; ``updates`` counts those that were made, this one included.
         """
         ...
 
@@ -35,6 +37,7 @@ class Average:
         return self.description or f"Average({describe(self.update)})"
 
 
+@checked
 def ema(decay: float, *, warmup: bool = False) -> Average:
     """Keep an exponential moving average: after every update, ``ema = d * ema + (1 - d) * params``.
 
@@ -52,12 +55,11 @@ def ema(decay: float, *, warmup: bool = False) -> Average:
     if not 0 <= decay < 1:
         raise ValueError(f"ema: decay must be in [0, 1), got {decay}")
 
-    def update(average: Flat, params: Flat, *, good: Tensor | float, updates: Tensor) -> Flat:
+    def update(average: Flat, params: Flat, *, found_inf: Tensor, updates: Tensor) -> Flat:
         if not warmup:
-            share = good * (1 - decay) if isinstance(good, float) else good.double() * (1 - decay)
-            return _moved(average, params, share)
+            return _moved(average, params, 1 - decay, found_inf)
         t = updates.double()
-        return _moved(average, params, good * (1.0 - ((1.0 + t) / (10.0 + t)).clamp(max=decay)))
+        return _moved(average, params, 1.0 - ((1.0 + t) / (10.0 + t)).clamp(max=decay), found_inf)
 
     more = ", warmup=True" if warmup else ""  # so that older checkpoints, which have no such word, are the same plan
     return Average(update, f"ema(decay={decay!r}{more})")
@@ -80,9 +82,9 @@ def power_ema(gamma: float) -> Average:
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"power_ema: gamma must be a finite number of at least 0, got {gamma}")
 
-    def update(average: Flat, params: Flat, *, good: Tensor | float, updates: Tensor) -> Flat:
+    def update(average: Flat, params: Flat, *, found_inf: Tensor, updates: Tensor) -> Flat:
         beta = (1.0 - 1.0 / updates.clamp(min=1).double()) ** (gamma + 1.0)
-        return _moved(average, params, good * (1.0 - beta))
+        return _moved(average, params, 1.0 - beta, found_inf)
 
     return Average(update)
 
@@ -107,12 +109,12 @@ def swa(*, start: int, every: int = 1) -> Average:
     if not (isinstance(start, int) and isinstance(every, int) and start >= 1 and every >= 1):
         raise ValueError(f"swa: start and every must be integers of at least 1, got start={start} and every={every}")
 
-    def update(average: Flat, params: Flat, *, good: Tensor | float, updates: Tensor) -> Flat:
+    def update(average: Flat, params: Flat, *, found_inf: Tensor, updates: Tensor) -> Flat:
         since = updates - start
         counts = torch.div(since, every, rounding_mode="floor") + 1  # of parameters in the mean, these included
         due = (torch.remainder(since, every) == 0) | (since < 0)
         share = torch.where(due, 1.0 / counts.clamp(min=1).double(), 0.0)
-        return _moved(average, params, good * share)
+        return _moved(average, params, share, found_inf)
 
     return Average(update)
 
@@ -140,8 +142,10 @@ def narrowed(average: Flat, params: Flat) -> Flat:
     return found
 
 
-def _moved(average: Flat, params: Flat, share: Tensor | float) -> Flat:
-    """Move every element of an average by a share of the way to the parameters, in place."""
+def _moved(average: Flat, params: Flat, share: Tensor | float, found_inf: Tensor) -> Flat:
+    """Move every element of an average by a share of the way to the parameters, in place, unless the flag is set."""
+    good = applied(found_inf)
+    share = share * (good.double() if isinstance(good, Tensor) else good)
     for mine, current in zip(average.buffers, params.buffers, strict=True):
         if mine.is_floating_point():
             mine.lerp_(current.to(mine.dtype), share if isinstance(share, float) else share.to(mine.dtype))

@@ -16,7 +16,11 @@ from forgather_fn.tree import rebuilt
 
 def as_batch(batch: Any) -> Batch:
     """Wrap plain data as a batch of as many samples as its leading dimension."""
-    return batch if isinstance(batch, Batch) else Batch(batch, leading_dimension(batch), None)
+    if not isinstance(batch, Batch):
+        return Batch(batch, leading_dimension(batch), None)
+    if type(batch.samples) is not int or batch.samples < 0:
+        raise ValueError(f"Batch: samples is an integer of at least 0, which positions count; got {batch.samples!r}")
+    return batch
 
 
 def check_batches(data: Any) -> None:

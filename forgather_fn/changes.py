@@ -11,6 +11,7 @@ from forgather_fn.loop import Demand, Stage, Steps, Tick, closing
 from forgather_fn.mean import Mean
 from forgather_fn.reducers import Reducer
 from forgather_fn.reducers.base import kept_of
+from forgather_fn.signature import checked
 from forgather_fn.state import TrainState
 
 
@@ -22,6 +23,7 @@ class Change(Protocol):
         ...
 
 
+@checked
 def changing(change: Change) -> Stage:
     """Let a function put another state in the place of a tick's.
 
@@ -74,6 +76,7 @@ def _changes(begin: Callable[[Steps], Callable[[Tick], Tick]], keeps: str | None
     return stage
 
 
+@checked
 def folded(name: str, reducer: Reducer, *, metric: str = "loss") -> Stage:
     """Fold a metric of every step by a reducer; what it comes to is a result of the tick under ``name``.
 
@@ -122,6 +125,7 @@ ROLLBACK: Final = "rollback"
 """Under what :func:`rollback` keeps its counts in ``state.controls``."""
 
 
+@checked
 def rollback(*, after: int, every: int, on: str | None = None) -> Stage:
     """Go back to the last good state in memory after some bad steps in a row.
 

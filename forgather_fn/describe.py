@@ -7,6 +7,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import attrs
 
+from forgather_fn.signature import bind
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -29,7 +31,8 @@ class Described:
 def described(factory: Callable[P, T]) -> Callable[P, T]:
     """Make what a factory returns print as the call that made it, defaults filled in.
 
-    A closure becomes a :class:`Described`; a frozen record that has a field ``description`` gets that field set.
+    Arguments are held to what their annotations say (see :func:`~forgather_fn.signature.bind`). A closure becomes a
+    :class:`Described`; a frozen record that has a field ``description`` gets that field set.
 
     Example:
         >>> @described
@@ -40,13 +43,11 @@ def described(factory: Callable[P, T]) -> Callable[P, T]:
         >>> line()(3)
         6.0
     """
-    signature = inspect.signature(factory)
 
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
-        made = factory(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
+        bound = bind(factory, *args, **kwargs)
+        made = cast(Callable[..., T], factory)(*bound.args, **bound.kwargs)
         text = f"{factory.__name__}({', '.join(_arguments(bound))})"
         kind: Any = type(made)
         if attrs.has(kind) and "description" in attrs.fields_dict(kind):

@@ -8,9 +8,11 @@ import attrs
 from forgather_fn.data import Stream
 from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick, closing
 from forgather_fn.reducers import Control, stale
+from forgather_fn.signature import checked
 from forgather_fn.state import TrainState
 
 
+@checked
 def until(
     *,
     steps: int | None = None,
@@ -81,6 +83,7 @@ def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
     return None if left is None else state.step + left
 
 
+@checked
 def early_stopped(
     metric: str = "eval_loss", *, patience: int, min_delta: float = 0.0, greater_is_better: bool = False
 ) -> Stage:
@@ -127,6 +130,7 @@ def early_stopped(
     return stage
 
 
+@checked
 def stopped_by(condition: Callable[[Tick], bool]) -> Stage:
     """End the stream after the first tick for which a condition holds."""
 

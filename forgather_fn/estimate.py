@@ -65,7 +65,7 @@ class Memory:
         return "\n".join(f"{name:<{width}}  {size / 2**20:>12,.1f} MiB" for name, size in rows.items())
 
 
-def memory_estimate(plan: Plan, batch: Any) -> Memory:
+def memory(plan: Plan, batch: Any) -> Memory:
     """Estimate the memory that training by a plan takes, on one device, without allocating it.
 
     A copy of the model without values runs forward and backward over the first microbatches of the batch, on tensors
@@ -153,7 +153,7 @@ def _subject(plan: Plan) -> _Subject:
     hypers = plan.optimizer.groups(asked)
     trained = {name: tensor for name, tensor in asked.items() if not hypers[name].frozen}
     if not trained:
-        raise ValueError(f"memory_estimate: {type(module).__name__} has no parameter that is trained")
+        raise ValueError(f"memory: {type(module).__name__} has no parameter that is trained")
     still = {name: tensor for name, tensor in params.items() if name not in trained}
     layout = layout_of(trained, {name: hypers[name] for name in trained})
     return _Subject(module, anatomy, buffer_slots(module), trained, still, layout)
@@ -170,7 +170,7 @@ def _without_values(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
                 model = model()
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"memory_estimate: the model cannot be built on the meta device ({error}); give the plan a "
+                f"memory: the model cannot be built on the meta device ({error}); give the plan a "
                 "module instead of its factory"
             ) from error
     made: dict[str, Tensor] = {}
@@ -256,7 +256,7 @@ def _explained() -> Iterator[None]:
         yield
     except DataDependentOutputException as error:
         raise ValueError(
-            f"memory_estimate: the model or the loss looks at a value ({error}), and there are none to look at; "
+            f"memory: the model or the loss looks at a value ({error}), and there are none to look at; "
             "the estimate is of models whose operations follow from shapes alone"
         ) from error
 

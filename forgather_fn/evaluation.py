@@ -154,7 +154,7 @@ def chosen(plan: Plan, arrays: Arrays, which: Params) -> Flat:
         with torch.no_grad():
             return evaluated(arrays.opt, arrays.params)
     if which != "ema":
-        raise ValueError(f"params={which!r} is not one of 'params', 'ema'")
+        raise ValueError(f"params={which!r} is not one of 'params', 'ema', which is the average of any kind")
     if arrays.ema is None:
         raise ValueError("params='ema', but the plan keeps no average; add Plan(average=ff.ema(decay))")
     with torch.no_grad():

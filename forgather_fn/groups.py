@@ -11,6 +11,7 @@ from forgather_fn.describe import describe
 from forgather_fn.flat import listed
 from forgather_fn.hyper import Hyper, Number, Scheduled
 from forgather_fn.schedules import Schedule
+from forgather_fn.signature import checked
 
 Predicate = Callable[[str, Tensor], bool]
 
@@ -31,6 +32,7 @@ class Group:
         return {f"{what}/{self.name}": number for what, number in given.items() if callable(number)}
 
 
+@checked
 def group(
     match: str | Predicate,
     *,
@@ -82,7 +84,7 @@ def schedules_of(groups: Sequence[Group], **given: float | Schedule | None) -> d
     Raises:
         ValueError: Two groups have schedules of one name; or they are no sequence of groups.
     """
-    if isinstance(groups, Group) or not all(isinstance(one, Group) for one in groups):
+    if not isinstance(groups, Sequence) or not all(isinstance(one, Group) for one in groups):
         raise ValueError(f"groups takes a sequence of them: groups=[ff.group(...)]; got {describe(groups)}")
     found = {name: number for name, number in given.items() if callable(number)}
     for one in groups:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,11 +11,13 @@ from forgather_fn.program import Measure
 from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
 from forgather_fn.report.throughput import Count, throughput
+from forgather_fn.signature import checked, shown
 from forgather_fn.stages import Observer
 from forgather_fn.state import Params, raise_if_nonfinite
 from forgather_fn.wanted import check_wants, is_wanted
 
 
+@checked
 def evaluated(
     data: Data,
     *,
@@ -27,10 +29,20 @@ def evaluated(
 
     Args:
         data: A stream, of which one ordered pass is made, or a list of batches.
-        params: Params parameters: the trained ones, or their average.
+        params: Which parameters: the trained ones, or their average.
         metrics: What is measured besides the loss: ``(ff.metrics.accuracy, ff.metrics.f1(classes=10))``.
         name: What the results begin with.
+
+    Raises:
+        ValueError: ``data`` or ``metrics`` could be read only once.
     """
+    if not isinstance(metrics, Sequence):  # one look after the other
+        raise ValueError(f"evaluated: metrics takes a sequence: metrics=(...,); got {shown(metrics)}")
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"evaluated: data is a {type(data).__name__}, which can be read once, and not at each look; give a stream "
+            "(ff.batches), or a list of batches"
+        )
 
     def observe(tick: Tick) -> Mapping[str, float]:
         found = tick.run.program.evaluate(tick.state, data, params=params, metrics=metrics)
@@ -44,6 +56,7 @@ def evaluated(
     return Observer(observe, answers={"evaluate": answer})
 
 
+@checked
 def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), clock: Clock = time.monotonic) -> Observer:
     """Write the numbers of a tick to sinks: the step's metrics, the results of observers upstream, and rates.
 
@@ -60,7 +73,10 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         ValueError: A metric that is wanted is unknown, or is not one number.
         NonFiniteError: At a look: a step before was not finite.
     """
-    lifted, asked = [as_sink(sink) for sink in sinks], frozenset(wants)
+    lifted, names = [as_sink(sink) for sink in sinks], list(wants)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"report: wants takes names of metrics; got {shown(names)}")
+    asked = frozenset(names)
     check_wants(asked)
     if "gradients" in asked:
         raise ValueError('report: "gradients" are tensors, and a row has numbers: ask for "gradient_norms"')
@@ -78,6 +94,8 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         values = {name: _scalar(name, value) for name, value in metrics.items()} | dict(tick.results)
         now = Count(clock(), state.samples, int(state.tokens))
         values |= throughput(before, now) if before is not None else {}
+        if now.tokens == now.samples:  # rows that are no sequences count as one token each: one rate is enough
+            values.pop("tokens_per_second", None)
         before = now
         row = Row(
             step=state.step,

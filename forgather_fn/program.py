@@ -181,6 +181,20 @@ class Whole(Protocol):
         ...
 
 
+def public(**functions: Any) -> None:
+    """Name the functions of a program as its users know them, since Python's own error of a wrong call begins so.
+
+    Example:
+        >>> def take(state, batch, /): ...
+        >>> public(step=take)
+        >>> take()
+        Traceback (most recent call last):
+        TypeError: Program.step() missing 2 required positional arguments: 'state' and 'batch'
+    """
+    for name, function in functions.items():
+        function.__qualname__ = f"Program.{name}"
+
+
 def itself(state: TrainState, /) -> TrainState | None:
     """Give a state that every process has whole."""
     return state

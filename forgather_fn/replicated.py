@@ -15,7 +15,7 @@ from forgather_fn.batch import owned
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
 from forgather_fn.execution import Advance, Execution
-from forgather_fn.flat import Flat, Layout
+from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.overlap import Bucket, Sending, buckets, sending
@@ -196,20 +196,3 @@ def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Ten
         gradients = attrs.evolve(gradients, active=active, views=views)
     gradients = attrs.evolve(gradients, weight=weight)
     return divided(replica.built, state.read(), gradients, weight=weight)
-
-
-def traffic(layout: Layout, names: int, world: World) -> int:
-    """Count the bytes that each process sends in a step, where sums are taken around a ring.
-
-    Args:
-        layout: Of the parameters.
-        names: How many means the loss has.
-        world: The processes.
-
-    Example:
-        >>> from forgather_fn.flat import layout_of
-        >>> traffic(layout_of({"weight": torch.zeros(64)}), 1, World(size=2))
-        388
-    """
-    room = parcel.size(len(layout.leaves), 2 * names, world.size)
-    return 2 * (world.size - 1) * (layout.bytes + room * layout.dtypes[0].itemsize) // world.size

@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import attrs
 
 from forgather_fn import interrupt
 from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, closing
+from forgather_fn.signature import checked, shown
 
 
 class Observe(Protocol):
@@ -40,6 +41,17 @@ class Observer:
     close: Callable[[], None] = lambda: None
     answers: Mapping[str, Answer] = attrs.field(factory=dict)
 
+    def __call__(self, *_: object) -> NoReturn:
+        """Say where it belongs: an observer in the place of a stage would be called with the steps.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "an observer is not a stage, and does not say when it looks: put it into one, ff.every(100, observer), "
+            "ff.at((1, 10), observer) or ff.at_end(observer)"
+        )
+
 
 def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:
     """Add what observers can be asked for; one that stands in several stages counts once."""
@@ -51,6 +63,8 @@ def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:
 
 
 def _as_observer(observer: Observer | Observe) -> Observer:
+    if not (isinstance(observer, Observer) or callable(observer)):
+        raise ValueError(f"an observer is a function of a tick, such as ff.saved(...) gives; got {shown(observer)}")
     return observer if isinstance(observer, Observer) else Observer(observer)
 
 
@@ -127,6 +141,7 @@ def _check_order(tick: Tick, found: Iterable[str]) -> None:
             )
 
 
+@checked
 def every(steps: int, *observers: Observer | Observe) -> Stage:
     """Look at every tick whose step is a multiple of ``steps``.
 
@@ -137,22 +152,33 @@ def every(steps: int, *observers: Observer | Observe) -> Stage:
     Raises:
         ValueError: ``steps`` is not a positive integer.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise ValueError(f"every: the number of steps must be an integer of at least 1, got {steps!r}")
     return observing(lambda tick: tick.state.step % steps == 0, lambda step: step % steps == 0, *observers)
 
 
+@checked
 def at(steps: int | Iterable[int], *observers: Observer | Observe) -> Stage:
     """Look at the ticks of these steps.
 
     Args:
         steps: One step number, or several: ``at((1, 10, 100), ...)``.
         observers: As in :func:`every`.
+
+    Raises:
+        ValueError: They are no integers of at least 1: the first tick is that of step 1.
     """
-    chosen = frozenset([steps] if isinstance(steps, int) else steps)
+    numbers = [steps] if isinstance(steps, int) else list(steps)
+    odd = [step for step in numbers if type(step) is not int or step < 1]
+    if odd or not numbers:
+        raise ValueError(
+            f"at: steps must be integers of at least 1; got {odd[0]!r}" if odd else "at: there are no steps"
+        )
+    chosen = frozenset(numbers)
     return observing(lambda tick: tick.state.step in chosen, lambda step: step in chosen, *observers)
 
 
+@checked
 def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock = time.monotonic) -> Stage:
     """Look at the first tick after every ``seconds`` seconds.
 

@@ -256,7 +256,8 @@ def as_state(given: Any) -> TrainState:
         fix = "that is what a step returns; take it apart: state, metrics = program.step(state, batch)"
     else:
         fix = "make one by program.init(seed), or by program.restore(run)"
-    raise ValueError(f"expected a TrainState, got a {type(given).__name__}: {fix}")
+    kind = type(given).__name__
+    raise ValueError(f"expected a TrainState, got {'an' if kind[0] in 'AEIOU' else 'a'} {kind}: {fix}")
 
 
 def raise_if_nonfinite(state: TrainState) -> None:

@@ -29,7 +29,7 @@ def refreshed_statistics(
         program: Whose model is run.
         state: Not consumed.
         data: A stream, of which one ordered pass is made, or batches; the model is called on the first element of each.
-        params: Params parameters.
+        params: Which parameters.
 
     Returns:
         A copy of the state, with other values for the buffers of batch norms.

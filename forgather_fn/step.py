@@ -66,8 +66,10 @@ def take_gradients(built: Built, state: TrainState, batch: Batch) -> tuple[Gradi
         (means, mean_taken), buffers = passed(built, state, lambda: _accumulate(built, state, parts))
     except (RuntimeError, TypeError, IndexError) as error:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in built.binding.layout.dtypes)
-        given, precision = outline(built.place(batch.data)), built.plan.precision
-        error.add_note(f"The batch was {given}; the parameters are {kinds}, precision={precision!r}.")
+        error.add_note(
+            f"The batch was {outline(built.place(batch.data))}; the parameters are {kinds}, "
+            f"precision={built.plan.precision!r}."
+        )
         raise
     weight = means["loss"].weight
     gradients = built.workspace.collect(batch.samples, weight)
@@ -273,7 +275,7 @@ def _averaged(
     ema = arrays.ema
     if plan.average is not None:
         assert ema is not None
-        ema = plan.average.update(ema, arrays.params, good=good, updates=arrays.updates)
+        ema = plan.average.update(ema, arrays.params, found_inf=found_inf, updates=arrays.updates)
     if opt is arrays.opt and ema is arrays.ema and transforms is arrays.transforms:
         return arrays
     if transforms is not arrays.transforms:

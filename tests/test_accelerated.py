@@ -296,7 +296,7 @@ def test_the_first_process_reports(pair, tmp_path):
 
 def saving(run: str, background: bool) -> list[str]:
     program = ff.accelerated(plan())
-    saver = ff.saved(run, asynchronous=background)
+    saver = ff.saved(run, async_=background)
     ff.last(ff.until(steps=4)(ff.every(2, saver)(program.steps(program.init(0), data()))))
     return [entry.path.name for entry in list_checkpoints(run)]
 
@@ -312,7 +312,7 @@ def failing_saves(run: str) -> None:
     if rank() == 0:
         Path(run).mkdir(exist_ok=True)
         (Path(run) / "checkpoints").write_text("in the way")
-    saver = ff.saved(run, failures=1, asynchronous=False)
+    saver = ff.saved(run, failures=1, async_=False)
     ff.last(ff.until(steps=3)(ff.every(1, saver)(program.steps(state, data()))))
 
 

@@ -51,8 +51,8 @@ def test_evaluation_prediction_and_export_can_take_it():
 
 
 def test_an_average_of_ones_own():
-    def latest(average, params, *, good, updates):
-        assert float(good) == 1.0
+    def latest(average, params, *, found_inf, updates):
+        assert float(found_inf) == 0.0
         for mine, current in zip(average.buffers, params.buffers, strict=True):
             mine.copy_(current * updates)
         return average

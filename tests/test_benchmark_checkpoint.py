@@ -84,7 +84,7 @@ def test_what_the_next_update_waits_for_counts_as_blocked(both: Both, monkeypatc
 
 def test_a_save_that_does_not_go_on_beside_counts_as_blocked(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "snapshot", slowly_copied)
-    monkeypatch.setattr(checkpoint, "saved", functools.partial(saved, asynchronous=False))
+    monkeypatch.setattr(checkpoint, "saved", functools.partial(saved, async_=False))
     assert both.first()[FIRST].wall >= 0.6
 
 

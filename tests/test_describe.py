@@ -1,6 +1,7 @@
 import functools
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
@@ -123,3 +124,9 @@ def test_a_plan_describes_every_part():
         assert {name for name, text in description(**changes).items() if text != whole[name]} == set(changes)
     assert "frozen=True" in whole["optimizer"]
     assert "*.bias" in whole["optimizer"]
+
+
+def test_numbers_of_numpy_print_and_count_as_those_of_python():
+    made = ff.adamw(betas=(np.float64(0.9), np.float32(0.5)), weight_decay=np.float32(0.5))
+    assert repr(made) == repr(ff.adamw(betas=(0.9, 0.5), weight_decay=0.5))
+    assert ff.schedules.linear(peak=np.float32(0.5), total=np.int64(4))(1) == 0.375

@@ -125,6 +125,18 @@ CASES = {
         lambda: with_state(lambda made, state: made.steps(made.init, labelled_batches(1))),
         r"expected a TrainState, got a function: make one by program\.init\(seed\)",
     ),
+    "a batch in the place of a state": (
+        lambda: with_state(lambda made, state: made.step(labelled(6), state)),
+        r"expected a TrainState, got a tuple: make one by program\.init\(seed\)",
+    ),
+    "a stream in the place of a state": (
+        lambda: with_state(lambda made, state: made.steps(ff.batches(labelled(6), batch_size=2), state)),
+        r"expected a TrainState, got an IndexedStream",
+    ),
+    "a stream of a stream": (
+        lambda: ff.batches(ff.batches(labelled(6), batch_size=2), batch_size=2),
+        r"this is a stream already, of batches: give its dataset",
+    ),
     "a loop over one batch": (
         lambda: trains(labelled(6)),
         r"expected a stream or an iterable of batches: a tuple is one batch; one batch alone is \[batch\]",
@@ -170,6 +182,53 @@ CASES = {
 def test_it_is_one_clear_error(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+CALLS = {
+    "a step without a batch": (
+        lambda: with_state(lambda made, state: made.step(state)),
+        r"^Program\.step\(\) missing 1 required positional argument: 'batch'",
+    ),
+    "a step of a joint program without a batch": (
+        lambda: (made := ff.joined({"one": program(classifier())}, lambda *given: None)).step(made.init(0)),
+        r"^Program\.step\(\) missing 1 required positional argument: 'batch'",
+    ),
+    "an evaluation without data": (
+        lambda: with_state(lambda made, state: made.evaluate(state)),
+        r"^Program\.evaluate\(\) missing 1 required positional argument: 'data'",
+    ),
+    "a learning rate of the optimizer": (
+        lambda: ff.adamw(lr=1e-3),
+        r"^adamw: .* 'lr'; it takes .*, each by its name; the learning rate is the plan's",
+    ),
+    "a schedule whose arguments have no names": (
+        lambda: ff.schedules.cosine(1e-3, 10, 100),
+        r"^cosine: too many positional arguments; it takes peak, warmup, total, final, each by its name$",
+    ),
+    "a loop over a stream that was not started": (
+        lambda: next(iter(ff.batches(labelled(6), batch_size=2))),
+        r"`for batch in stream\.start\(seed=0, samples=0\)`, or `for tick in program\.steps\(state, stream\)`",
+    ),
+    "an observer in the place of a stage": (
+        lambda: with_state(
+            lambda made, state: toolz.pipe(made.steps(state, []), ff.evaluated(labelled_batches(1)), ff.last)
+        ),
+        r"an observer is not a stage, .*ff\.every\(100, observer\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), CALLS.values(), ids=CALLS.keys())
+def test_a_wrong_call_says_how_it_is_made(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        wrong()
+
+
+def test_a_name_that_there_is_not_is_compared_with_those_that_there_are():
+    with pytest.raises(AttributeError, match="module 'forgather_fn' has no attribute 'adam_w'") as error:
+        ff.adam_w  # noqa: B018
+    assert error.value.obj is ff  # of which the interpreter looks up the nearest name
+    assert error.value.name == "adam_w"
 
 
 def test_errors_have_names_where_they_are_caught_by_name():

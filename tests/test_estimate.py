@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_what_is_measured(name):
     make, batch = CASES[name]
-    expected = ff.memory_estimate(make(), batch)
+    expected = ff.memory(make(), batch)
     measured = taken(make, batch)
     assert expected.peak - expected.batch == pytest.approx(measured, rel=0.02)
 
@@ -102,7 +102,7 @@ def test_the_estimate_is_what_is_measured(name):
 def test_grouped_heads_are_counted_one_by_one():
     """Transformers takes tensors without values for a trace, and then repeats the heads that are shared."""
     make = functools.partial(plan, functools.partial(llama, 2))
-    expected = ff.memory_estimate(make(), WORDS)
+    expected = ff.memory(make(), WORDS)
     measured = taken(make, WORDS)
     assert measured < expected.peak - expected.batch < 1.1 * measured
 
@@ -111,7 +111,7 @@ def test_grouped_heads_are_counted_one_by_one():
 def test_parts_are_those_of_the_state(name):
     """Also of models with tied, frozen, unused and half-precision parameters."""
     chosen, batch = zoo.plan_of(name, average=ff.ema(0.5)), zoo.SPECIMENS[name].batch(4)
-    told = ff.memory_estimate(chosen, batch)
+    told = ff.memory(chosen, batch)
     program = ff.single(chosen)
     state = program.init(0)
 
@@ -126,10 +126,10 @@ def test_parts_are_those_of_the_state(name):
 
 
 def test_activations_are_fewer_where_blocks_run_again():
-    kept, again = ff.memory_estimate(plan(), WORDS), ff.memory_estimate(plan(recomputed), WORDS)
+    kept, again = ff.memory(plan(), WORDS), ff.memory(plan(recomputed), WORDS)
     assert again.activations < kept.activations / 2
     assert (again.parameters, again.slots) == (kept.parameters, kept.slots)
-    halves = ff.memory_estimate(plan(microbatches=2), WORDS)
+    halves = ff.memory(plan(microbatches=2), WORDS)
     assert halves.activations == pytest.approx(kept.activations / 2, rel=0.05)
 
 
@@ -139,7 +139,7 @@ def test_nothing_is_allocated():
 
     with torch.device("meta"):
         batch = torch.empty(2**12, 2**18), torch.empty(2**12, 16)
-    held, told = most_held(lambda: ff.memory_estimate(plan(huge, ff.losses.mse), batch))
+    held, told = most_held(lambda: ff.memory(plan(huge, ff.losses.mse), batch))
     assert held < 2**20
     assert told.parameters > 2**38
     assert told.peak > told.parameters + told.gradients + told.slots + told.activations
@@ -149,15 +149,15 @@ def test_a_module_is_left_as_it_is():
     model = classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.eval()
-    told = ff.memory_estimate(plan(model, ff.losses.cross_entropy), labelled(6))
+    told = ff.memory(plan(model, ff.losses.cross_entropy), labelled(6))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert told == ff.memory_estimate(plan(classifier, ff.losses.cross_entropy), labelled(6))
+    assert told == ff.memory(plan(classifier, ff.losses.cross_entropy), labelled(6))
 
 
 def test_it_prints_as_a_table():
-    told = ff.memory_estimate(plan(classifier, ff.losses.cross_entropy), labelled(6))
+    told = ff.memory(plan(classifier, ff.losses.cross_entropy), labelled(6))
     lines = str(told).splitlines()
     assert len(lines) == len(attrs.fields(type(told)))
     assert lines[0].split() == ["parameters", "0.0", "MiB"]
@@ -182,4 +182,4 @@ class Looking(nn.Module):
 )
 def test_what_cannot_be_told_without_values_is_refused(model, batch, message):
     with pytest.raises(ValueError, match=message):
-        ff.memory_estimate(plan(model, ff.losses.cross_entropy), batch)
+        ff.memory(plan(model, ff.losses.cross_entropy), batch)

@@ -27,6 +27,7 @@ BASE = {
     "portion",
     "random",
     "reducers",
+    "signature",
     "state",
     "terminal",
     "tree",

@@ -204,13 +204,13 @@ def test_a_step_that_fails_after_an_update_says_so():
     assert_equal(state, kept)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_left_at_any_step_and_taken_up_again(tmp_path, asynchronous):
+@pytest.mark.parametrize("async_", [True, False])
+def test_left_at_any_step_and_taken_up_again(tmp_path, async_):
     program = gan()
     reports: list[Mapping[str, float]] = []
     whole = toolz.pipe(
         program.steps(program.init(4), gan_data(50)),
-        ff.every(1, ff.saved(tmp_path, asynchronous=asynchronous), ff.report(lambda row: reports.append(row.values))),
+        ff.every(1, ff.saved(tmp_path, async_=async_), ff.report(lambda row: reports.append(row.values))),
         ff.until(steps=5),
         ff.last,
     )

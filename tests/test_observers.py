@@ -57,6 +57,12 @@ class TestReport:
         assert rows[1].values["samples_per_second"] == pytest.approx(12 / elapsed)
         assert rows[1].values["tokens_per_second"] == pytest.approx(9 / elapsed)
 
+    def test_where_a_sample_is_a_token_there_is_one_rate(self):
+        rows = []
+        reported(ff.every(2, ff.report(rows.append, clock=Ticking())), rows=rows)
+        assert "samples_per_second" in rows[1].values
+        assert "tokens_per_second" not in rows[1].values
+
     def test_a_clock_that_stands_still_gives_no_rate(self):
         rows = []
         reported(ff.every(1, ff.report(rows.append, clock=lambda: 5.0)), rows=rows)

@@ -17,6 +17,7 @@ from forgather_fn.describe import Described, describe
 from forgather_fn.flat import listed
 from forgather_fn.groups import Predicate
 from forgather_fn.model import ModelFactory, outline
+from forgather_fn.signature import checked
 
 M = TypeVar("M", nn.Module, ModelFactory)
 
@@ -89,6 +90,7 @@ class Adapted:
         return out + cast(Tensor, self.layer.lora(inputs))  # type: ignore[operator]
 
 
+@checked
 def lora(
     model: M, match: str | Predicate, *, rank: int, alpha: float, dropout: float = 0.0, also: str | Predicate = ""
 ) -> M:

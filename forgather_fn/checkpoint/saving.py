@@ -94,7 +94,7 @@ def saved(
     best: str | None = None,
     greater_is_better: bool = False,
     resumed_from: str | Path | None = None,
-    asynchronous: bool = True,
+    async_: bool = True,
     failures: int = FAILURES,
 ) -> Observer:
     """Save the state as a checkpoint, as an observer, and at the end of the stream once more.
@@ -109,7 +109,7 @@ def saved(
         best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
         greater_is_better: Of the numbers compared; False where less is better.
         resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
-        asynchronous: Copy and write while training goes on: only the next update waits for the copy. False waits.
+        async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
         failures: How many saves in a row may fail before the run does.
 
     Raises:
@@ -128,7 +128,7 @@ def saved(
         best=Best(best, greater_is_better) if best else None,
         resumed_from=_resumed(resumed_from) if resumed_from else None,
     )
-    writer = _Writer(path_of(run, "saved").resolve(), policy, asynchronous, failures)
+    writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
     return Observer(
         writer.observe, open=writer.open, end=writer.end, close=writer.close, answers={"save": writer.answer}
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn.data.fetch import Indices
+from forgather_fn.signature import checked
 
 
 @attrs.define(eq=False)
@@ -36,8 +37,20 @@ class Mapped:
         self._array = None
 
 
+def _integers(given: npt.DTypeLike) -> np.dtype[Any]:
+    try:
+        kind = np.dtype(given)
+    except (TypeError, ValueError):
+        kind = np.dtype(object)
+    if given is None or kind.kind not in "iu":
+        raise ValueError(f"dtype={given!r}: tokens are integers: expected the type of them, such as 'uint16'")
+    return kind
+
+
 def _mapped(path: str | os.PathLike[str], dtype: npt.DTypeLike) -> Mapped:
-    found, kind = Path(path), np.dtype(dtype)
+    found, kind = Path(path), _integers(dtype)
+    if found.is_dir():
+        raise ValueError(f"{os.fspath(path)!r} is a directory: expected a file")
     size = found.stat().st_size
     if not size or size % kind.itemsize:
         raise ValueError(f"{found} has {size} bytes: expected elements of {kind}, of {kind.itemsize} bytes each")
@@ -64,6 +77,7 @@ class Tokens:
         return {"input_ids": tokens, "labels": tokens}
 
 
+@checked
 def memmap_tokens(
     path: str | os.PathLike[str], *, length: int, dtype: npt.DTypeLike = "uint16", stride: int | None = None
 ) -> Tokens:
@@ -86,14 +100,13 @@ def memmap_tokens(
     if length < 1 or stride < 1:
         raise ValueError(f"length={length}, stride={stride}: both must be at least 1")
     file = _mapped(path, dtype)
-    if file.dtype.kind not in "iu":
-        raise ValueError(f"dtype={file.dtype}: tokens are integers")
     windows = (len(file.array) - length) // stride + 1
     if windows < 1:
         raise ValueError(f"{path} has {len(file.array)} tokens: fewer than one window of {length}")
     return Tokens(length, stride, windows, file)
 
 
+@checked
 def text_bytes(path: str | os.PathLike[str], *, length: int, stride: int | None = None) -> Tokens:
     """Read windows of a file byte by byte: the tokens are bytes, 256 of them.
 
@@ -126,6 +139,7 @@ class Lines:
         return self._file.array[start : int(self._ends[index])].tobytes().removesuffix(b"\r").decode(self.encoding)
 
 
+@checked
 def text_lines(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Lines:
     """Read a text file line by line, without their ends.
 
@@ -138,7 +152,11 @@ def text_lines(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> Line
     Raises:
         ValueError: The file is empty, or the encoding writes ends of lines in another way.
     """
-    if "\n".encode(encoding) != b"\n":
+    try:
+        end = "\n".encode(encoding)
+    except LookupError as error:
+        raise ValueError(f"text_lines: {error}") from None
+    if end != b"\n":
         raise ValueError(f"encoding={encoding!r} does not end a line with the byte 10: convert the file to UTF-8")
     file = _mapped(path, "uint8")
     size, block = len(file.array), 1 << 24

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any, Final
 
 import attrs
 import numpy as np
@@ -10,6 +11,10 @@ import numpy.typing as npt
 from forgather_fn.data.fetch import Indices
 from forgather_fn.data.permutation import permuted
 from forgather_fn.random import key
+from forgather_fn.signature import checked, shown
+
+MOST: Final = 2**48
+"""The largest length: sums of them are integers of 64 bits too."""
 
 
 @attrs.frozen(repr=False)
@@ -57,6 +62,24 @@ class ByLength:
         return f"by_length(group={self.group}, groups={self.groups}, lengths={self.digest})"
 
 
+def lengths_of(given: Any, what: str) -> Indices:
+    """Read a length for each sample.
+
+    Raises:
+        ValueError: They are no integers of at least 0, or not in one dimension.
+    """
+    try:
+        known = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        known = np.empty((), object)  # what cannot be an array is of no type that is taken
+    if known.ndim != 1 or (known.size and (known.dtype.kind not in "iu" or int(known.min()) < 0)):
+        raise ValueError(f"{what}: lengths must be integers of at least 0, one for each sample; got {shown(given)}")
+    if known.size and int(known.max()) > MOST:
+        raise ValueError(f"{what}: a length of {known.max()} is more than {MOST}")
+    return np.ascontiguousarray(known, dtype=np.int64)
+
+
+@checked
 def by_length(lengths: Sequence[int] | npt.NDArray[np.integer], *, group: int, groups: int = 50) -> ByLength:
     """Order samples so that those of a batch are of similar length, at random otherwise.
 
@@ -71,7 +94,7 @@ def by_length(lengths: Sequence[int] | npt.NDArray[np.integer], *, group: int, g
         groups: How many are drawn together: more give more equal lengths, and less chance.
 
     Raises:
-        ValueError: A number is less than 1, or the lengths are not one-dimensional.
+        ValueError: A number is less than 1, or the lengths are no integers of at least 0, in one dimension.
 
     Example:
         >>> from forgather_fn import batches
@@ -83,9 +106,7 @@ def by_length(lengths: Sequence[int] | npt.NDArray[np.integer], *, group: int, g
         ... ]
         [[12, 11, 10], [6, 5, 4], [9, 8, 7], [3, 2, 1]]
     """
-    known = np.ascontiguousarray(lengths, dtype=np.int64)
-    if known.ndim != 1:
-        raise ValueError(f"lengths have the shape {known.shape}: expected one length for each sample")
+    known = lengths_of(lengths, "by_length")
     if group < 1 or groups < 1:
         raise ValueError(f"by_length(group={group}, groups={groups}): both must be at least 1")
     digest = hashlib.sha256(known.tobytes()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from forgather_fn.data.order import Order, Ordering, look_up
 from forgather_fn.data.permutation import permuted
 from forgather_fn.data.weights import Curriculum, Phases, phases
 from forgather_fn.random import key
+from forgather_fn.signature import checked, shown
 
 WINDOW: Final = 1024
 """Positions whose sources are shuffled together. Each window has its exact number of samples of each source."""
@@ -158,6 +159,7 @@ class Mixed:
         return f"mixture({sources}, weights={self.weights}, {self.order})"
 
 
+@checked
 def mixture(sources: Mapping[str, Any], *, weights: Curriculum | None = None, label: str | None = None) -> Mixture:
     """Mix datasets by weights.
 
@@ -188,6 +190,8 @@ def mixture(sources: Mapping[str, Any], *, weights: Curriculum | None = None, la
         >>> next(batches(both, batch_size=8, order="sequential").start(seed=0, samples=0)).data.tolist()
         [100, 101, 102, 103, 104, 100, 101, 102]
     """
+    if not isinstance(sources, Mapping) or not all(isinstance(name, str) for name in sources):
+        raise ValueError(f"mixture: sources must be a mapping of names to datasets; got {shown(sources)}")
     if not sources:
         raise ValueError("a mixture needs at least one source")
     nested = [name for name, dataset in sources.items() if isinstance(dataset, Mixture)]

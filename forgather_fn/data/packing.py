@@ -1,7 +1,7 @@
 """Documents of unequal length packed into rows of one length, without losing or doubling a token."""
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, Final
 
 import attrs
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from forgather_fn.data.fetch import Indices, MapDataset
+from forgather_fn.data.lengths import MOST, lengths_of
+from forgather_fn.signature import checked
 
 UNLABELLED: Final = -100
 """The label of what is not to be predicted, in torch and everywhere else."""
@@ -75,17 +77,24 @@ class Packed:
 
     def _tokens(self, segment: Segment) -> Any:
         whole = tokens_of(self.documents[segment.document])
-        if len(whole) != self.lengths[segment.document]:
+        if _count(whole, segment.document) != self.lengths[segment.document]:
             raise ValueError(
                 f"document {segment.document} has {len(whole)} tokens, but its length was given as "
                 f"{self.lengths[segment.document]}"
             )
-        return whole[segment.start : segment.stop]
+        tokens = np.asarray(whole[segment.start : segment.stop])
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"document {segment.document} has tokens of {tokens.dtype}, shape {tokens.shape}: expected integers in "
+                "one dimension"
+            )
+        return tokens
 
     def __repr__(self) -> str:
         return f"<{self.rows} rows of {self.length} tokens>"
 
 
+@checked
 def packed(
     documents: Any, *, length: int, lengths: Sequence[int] | npt.NDArray[np.integer] | None = None, pad: int = 0
 ) -> Packed:
@@ -111,11 +120,12 @@ def packed(
         >>> rows[1]["position_ids"].tolist(), rows[1]["labels"].tolist()
         ([0, 0, 1, 2], [-100, -100, 7, 8])
     """
-    known = _measured(documents, length, lengths)
+    known = _measured("packed", documents, length, lengths, pad)
     ends = np.cumsum(known)
     return Packed(documents, known, length, -(-int(ends[-1]) // length), pad, EndToEnd(ends, length))
 
 
+@checked
 def best_fit(
     documents: Any, *, length: int, lengths: Sequence[int] | npt.NDArray[np.integer] | None = None, pad: int = 0
 ) -> Packed:
@@ -139,7 +149,7 @@ def best_fit(
         >>> [rows[i]["input_ids"].tolist() for i in range(len(rows))]
         [[6, 7, 8, 9, 10], [1, 2, 3, 4, 5]]
     """
-    known = _measured(documents, length, lengths)
+    known = _measured("best_fit", documents, length, lengths, pad)
     cut = _longest_first(known, length)
     rooms: dict[int, list[int]] = {}  # rows by how many tokens they still take
     sizes: list[int] = []  # the keys of it, ascending
@@ -214,20 +224,29 @@ def _longest_first(lengths: Indices, length: int) -> Indices:
     return np.stack([documents, starts, stops], 1)[np.argsort(starts - stops, kind="stable")]
 
 
-def _measured(documents: Any, length: int, lengths: Any) -> Indices:
-    if not isinstance(length, int) or length < 2:
+def _count(tokens: Any, document: int) -> int:
+    single = isinstance(tokens, Tensor | np.ndarray) and tokens.ndim == 0
+    if single or not isinstance(tokens, Sized) or isinstance(tokens, str | bytes):
+        raise ValueError(f"document {document} is a {type(tokens).__name__}: expected a sequence of tokens")
+    return len(tokens)
+
+
+def _measured(what: str, documents: Any, length: int, lengths: Any, pad: int) -> Indices:
+    if not 2 <= length <= MOST or not 0 <= pad <= MOST:
         raise ValueError(
-            f"length={length}: a row has a whole number of tokens, at least 2: each is predicted from those before"
+            f"{what}: length={length}, pad={pad}: a row has a whole number of tokens, at least 2, since each is "
+            "predicted from those before; the token that fills it up is at least 0"
         )
-    if isinstance(documents, str | bytes) or not isinstance(documents, MapDataset):
+    flat = isinstance(documents, Tensor | np.ndarray) and documents.ndim < 2
+    if flat or isinstance(documents, str | bytes | Mapping) or not isinstance(documents, MapDataset):
         raise ValueError(
             f"a {type(documents).__name__} is no collection of documents: expected something with __len__ and "
             "__getitem__ that gives sequences of tokens, or mappings with 'input_ids'"
         )
     if lengths is None:
-        lengths = [len(tokens_of(documents[number])) for number in range(len(documents))]
-    known = np.asarray(lengths, np.int64)
-    if known.shape != (len(documents),) or (known.size and known.min() < 0):
+        lengths = [_count(tokens_of(documents[number]), number) for number in range(len(documents))]
+    known = lengths_of(lengths, what)
+    if len(known) != len(documents):
         raise ValueError(f"lengths have the shape {known.shape}: expected one for each of {len(documents)} documents")
     if not known.sum():
         raise ValueError("the documents have no tokens: there is nothing to pack")

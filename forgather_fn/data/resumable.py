@@ -9,6 +9,8 @@ from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 import attrs
 from torch.utils.data import DataLoader, IterableDataset
 
+from forgather_fn.signature import checked
+
 Json: TypeAlias = Any
 """None, numbers, strings, and lists and mappings of them."""
 
@@ -149,6 +151,7 @@ class _Remembering:
             )
 
 
+@checked
 def counted(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Counted:
     """Read a source one sample after the other, and take it up again by counting.
 
@@ -159,7 +162,7 @@ def counted(source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Counted:
             with its arguments (``lambda: read(path)``), a torch ``IterableDataset``.
 
     Raises:
-        ValueError: It is an iterator, which can be read once only.
+        ValueError: It is an iterator, which can be read once only; or nothing that can be iterated.
 
     Example:
         >>> import itertools

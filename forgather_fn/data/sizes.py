@@ -3,11 +3,12 @@
 import bisect
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import attrs
 
 from forgather_fn.describe import describe
+from forgather_fn.signature import checked
 
 
 class SizeAt(Protocol):
@@ -129,6 +130,11 @@ def sizes(given: Mapping[int, int] | SizeAt) -> Sizes:
     return Sizes(repr({step: given[step] for step in steps}), min(given.values()), intervals, None, [0])
 
 
+MOST: Final = 100_000
+"""Sizes that a schedule of the batch size may be written out with."""
+
+
+@checked
 def rampup(*, start: int, stop: int, increment: int, samples: int) -> dict[int, int]:
     """Make a schedule of the batch size that grows in equal increments, each kept for equally many samples.
 
@@ -142,7 +148,8 @@ def rampup(*, start: int, stop: int, increment: int, samples: int) -> dict[int, 
         samples: Over how many samples it grows.
 
     Raises:
-        ValueError: The increment does not lead from one to the other, or a number is too small.
+        ValueError: The increment does not lead from one to the other, there are more than 100 000 of them, or a number
+            is too small.
 
     Example:
         >>> rampup(start=8, stop=24, increment=8, samples=100)
@@ -154,6 +161,11 @@ def rampup(*, start: int, stop: int, increment: int, samples: int) -> dict[int, 
             "samples >= 0, and an increment that divides stop - start"
         )
     increments = (stop - start) // increment
+    if increments > MOST:
+        raise ValueError(
+            f"rampup: from {start} to {stop} by {increment} are more than {MOST:,} sizes; give a larger increment, or "
+            "a function of the step: batches(..., batch_size=lambda step: ...)"
+        )
     schedule, step, position = {0: start}, 0, 0
     for number in range(1, increments + 1):
         size = start + (number - 1) * increment

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Generator
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NoReturn, TypeAlias
 
 from forgather_fn.data.batch import Batch
 from forgather_fn.share import Share
@@ -42,6 +42,12 @@ class Stream(abc.ABC):
     @abc.abstractmethod
     def least(self) -> int | None:
         """Samples in the smallest batch, but for one that ends an epoch or the stream; None if it is not known."""
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a stream has no beginning of its own, so `for batch in stream` says too little: write "
+            "`for batch in stream.start(seed=0, samples=0)`, or `for tick in program.steps(state, stream)`"
+        )
 
     @abc.abstractmethod
     def start(

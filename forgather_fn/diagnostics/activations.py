@@ -15,6 +15,7 @@ from forgather_fn.batch import as_batch, as_it_came
 from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
 from forgather_fn.program import Program
+from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 from forgather_fn.state import Params, TrainState
 from forgather_fn.world import World
@@ -44,6 +45,7 @@ class Activation:
         return math.sqrt(max(self.rms**2 - self.mean**2, 0.0))
 
 
+@checked
 def activations(
     program: Program,
     state: TrainState,
@@ -132,6 +134,7 @@ def _statistics(sums: list[Tensor]) -> Activation:
     return Activation(int(elements), total / elements, math.sqrt(squares / elements), largest, zeros / elements)
 
 
+@checked
 def activation_statistics(*, modules: str = "*", batch: Any = None, params: Params = "params") -> Observer:
     """Look at what modules give out: one forward pass more at each look.
 

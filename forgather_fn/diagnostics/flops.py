@@ -28,8 +28,11 @@ def flops_per_token(parameters: int, *, layers: int = 0, heads: int = 0, head_si
         857246208
     """
     attention = {"layers": layers, "heads": heads, "head_size": head_size, "context": context}
-    if parameters < 1 or min(attention.values()) < 0:
-        raise ValueError(f"flops_per_token: counts cannot be negative, got parameters={parameters}, {attention}")
+    given = (parameters, *attention.values())
+    if any(type(count) is not int or not 0 <= count < 2**63 for count in given) or not parameters:
+        raise ValueError(
+            f"flops_per_token: counts are integers, and cannot be negative; got parameters={parameters!r}, {attention}"
+        )
     missing = [name for name, value in attention.items() if not value]
     if 0 < len(missing) < len(attention):
         raise ValueError(f"flops_per_token: attention needs all four of its sizes; missing: {', '.join(missing)}")
@@ -68,6 +71,10 @@ def peak_flops(device: str) -> float:
         >>> peak_flops("NVIDIA A100-SXM4-80GB") / 1e12
         312.0
     """
+    if not isinstance(device, str):
+        raise ValueError(
+            f"peak_flops: expected a device's name, as torch.cuda.get_device_name() gives it; got {device!r}"
+        )
     words = f" {device.replace('-', ' ').lower()} "
     fitting = [name for name in PEAKS if f" {name.lower()} " in words]
     if not fitting:

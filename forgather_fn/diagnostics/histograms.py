@@ -10,6 +10,7 @@ from torch import Tensor
 from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
 from forgather_fn.report.path import naming
+from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 from forgather_fn.wanted import WANTS
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+@checked
 def histograms(
     directory: str | os.PathLike[str], *, params: str | None = "*", gradients: str | None = None
 ) -> Observer:

@@ -11,6 +11,7 @@ import torch
 from forgather_fn.diagnostics.window import during
 from forgather_fn.loop import Stage, Steps
 from forgather_fn.report.path import naming
+from forgather_fn.signature import checked
 
 _NOT_ON: Final = (
     "memory_recorded: torch records allocations of CUDA devices, and this run is on {device!r}; "
@@ -18,6 +19,7 @@ _NOT_ON: Final = (
 )
 
 
+@checked
 def memory_recorded(
     directory: str | os.PathLike[str], *, start: int, steps: int = 1, entries: int = 1_000_000
 ) -> Stage:
@@ -37,6 +39,8 @@ def memory_recorded(
         ValueError: A number is less than 1; when the first of the steps begins: the run is not on a CUDA device, or the
             directory cannot be used.
     """
+    if entries < 1:
+        raise ValueError(f"memory_recorded: entries must be at least 1, got {entries}")
 
     @contextlib.contextmanager
     def recording(device: torch.device, rank: int) -> Iterator[None]:

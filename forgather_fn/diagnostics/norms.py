@@ -7,12 +7,14 @@ from typing import Any, Final
 import torch
 
 from forgather_fn.loop import Tick
+from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 from forgather_fn.wanted import WANTS
 
 _NORMS: Final = ("gradient_norms", "parameter_norms", "update_norms")
 
 
+@checked
 def by_module(metrics: Mapping[str, Any], *, depth: int = 2) -> dict[str, float]:
     """Join the norms of parameters, as a step gives them, to norms of modules, and tell how far each was moved.
 
@@ -71,6 +73,7 @@ def _floats(values: list[Any]) -> list[float]:
     return found
 
 
+@checked
 def module_norms(*, depth: int = 2) -> Observer:
     """Look at the norms of gradients, parameters and updates, by module, and at update-to-weight ratios.
 

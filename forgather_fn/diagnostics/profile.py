@@ -10,8 +10,10 @@ import torch
 from forgather_fn.diagnostics.window import during
 from forgather_fn.loop import Stage
 from forgather_fn.report.path import naming
+from forgather_fn.signature import checked
 
 
+@checked
 def profiled(
     directory: str | os.PathLike[str],
     *,

@@ -40,8 +40,6 @@ def contrastive(*, temperature: float | None = 0.07, negatives: Literal["batch",
     """
     if temperature is not None and not 0 < temperature < float("inf"):
         raise ValueError(f"contrastive: temperature must be a positive number, or None; got {temperature}")
-    if negatives not in ("batch", "microbatch"):
-        raise ValueError(f"contrastive: negatives={negatives!r} is not one of 'batch', 'microbatch'")
 
     def total(outputs: Any, batch: Any) -> Tensor:
         scores = _given(outputs) if temperature is None else _cosines(outputs) / temperature

@@ -14,11 +14,13 @@ from forgather_fn.losses.calling import call_arguments
 from forgather_fn.losses.finding import logits_of
 from forgather_fn.losses.terms import Term, objective, terms_of
 from forgather_fn.losses.weighting import beside
+from forgather_fn.signature import checked
 
 Teacher = str | nn.Module | Callable[[Any], Tensor]
 """Whose logits are learned: a key of the batch, a module, or a function of the batch."""
 
 
+@checked
 def distilled(loss: Objective, *, teacher: Teacher, temperature: float = 2.0, share: float = 0.5) -> Objective:
     """Mix a loss with how far the model is from a teacher: ``(1 - share) * loss + share * distance``.
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from forgather_fn.optim.base import Optimizer, OptState, UpdateContext
 from forgather_fn.optim.rows import like
 from forgather_fn.optim.shaped import Own, one_by_one, take, wide_slots
 from forgather_fn.schedules import Schedule
+
+LEAST: Final = torch.finfo(torch.float32).tiny
 
 
 @described
@@ -45,8 +48,7 @@ def adafactor(
         clip_threshold: The highest root mean square of an update, in units of the step.
         decay_power: How fast the running means slow down.
         beta1: Decay of a running mean of updates, which is another slot as large as the parameters; None for none.
-        eps: Added to squared gradients, where 0 is for gradients that are never 0 themselves; the least root mean
-            square of a parameter.
+        eps: Added to squared gradients, above 0 in float32; the least root mean square of a parameter.
         weight_decay: Times the learning rate (neither scaled nor relative), of those parameters that decay.
         decays: Which parameters those are; by default, those of two or more dimensions.
         groups: Parameters with hyperparameters of their own.
@@ -56,10 +58,10 @@ def adafactor(
     """
     if not (callable(beta1) or beta1 is None or 0 <= beta1 < 1):
         raise ValueError(f"adafactor: beta1 must be a number in [0, 1), a schedule, or None; got {beta1}")
-    if not (clip_threshold > 0 and decay_power > 0 and len(eps) == 2 and min(eps) >= 0):
+    if not (clip_threshold > 0 and 0 < decay_power < math.inf and len(eps) == 2 and eps[0] >= LEAST and eps[1] >= 0):
         raise ValueError(
-            "adafactor: clip_threshold and decay_power must be above 0, and eps two numbers of at least 0; got "
-            f"{clip_threshold}, {decay_power} and {eps}"
+            "adafactor: clip_threshold and decay_power must be above 0, and eps two numbers, of which the first is at "
+            f"least {LEAST:.3g}: a gradient of 0 is divided by its root; got {clip_threshold}, {decay_power} and {eps}"
         )
 
     def init(params: Flat) -> OptState:

@@ -1,5 +1,6 @@
 """The contract of optimizers: pairs of pure functions."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -61,9 +62,11 @@ class Optimizer:
 
     Attributes:
         init: ``params -> state``.
-        update: ``(gradients, state, params) -> state``, in place on what it is given. Those that need shapes read
-            ``params[name]``; those that work element by element, :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
-        groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``.
+        update: ``(gradients, state, params, context) -> state``, in place on what it is given. Those that need shapes
+            read ``params[name]``; those that work element by element,
+            :func:`~forgather_fn.optim.kernel_calls.kernel_calls`.
+        groups: Name each parameter's hyperparameters: ``{name: tensor} -> {name: Hyper}``. If not given, all have the
+            schedule's learning rate, and none a weight decay.
         description: How it prints.
         compiles: Whether ``update`` is tensor operations alone, so that it can be part of a graph; its learning rate is
             a scalar tensor there.
@@ -78,7 +81,7 @@ class Optimizer:
 
     init: OptimizerInit
     update: OptimizerUpdate
-    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]]
+    groups: Callable[[Mapping[str, Tensor]], Mapping[str, Hyper]] = lambda params: dict.fromkeys(params, Hyper())
     description: str = ""
     compiles: bool = True
     separable: bool = False
@@ -204,7 +207,7 @@ def check_betas(name: str, betas: Sequence[float | Schedule], eps: float) -> Non
     Raises:
         ValueError: They are not two such numbers, or ``eps`` is negative.
     """
-    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or not eps >= 0:
+    if len(betas) != 2 or not all(callable(beta) or 0 <= beta < 1 for beta in betas) or not 0 <= eps < math.inf:
         raise ValueError(
-            f"{name}: betas must be two numbers in [0, 1) and eps at least 0; got betas={betas}, eps={eps}"
+            f"{name}: betas must be two numbers in [0, 1) and eps at least 0, and finite; got betas={betas}, eps={eps}"
         )

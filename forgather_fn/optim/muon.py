@@ -128,13 +128,11 @@ def orthogonal(
     """
     if not (callable(momentum) or 0 <= momentum < 1):
         raise ValueError(f"muon: momentum must be a number in [0, 1) or a schedule; got {momentum}")
-    if not (isinstance(iterations, int) and 1 <= iterations < 100 and len(coefficients) == 3 and eps >= 0):
+    if not (isinstance(iterations, int) and 1 <= iterations < 100 and len(coefficients) == 3 and 0 <= eps < math.inf):
         raise ValueError(
             "muon: iterations must be an integer from 1 to 99, coefficients three numbers, and eps at least 0; got "
             f"{iterations}, {coefficients} and {eps}"
         )
-    if adjust not in ("match_rms_adamw", "original", "none"):
-        raise ValueError(f"muon: adjust={adjust!r} is not one of 'match_rms_adamw', 'original', 'none'")
     number = named("momentum", momentum)
 
     def init(params: Flat) -> OptState:

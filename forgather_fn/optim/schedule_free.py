@@ -1,5 +1,6 @@
 """Schedule-free AdamW: an average of the iterates in place of a falling learning rate."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +57,7 @@ def schedule_free_adamw(
             f"schedule_free_adamw: the first of betas says where the evaluated point lies, and must be a number in "
             f"(0, 1); got {betas}"
         )
-    if not (power >= 0 and rate_power >= 0):
+    if not (0 <= power < math.inf and 0 <= rate_power < math.inf):
         raise ValueError(f"schedule_free_adamw: powers must be at least 0; got {power} and {rate_power}")
     number = named("beta2", betas[1])
 

@@ -1,5 +1,6 @@
 """Stochastic gradient descent."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def sgd(
     Raises:
         ValueError: ``momentum`` is negative, or ``nesterov`` without it.
     """
-    if not callable(momentum) and (momentum < 0 or (nesterov and momentum == 0)):
+    if not callable(momentum) and (not 0 <= momentum < math.inf or (nesterov and momentum == 0)):
         raise ValueError(f"sgd: momentum must be at least 0, and above 0 for nesterov; got {momentum}")
     keeps, number = momentum != 0, named("momentum", momentum)
 

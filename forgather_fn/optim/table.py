@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from forgather_fn.describe import describe as text_of
 from forgather_fn.hyper import Hyper, Number, Scheduled
-from forgather_fn.optim.base import Optimizer
+from forgather_fn.optim.base import Optimizer, check_optimizer
+from forgather_fn.signature import shown
 
 
 @attrs.frozen
@@ -113,6 +114,10 @@ def describe(optimizer: Optimizer, params: nn.Module | Mapping[str, Tensor]) -> 
             2.bias [2]
         6 tensors, 35 elements
     """
+    check_optimizer("describe", optimizer)
+    tensors = params.values() if isinstance(params, Mapping) else ()
+    if not isinstance(params, nn.Module | Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ValueError(f"describe: params must be a module, or tensors by name; got {shown(params)}")
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else dict(params)
     still = {n for n, p in named.items() if isinstance(params, nn.Module) and not p.requires_grad}
     hypers = optimizer.groups({name: tensor for name, tensor in named.items() if name not in still})

@@ -86,7 +86,7 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
         with ExitStack() as stack:
             stack.enter_context(seeded(0, torch.device("cpu")))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_watching(model, named, trace, calls))
+            stack.enter_context(_watching(named, trace, calls))
             stack.enter_context(_cutting(model, cuts, trace, passed, calls))
             stack.enter_context(Following(trace))
             call()
@@ -114,7 +114,7 @@ def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _watching(model: nn.Module, named: Mapping[nn.Module, str], trace: Trace, calls: list[_Call]) -> Iterator[None]:
+def _watching(named: Mapping[nn.Module, str], trace: Trace, calls: list[_Call]) -> Iterator[None]:
     """Note which module runs, and the form of what those give that lead from one hidden state to the next."""
     running: list[tuple[_Call, Tensor | None]] = []
 

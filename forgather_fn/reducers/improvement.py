@@ -26,6 +26,9 @@ def stale(*, min_delta: float = 0.0, greater_is_better: bool = False) -> Reducer
         min_delta: By how much a number must be better than the best to count.
         greater_is_better: Of the numbers compared; False where less is better.
 
+    Raises:
+        ValueError: ``min_delta`` is negative, or no number.
+
     Example:
         >>> counting = stale()
         >>> kept = counting.init()
@@ -34,6 +37,8 @@ def stale(*, min_delta: float = 0.0, greater_is_better: bool = False) -> Reducer
         >>> counting.result(kept), kept
         (2, {'best': 2.0, 'poor': 2})
     """
+    if not min_delta >= 0:
+        raise ValueError(f"stale: min_delta must be a number of at least 0, got {min_delta}")
 
     def add(kept: Kept, number: float) -> Kept:
         if improved(number, kept["best"], min_delta, greater_is_better=greater_is_better):
@@ -75,8 +80,6 @@ def plateau(
         raise ValueError(
             f"plateau: patience, cooldown and threshold must be at least 0; got {patience}, {cooldown} and {threshold}"
         )
-    if threshold_mode not in ("relative", "absolute"):
-        raise ValueError(f"plateau: threshold_mode={threshold_mode!r} is not one of 'relative', 'absolute'")
 
     def better(number: float, best: float) -> bool:
         if threshold_mode == "relative":  # torch's arithmetic, to the bit

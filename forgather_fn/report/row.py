@@ -116,6 +116,8 @@ def sink(function: Callable[[Row], None]) -> Sink:
         >>> rows[0].samples
         2
     """
+    if not callable(function):
+        raise ValueError(f"a sink is a function of a row, such as ff.report.jsonl(path) gives; got {function!r}")
     return function if isinstance(function, Sink) else _Pair(function, lambda: None)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import attrs
 
@@ -35,12 +35,14 @@ class Reactive:
         control: What it makes of the results; kept in ``state.controls``.
         reaction: ``(value, kept) -> value``.
         description: How it prints.
+        misplaced: What to say where it stands in the place of a schedule that does not react.
     """
 
     base: Schedule | float
     control: Control
     reaction: Reaction
     description: str = ""
+    misplaced: ClassVar[str] = "a schedule that reacts is that of the plan, and written around others, not inside them"
 
     def __repr__(self) -> str:
         return self.description or f"Reactive({describe(self.reaction)})"
@@ -109,9 +111,8 @@ def rate(schedule: Schedule | Reactive | float, step: int, controls: Mapping[str
         name = schedule.control.name
         if name not in controls:
             raise ValueError(
-                f"{describe(schedule)} reads controls[{name!r}] of the state, which is not there. A schedule that "
-                "reacts is that of the plan, and written around others, not inside them; a state from before it was in "
-                'the plan is restored with without={"controls"}'
+                f"{describe(schedule)} reads controls[{name!r}] of the state, which is not there: "
+                f"{schedule.misplaced}; a state from before it was in the plan is restored with without={{'controls'}}"
             )
         return float(schedule.reaction(rate(schedule.base, step), controls[name]))
     value = schedule(step) if callable(schedule) else schedule

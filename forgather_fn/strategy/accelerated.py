@@ -34,9 +34,9 @@ PRECISIONS: Final[Mapping[str, Precision]] = {"bf16": "bfloat16", "fp16": "float
 
 def accelerated(
     plan: Plan,
-    *,
     accelerator: "Accelerator | None" = None,
     accelerator_args: Mapping[str, Any] | None = None,
+    *,
     reduction: Reduction = "sum",
     dispatch: Literal["each", "rank0"] = "each",
     sync_batch_norm: bool = False,

@@ -17,7 +17,7 @@ from forgather_fn.joining import members, seed_of
 from forgather_fn.loop import open_steps
 from forgather_fn.optim import Optimizer
 from forgather_fn.plan import Plan
-from forgather_fn.program import Metrics, Program
+from forgather_fn.program import Metrics, Program, public
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Ownership, Params, TrainState
 from forgather_fn.step import following
@@ -141,6 +141,7 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
 
     plan_world = next(iter(programs.values())).world
     refused: Any = plan.loss
+    public(init=init, restore=restore, step=take, evaluate=measure, export=export)
     return Program(
         plan=plan,
         init=init,

@@ -21,7 +21,7 @@ from forgather_fn.loop import Data, open_steps
 from forgather_fn.metrics import Measure
 from forgather_fn.plan import Plan
 from forgather_fn.portion import Portion
-from forgather_fn.program import Metrics, Program
+from forgather_fn.program import Metrics, Program, public
 from forgather_fn.share import Share
 from forgather_fn.state import Params, TrainState, as_state
 from forgather_fn.strategy.storage import Agree, Storage, first_state, held_whole
@@ -106,14 +106,14 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
-        batch, state = as_batch(batch), as_state(state)
+        state, batch = as_state(state), as_batch(batch)
         following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
         return following if batch.cursor is None else _at(following, batch.cursor), metrics
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
         _, execution = running()
-        batch = as_batch(batch)
-        taken, buffers, means = execution.gradients(as_state(state), batch)
+        state, batch = as_state(state), as_batch(batch)
+        taken, buffers, means = execution.gradients(state, batch)
         copied = taken.copy()
         return copied if batch.cursor is None else attrs.evolve(copied, cursor=batch.cursor), buffers, means
 
@@ -139,6 +139,14 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         following, metrics = execution.advance(given, taken, buffers, {}, frozenset())
         return _at(following, taken.cursor), metrics
 
+    def evaluate(
+        state: TrainState, data: Any, /, *, params: Params = "params", metrics: Sequence[Measure] = ()
+    ) -> dict[str, float]:
+        return inference.evaluate(built(), as_state(state), data, params, metrics)
+
+    def apply(state: TrainState, /, *inputs: Any, params: Params = "params", **named: Any) -> Any:
+        return inference.apply(built(), as_state(state), inputs, named, params)
+
     def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
         return storage.export(built(), as_state(state), params)
 
@@ -148,6 +156,8 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
             return dispatched(strategy.world, strategy.share, state, data)
         return opened(data, state, strategy.share)
 
+    public(init=init, restore=restore, step=step, gradients=gradients, update=update)
+    public(evaluate=evaluate, apply=apply, export=export)
     return Program(
         plan=plan,
         init=init,
@@ -156,12 +166,8 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         step=step,
         gradients=gradients,
         update=update,
-        evaluate=lambda state, data, /, *, params="params", metrics=(): inference.evaluate(
-            built(), as_state(state), data, params, metrics
-        ),
-        apply=lambda state, /, *inputs, params="params", **named: inference.apply(
-            built(), as_state(state), inputs, named, params
-        ),
+        evaluate=evaluate,
+        apply=apply,
         export=export,
         carry=converted,
         batches=batches,

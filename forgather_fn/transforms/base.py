@@ -9,6 +9,7 @@ from torch import Tensor
 
 from forgather_fn.describe import describe, described
 from forgather_fn.gradient import Gradients
+from forgather_fn.signature import checked, shown
 
 
 class TransformInit(Protocol):
@@ -117,7 +118,15 @@ def chain(*transforms: Transform) -> Transform:
         >>> import forgather_fn as ff
         >>> ff.chain(ff.clipped(1.0), ff.noise(0.1))
         chain(clipped(max_norm=1.0), noise(std=0.1))
+
+    Raises:
+        ValueError: One of them is none.
     """
+    for one in transforms:
+        if not isinstance(one, Transform):
+            raise ValueError(
+                f"chain: {shown(one)} is not a transform, such as ff.clipped(1.0) or ff.stateless(function)"
+            )
 
     def init(params: Mapping[str, Tensor]) -> Any:
         return tuple(transform.init(params) for transform in transforms)
@@ -136,6 +145,7 @@ def chain(*transforms: Transform) -> Transform:
     )
 
 
+@checked
 def stateless(function: Callable[[Tensor], Tensor]) -> Transform:
     """Make a transform of a function on one tensor, applied to every gradient by itself.
 

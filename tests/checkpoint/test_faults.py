@@ -84,7 +84,7 @@ class Scenario:
 def look(run, state, batch):
     """Make one step under an observer that keeps one checkpoint, and let it save."""
     steps = program().steps(state.copy(), [batch])
-    return ff.last(ff.every(1, saved(run, keep=1, asynchronous=False))(steps))
+    return ff.last(ff.every(1, saved(run, keep=1, async_=False))(steps))
 
 
 @functools.cache

@@ -158,7 +158,7 @@ class TestASignal:
                 hear(number)
                 os._exit(1)
 
-            train(tmp_path, ff.every(2, saved(tmp_path / "other", asynchronous=False)), ff.at(4, twice))
+            train(tmp_path, ff.every(2, saved(tmp_path / "other", async_=False)), ff.at(4, twice))
 
         assert forked(child).code == -number
         assert latest(tmp_path) is None

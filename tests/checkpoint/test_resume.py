@@ -33,11 +33,11 @@ def elsewhere():
     torch.manual_seed(99)
 
 
-def saved_everywhere(run: Path, program: ff.Program, data: ff.Stream, *, asynchronous: bool = True) -> ff.TrainState:
+def saved_everywhere(run: Path, program: ff.Program, data: ff.Stream, *, async_: bool = True) -> ff.TrainState:
     """Train to the end and save every state, the first one too."""
     first = program.init(0)
     save(program, first, run)
-    return run_to(STEPS, program, first, data, ff.every(1, saved(run, asynchronous=asynchronous)))
+    return run_to(STEPS, program, first, data, ff.every(1, saved(run, async_=async_)))
 
 
 def resumed(run: Path, step: int, program: ff.Program, data: ff.Stream, *stages) -> dict:

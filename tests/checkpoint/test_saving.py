@@ -142,26 +142,18 @@ class TestAsynchronously:
 
             return taken, copy_late
 
-        for asynchronous in (True, False):
+        for async_ in (True, False):
             program = everything()
-            run_to(
-                6,
-                program,
-                program.init(0),
-                drawing(),
-                ff.every(1, saved(tmp_path / str(asynchronous), asynchronous=asynchronous)),
-            )
+            run_to(6, program, program.init(0), drawing(), ff.every(1, saved(tmp_path / str(async_), async_=async_)))
             monkeypatch.setattr(saving_module, "snapshot", late)
         assert steps(tmp_path / "True") == [1, 2, 3, 4, 5, 6]
         assert files(tmp_path / "True") == files(tmp_path / "False")
 
-    @pytest.mark.parametrize("asynchronous", [True, False])
-    def test_changes_nothing(self, tmp_path, asynchronous):
+    @pytest.mark.parametrize("async_", [True, False])
+    def test_changes_nothing(self, tmp_path, async_):
         one, other = everything(), everything()
         expected = run_to(12, one, one.init(0), drawing())
-        state = run_to(
-            12, other, other.init(0), drawing(), ff.every(1, saved(tmp_path, keep=2, asynchronous=asynchronous))
-        )
+        state = run_to(12, other, other.init(0), drawing(), ff.every(1, saved(tmp_path, keep=2, async_=async_)))
         assert_equal(state, expected)
 
     def test_one_save_is_written_at_a_time(self, program, tmp_path):
@@ -181,9 +173,7 @@ class TestAsynchronously:
 
     def test_a_save_that_is_not_asynchronous_is_there_at_once(self, program, tmp_path):
         seen = []
-        trained(
-            program, ff.every(2, saved(tmp_path, asynchronous=False), lambda tick: seen.append(latest(tmp_path).step))
-        )
+        trained(program, ff.every(2, saved(tmp_path, async_=False), lambda tick: seen.append(latest(tmp_path).step)))
         assert seen == [2, 4, 6, 8]
 
     def test_a_copy_that_fails_is_a_failure_and_holds_up_nothing(self, program, tmp_path, monkeypatch):
@@ -358,7 +348,7 @@ class TestTrouble:
             (trouble.set if tick.state.step in (2, 3) else trouble.clear)()
 
         with Calls(lambda number: fault).watched():
-            state = trained(program, ff.every(1, saved(tmp_path, asynchronous=False), turn))
+            state = trained(program, ff.every(1, saved(tmp_path, async_=False), turn))
         expected = [(1, 1, None), (2, 2, None), (3, 2, 1.0), (4, 2, 2.0), *((k, k, None) for k in (5, 6, 7, 8))]
         assert seen == expected
         assert_equal(state, trajectory()[STEPS])
@@ -374,7 +364,7 @@ class TestTrouble:
     def test_is_in_the_report(self, program, tmp_path):
         rows = []
         with Calls(at(8, failing(errno.EIO))).watched():
-            trained(program, ff.every(2, saved(tmp_path, asynchronous=False), ff.report(rows.append)))
+            trained(program, ff.every(2, saved(tmp_path, async_=False), ff.report(rows.append)))
         assert [row.values.get("save_failures") for row in rows] == [1.0, None, None, None]
 
     def test_too_often_in_a_row_ends_the_run(self, program, tmp_path):
@@ -430,7 +420,7 @@ class TestTrouble:
         space = iter([10**9, 100, 10**9])
         monkeypatch.setattr(system, "free_bytes", lambda path: next(space))
         rows = []
-        trained(program, ff.every(2, saved(tmp_path, asynchronous=False), ff.report(rows.append)), batches=BATCHES[:6])
+        trained(program, ff.every(2, saved(tmp_path, async_=False), ff.report(rows.append)), batches=BATCHES[:6])
         assert [row.values.get("save_failures") for row in rows] == [None, 1.0, None]
         assert steps(tmp_path) == [2, 6]
 
@@ -444,7 +434,7 @@ class TestTrouble:
             if tick.state.step == 6:
                 shutil.move(elsewhere, run)
 
-        state = trained(program, ff.every(2, saved(run, asynchronous=False), move))
+        state = trained(program, ff.every(2, saved(run, async_=False), move))
         assert seen == [None, 1.0, 2.0, None]
         assert steps(run) == [2, 8]
         assert_equal(state, trajectory()[STEPS])
@@ -452,10 +442,7 @@ class TestTrouble:
     def test_with_a_directory_that_vanished_for_good(self, program, tmp_path):
         run = tmp_path / "run"
         with pytest.raises(SaveError, match=r"No such file or directory.*The newest whole checkpoint is none"):
-            trained(
-                program,
-                ff.every(4, saved(run, asynchronous=False), lambda tick: shutil.rmtree(run, ignore_errors=True)),
-            )
+            trained(program, ff.every(4, saved(run, async_=False), lambda tick: shutil.rmtree(run, ignore_errors=True)))
 
     def test_leaves_what_was_saved_as_it_was(self, program, tmp_path):
         trained(program, ff.at(2, saved(tmp_path)), batches=BATCHES[:2])

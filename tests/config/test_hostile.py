@@ -323,7 +323,7 @@ def test_every_public_name_was_thought_of():
         "changing",
         "frozen",
         "members",
-        "memory_estimate",
+        "memory",
         "refreshed_statistics",
     }  # of a state, or of a function
     names = {name for name in vars(ff) if not name.startswith("_") and not name.endswith("Error")}

@@ -82,7 +82,7 @@ def test_other_lengths_are_another_order() -> None:
     [
         ({"group": 0}, "both must be at least 1"),
         ({"group": 2, "groups": 0}, "both must be at least 1"),
-        ({"lengths": [[1, 2]], "group": 2}, "one length for each sample"),
+        ({"lengths": [[1, 2]], "group": 2}, "by_length: lengths must be integers of at least 0, one for each"),
     ],
 )
 def test_what_is_no_order_is_refused(given: dict[str, Any], message: str) -> None:

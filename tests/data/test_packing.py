@@ -184,7 +184,7 @@ def test_flash_arguments_bound_the_segments(documents: list[list[int]], length: 
         (DOCUMENTS, {"length": 0}, "at least 2"),
         ([[], []], {}, "nothing to pack"),
         (DOCUMENTS, {"lengths": [1, 2]}, "expected one for each of 6 documents"),
-        (DOCUMENTS, {"lengths": [3, 1, 7, -1, 2, 4]}, "expected one for each of 6 documents"),
+        (DOCUMENTS, {"lengths": [3, 1, 7, -1, 2, 4]}, "integers of at least 0, one for each"),
         ([{"ids": [1]}], {}, r"no 'input_ids', but \['ids'\]"),
         ("text", {}, "a str is no collection of documents"),
         (iter(DOCUMENTS), {}, "is no collection of documents"),

@@ -111,7 +111,7 @@ def test_another_schedule_is_another_training() -> None:
         ({0: 4, 5: 0}, "span", "batch_size at step 5 is 0"),
         (SCHEDULE, "drop", "last='drop' with a schedule"),
         (SCHEDULE, "ragged", "use last='span'"),
-        ("32", "span", "expected an integer"),
+        ("32", "span", "batch_size must be an integer or"),
     ],
 )
 def test_what_is_no_schedule_is_refused(batch_size: Any, last: Any, message: str) -> None:

@@ -91,7 +91,7 @@ def test_a_run_that_ends_before_the_steps_is_told():
 @pytest.mark.parametrize(("start", "steps"), [(0, 1), (1, 0), (1.5, 1)])
 def test_numbers_of_steps_are_checked(start, steps, tmp_path):
     for make in (profiled, memory_recorded):
-        with pytest.raises(ValueError, match="must be an integer of at least 1"):
+        with pytest.raises(ValueError, match="must be an integer"):
             make(tmp_path, start=start, steps=steps)
 
 

@@ -182,5 +182,5 @@ def test_an_aggregate_is_no_metric_of_a_step():
 
 def test_arguments_out_of_range():
     for make in (lambda: ff.metrics.top_k(0), lambda: ff.metrics.f1(classes=True)):
-        with pytest.raises(ValueError, match="must be an integer of at least 1"):
+        with pytest.raises(ValueError, match="must be an integer"):
             make()

@@ -56,7 +56,7 @@ def test_with_a_schedule_it_is_that_of_transformers(viewed_elements, scale):
 def test_every_step_is_that_of_torch(viewed_elements, dtype):
     # Torch adds no eps, but clamps with it; with next to none, both are the same.
     compare(
-        ff.optim.adafactor(relative_step=True, weight_decay=0.2, eps=(0.0, 1e-3)),
+        ff.optim.adafactor(relative_step=True, weight_decay=0.2, eps=(1.2e-38, 1e-3)),
         lambda model: torch.optim.Adafactor(decaying(model, 0.2), eps=(1e-150, 1e-3), foreach=False),
         dtype=dtype,
         schedule=ff.schedules.linear(peak=0.4, total=25),  # above and below the relative step
@@ -100,6 +100,8 @@ def test_it_keeps_rows_and_columns_only():
         ({"beta1": 1.0}, "beta1 must be a number"),
         ({"clip_threshold": 0.0}, "clip_threshold and decay_power must be above 0"),
         ({"eps": (1e-30,)}, "eps two numbers"),
+        ({"eps": (0.0, 1e-3)}, "a gradient of 0 is divided by its root"),
+        ({"eps": (1e-60, 1e-3)}, "a gradient of 0 is divided by its root"),
         ({"weight_decay": -1.0}, "weight_decay"),
     ],
 )

@@ -267,6 +267,22 @@ def test_an_optimizer_of_ones_own():
         assert state.opt["seen"][name].eq(1).all()
 
 
+def test_an_optimizer_of_ones_own_without_groups_decays_nothing_and_freezes_nothing():
+    def update(gradients, state, params, context):
+        for name, gradient in gradients.items():
+            state["sum"][name].addcmul_(gradient, gradient, value=1 - context.found_inf.item())
+            params[name].addcdiv_(gradient, state["sum"][name].sqrt() + 1e-10, value=-context.learning_rate)
+        return state
+
+    own = ff.Optimizer(lambda params: {"sum": slots_like(params)}, update)
+    assert set(own.groups(dict(classifier().named_parameters())).values()) == {Hyper()}
+    batches = labelled_batches(5)
+    state = trained(classifier(), batches, optimizer=own, schedule=0.1)
+    model = classifier()
+    by_hand(model, batches, torch.optim.Adagrad(model.parameters(), lr=0.1))
+    assert_same_tensors(state, model, rtol=1e-5, atol=1e-7)
+
+
 def test_slots_have_the_layout_of_the_parameters():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).double())
     state = program(model).init(0)
