@@ -162,7 +162,11 @@ PIPELINE: Final = (
     Line("run a stage on a microbatch", ("forgather_fn.pipeline.running:_Passes.work",)),
     Line("losses, tied gradients and flags of all", ("forgather_fn.pipeline.running:_added",)),
     Line("torch's schedule: passes, transfers, waits", ("forgather_fn.pipeline.machine:scheduled()",), model=True),
-    Line("sums over processes, and the wait for them", ("forgather_fn.pipeline.line:Line.summed",), model=True),
+    Line(
+        "sums over processes, and the wait for them",
+        ("forgather_fn.pipeline.line:Line.summed", "forgather_fn.pipeline.line:Line.same"),
+        model=True,
+    ),
 )
 
 
