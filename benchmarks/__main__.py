@@ -18,6 +18,7 @@ import torch
 
 ROWS: Final = {
     "overhead": "benchmarks.overhead",
+    "profile": "benchmarks.profile",
     "compiled": "benchmarks.compiled",
     "everything": "benchmarks.everything",
     "control": "benchmarks.control",

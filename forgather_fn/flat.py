@@ -142,12 +142,6 @@ def write(flat: Flat, tensors: Mapping[str, Any]) -> None:
             view.copy_(tensors[name])
 
 
-def regrouped(flat: Flat, groups: tuple[Hyper, ...]) -> Flat:
-    """Give the same storage with other hyperparameters for its groups, one each, in their order."""
-    assert len(groups) == len(flat.layout.groups)
-    return Flat(attrs.evolve(flat.layout, groups=groups), flat.buffers)
-
-
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """Write a list of names for an error message, cut to a few.
 

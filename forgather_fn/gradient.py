@@ -1,5 +1,6 @@
 """Gradients as a value: what a step computes, transforms change, and an optimizer uses up."""
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -152,6 +153,14 @@ class Gradients(Mapping[str, Tensor]):
         for tensor in self.whole():
             tensor.div_(self.divisor)
         return self._with(None, norm, self.reports)
+
+    def having(self, active: tuple[bool, ...]) -> "Gradients":
+        """Say which leaves have a gradient, where other processes have added theirs to the flat buffers."""
+        if active == self.active:
+            return self
+        assert self.flat is not None
+        names = itertools.compress(self.layout.index, active)
+        return attrs.evolve(self, active=active, views={name: self.flat.alias(name) for name in names})
 
     def narrowed(self, layout: Layout) -> "Gradients":
         """Round sums that were taken in float32 to the types of the parameters, of which this is the layout."""

@@ -39,7 +39,14 @@ def packed(flags: Sequence[bool], numbers: Tensor, world: World, dtype: torch.dt
     """Write flags and numbers, float64, of this process as elements that are exact in any floating data type."""
     places = torch.zeros(world.size, _BYTES * len(numbers), dtype=dtype, device=numbers.device)
     places[world.rank] = numbers.view(torch.uint8)
-    return torch.cat([torch.tensor(flags, dtype=dtype, device=numbers.device), places.view(-1)])
+    return torch.cat([flagged(flags, dtype, numbers.device), places.view(-1)])
+
+
+def flagged(flags: Sequence[bool], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Write flags as numbers; most often all are set, which takes one call whatever their number."""
+    if all(flags):
+        return torch.ones(len(flags), dtype=dtype, device=device)
+    return torch.tensor(flags, dtype=dtype, device=device)
 
 
 def behind(buffer: Tensor, parcel: Tensor) -> Tensor:

@@ -188,11 +188,7 @@ def _accumulate(
 
 def _read(replica: Replica, state: TrainState, gradients: Gradients, counts: Tensor, weight: Tensor) -> Gradients:
     """Make the gradient of the mean over all processes; a parameter has one if it has on any of them."""
-    active, flat = gradients.active, gradients.flat
-    assert flat is not None
-    if not all(active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
-        active = tuple(count > 0 for count in counts.tolist())
-        views = {leaf.name: flat.alias(leaf.name) for leaf, has in zip(flat.layout.leaves, active, strict=True) if has}
-        gradients = attrs.evolve(gradients, active=active, views=views)
+    if not all(gradients.active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
+        gradients = gradients.having(tuple(count > 0 for count in counts.tolist()))
     gradients = attrs.evolve(gradients, weight=weight)
     return divided(replica.built, state.read(), gradients, weight=weight)

@@ -5,6 +5,7 @@ computes. What is added up over processes arrives as each process's own rows.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,11 +81,13 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
         summed: Adds numbers up over the processes.
     """
     flat: Flat
+    named: dict[str, Tensor]
     spread = Spread(summed, shards=True)
 
     def renew() -> None:
-        nonlocal flat
+        nonlocal flat, named
         flat = flat_storage.zeros(layout, device)
+        named = {leaf.name: flat.alias(leaf.name) for leaf in layout.leaves}
         fsdp.collect_in(flat)
 
     def clear() -> None:
@@ -93,9 +96,9 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
         fsdp.begin()
 
     def collect(samples: int, weight: Tensor | float, /) -> Gradients:
-        active = tuple(leaf.name in fsdp.used for leaf in layout.leaves)
-        views = {leaf.name: flat.alias(leaf.name) for leaf in layout.leaves}
-        return Gradients(layout, active, views, flat, samples, weight, spread=spread)
+        active = tuple([name in fsdp.used for name in named])
+        present = named if all(active) else {name: named[name] for name in itertools.compress(named, active)}
+        return Gradients(layout, active, present, flat, samples, weight, spread=spread)
 
     renew()
     return Workspace(layout, clear, collect, renew, release=lambda: None, reserve=lambda elements: None)
@@ -163,7 +166,7 @@ def _accumulate(
 def _told(holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
     device = holder.built.device
-    flags = torch.tensor(gradients.active, dtype=torch.float64, device=device)
+    flags = parcel.flagged(gradients.active, torch.float64, device)
     order = float(holder.fsdp.order)
     others = torch.tensor([order, order * order], dtype=torch.float64, device=device)
     square = squares(gradients.whole()).sum().reshape(1)
@@ -209,12 +212,8 @@ def added(world: World) -> Summed:
 
 def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor | float) -> Gradients:
     """Make the gradient of all processes; a parameter has one if it has on any of them."""
-    active = gradients.active
-    if not all(active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
-        active = tuple(count > 0 for count in counts.tolist())
-    views = {
-        leaf.name: gradients.views[leaf.name] for leaf, has in zip(gradients.layout.leaves, active, strict=True) if has
-    }
+    if not all(gradients.active):  # otherwise there is nothing to look for, and on an accelerator nothing to wait for
+        gradients = gradients.having(tuple(count > 0 for count in counts.tolist()))
     widest = max(gradients.layout.dtypes, key=lambda dtype: dtype.itemsize)
     norm = square.sqrt().to(widest if widest.itemsize > 4 else torch.float32)
-    return attrs.evolve(gradients, active=active, views=views, weight=weight, known_norm=norm)
+    return attrs.evolve(gradients, weight=weight, known_norm=norm)

@@ -9,7 +9,6 @@ from typing import Any, Final
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built
@@ -232,14 +231,14 @@ def first_sample(microbatch: Any) -> Any:
 
 def signature(microbatch: Any) -> Signature:
     """Describe the form of a microbatch: shapes and data types, and whatever else is in it but fractions."""
-    leaves, spec = tree_flatten(microbatch)
-    return (*map(_described, leaves), repr(spec))
-
-
-def _described(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), str(leaf.dtype)
-    return "float" if isinstance(leaf, float) else repr(leaf)
+    kind = type(microbatch).__name__
+    if isinstance(microbatch, Tensor):
+        return tuple(microbatch.shape), str(microbatch.dtype)
+    if isinstance(microbatch, Mapping):
+        return (kind, *((str(name), signature(item)) for name, item in microbatch.items()))
+    if isinstance(microbatch, tuple | list):
+        return (kind, *map(signature, microbatch))
+    return (kind,) if isinstance(microbatch, float) else (kind, repr(microbatch))
 
 
 def number_of(sign: Any) -> int:

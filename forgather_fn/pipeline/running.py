@@ -237,14 +237,8 @@ def _added(
         here = line.summed(torch.tensor(active, dtype=_WIDE, device=device), line.copies)
         active = [count > 0 for count in here.tolist()]
     means = {name: Mean(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(pipeline.names)}
-    views = {leaf.name: flat.alias(leaf.name) for leaf, has in zip(flat.layout.leaves, active, strict=True) if has}
-    return attrs.evolve(
-        gradients,
-        active=tuple(active),
-        views=views,
-        weight=means["loss"].weight,
-        spread=over(line, ties.foreign),
-    ), means
+    gradients = gradients.having(tuple(active))
+    return attrs.evolve(gradients, weight=means["loss"].weight, spread=over(line, ties.foreign)), means
 
 
 _WIDE = torch.float64

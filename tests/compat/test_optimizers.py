@@ -9,8 +9,10 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from transformers import TrainingArguments as TheirArguments
 from transformers.optimization import Adafactor as TheirAdafactor
 
+import forgather_fn as ff
 from forgather.ml.trainer.adafactor import Adafactor
 from forgather.ml.trainer.arguments import TrainingArguments
+from forgather.ml.trainer.live_optimizer import adopted
 from forgather.ml.trainer.optimizers import decay_parameter_names, optimizer_class_and_kwargs
 
 CASES: list[dict[str, Any]] = [
@@ -112,3 +114,22 @@ def test_the_parameters_that_decay_are_those_of_transformers(model: nn.Module) -
     expected = Trainer.get_decay_parameter_names(None, model)  # it does not look at itself
     assert sorted(decay_parameter_names(model)) == sorted(expected)
     assert 0 < len(expected) < len(list(model.parameters()))
+
+
+def test_rates_that_change_lay_nothing_out_anew() -> None:
+    """A schedule changes the rates of all groups at every step: what is derived of the layout must stay."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    groups = [{"params": list(layer.parameters()), "lr": 0.1 * (i + 1)} for i, layer in enumerate(model)]
+    optimizer = torch.optim.AdamW(groups)
+    held = adopted(optimizer, model)
+    program = ff.single(ff.Plan(model=model, loss=ff.losses.cross_entropy, optimizer=held.as_optimizer(), schedule=1.0))
+    state, batch = program.init(0), (torch.randn(6, 4), torch.arange(6) % 3)
+    seen: list[Any] = []
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] /= 2.0
+        state, _ = program.step(state, batch)
+        params = state.read().params
+        seen.append((params, [calls for _, calls in params.kept["kernel calls"].values()]))
+    assert all(params is seen[0][0] for params, _ in seen)
+    assert all(calls[0] is seen[0][1][0] and len(calls) == 1 for _, calls in seen)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import forgather_fn as ff
-from forgather_fn.flat import Flat, Hyper, regrouped
+from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
+from forgather_fn.hyper import Hyper, Scheduled
 from forgather_fn.model import parameter_anatomy
 from forgather_fn.optim import Optimizer, OptState, UpdateContext
 
@@ -78,7 +79,7 @@ class Adopted:
     def groups(self, params: Mapping[str, Tensor]) -> Mapping[str, Hyper]:
         """Give each parameter group storage of its own; what it has no group for is kept, and never changed.
 
-        The numbers only tell groups apart: those that count are read at each update.
+        Their numbers have names here, under which :meth:`update` gives those that the groups have then.
         """
         number = {
             self.names[p]: i
@@ -86,8 +87,13 @@ class Adopted:
             for p in group["params"]
             if p in self.names
         }
-        last = len(self.optimizer.param_groups)
-        return {name: Hyper(learning_rate=1.0 + number.get(name, last)) for name in params}
+        apart = Hyper(learning_rate=0.0, weight_decay=0.0)  # such parameters take part in the norm, and stay
+        return {
+            name: Hyper(Scheduled(f"learning_rate/{number[name]}"), Scheduled(f"weight_decay/{number[name]}"))
+            if name in number
+            else apart
+            for name in params
+        }
 
     def init(self, params: Flat) -> OptState:
         """Make slots, with the values that the optimizer's state has already."""
@@ -99,14 +105,12 @@ class Adopted:
         """Make the update that the optimizer's own step would make, with its options as they are now."""
         if self._dirty or (self.shown is not None and not self.optimizer.state):
             self._fill(state, params)
-        rows = self.optimizer.param_groups
-        rates = [float(row["lr"]) for row in rows]
-        common = rates[0] if len(set(rates)) == 1 else 1.0
-        hypers = tuple(_hyper(rows, _number(group), common, rates) for group in params.layout.groups)
-        known = params.kept.get("hypers")
-        if known is None or known[0] != hypers:
-            known = params.kept["hypers"] = (hypers, regrouped(params, hypers))
-        found = self._core().update(gradients, state, known[1], context._replace(learning_rate=common))
+        numbers = {}
+        for i, group in enumerate(self.optimizer.param_groups):
+            numbers[f"learning_rate/{i}"] = float(group["lr"])
+            numbers[f"weight_decay/{i}"] = float(group.get("weight_decay", 0.0))
+        context = UpdateContext(1.0, context.found_inf, numbers, context.step, context.seed)
+        found = self._core().update(gradients, state, params, context)
         self.optimizer._opt_called = True  # what schedulers look for before they warn of a missing step
         if self.shown is not found or len(self.optimizer.state) < len(self.names):
             self._show(found, params)
@@ -155,8 +159,6 @@ class Adopted:
                     step = row.get("step", 0.0)
                     state["count"][params.layout.index[name]] = float(step)
         params.kept.pop("counted", None)
-        for held in params.kept.get("hypers", ())[1:]:
-            held.kept.pop("counted", None)
         self.shown = None
 
     def _owned(self, params: Flat) -> Iterator[tuple[str, nn.Parameter]]:
@@ -175,19 +177,6 @@ class Adopted:
         return set(_SLOTS[type(self.optimizer)]) <= set(state) or (
             type(self.optimizer) is SGD and not self.optimizer.param_groups[0]["momentum"]
         )
-
-
-def _number(hyper: Hyper) -> int:
-    """Read which of the optimizer's groups a group of the storage is; see :meth:`Adopted.groups`."""
-    assert isinstance(hyper.learning_rate, float)
-    return int(hyper.learning_rate) - 1
-
-
-def _hyper(rows: list[dict[str, Any]], number: int, common: float, rates: list[float]) -> Hyper:
-    if number >= len(rows):  # parameters that the optimizer was not given: they take part in the norm, and stay
-        return Hyper(learning_rate=0.0, weight_decay=0.0)
-    rate = 1.0 if common == rates[number] else rates[number]
-    return Hyper(learning_rate=rate, weight_decay=float(rows[number].get("weight_decay", 0.0)))
 
 
 def _take(slot: Tensor, value: Tensor | None) -> None:
