@@ -135,7 +135,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
 
 ELSEWHERE: Final = {
     **dict.fromkeys(["saved", "serve", "controlled", "memory"], "test_arguments"),
-    **dict.fromkeys(["single", "accelerated", "pipelined", "joined", "parts"], "test_programs"),
+    **dict.fromkeys(["single", "accelerated", "pipelined", "joined", "members"], "test_programs"),
     **dict.fromkeys(["difference", "fold", "last", "frozen", "refreshed_statistics"], "test_programs"),
     **dict.fromkeys(["diagnostics.activations"], "test_programs"),
     **dict.fromkeys(["optim.slots_like", "transforms.apply", "schedules.rate"], "for authors of pieces"),
