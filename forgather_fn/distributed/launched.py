@@ -44,8 +44,8 @@ def number_in(environ: Mapping[str, str], variable: str, default: int, *, least:
         return int(given)
     what = "a number of processes" if least else "the number of this process"
     raise ValueError(
-        f"{variable}={given[:40]!r} in the environment: expected {what}, as launchers give it; if it is from elsewhere, "
-        "unset it"
+        f"{variable}={given[:40]!r} in the environment: expected {what}, as launchers give it; if it is "
+        "from elsewhere, unset it"
     )
 
 
