@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from forgather_fn.report.path import made_directory
+from forgather_fn.report.path import checked, made_directory, naming
 from forgather_fn.report.row import Row, Sink, opened
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def tensorboard(directory: str | os.PathLike[str]) -> Sink:
     Raises:
         ValueError: At the first row: the directory cannot be created or written to.
     """
+    expected = "a directory in which event files can be created"
+    checked(directory, "tensorboard")
 
     def open(row: Row) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
@@ -31,8 +33,9 @@ def tensorboard(directory: str | os.PathLike[str]) -> Sink:
         return SummaryWriter(os.fspath(place), purge_step=row.started + 1)
 
     def write(writer: "SummaryWriter", row: Row) -> None:
-        for name, value in row.values.items():
-            writer.add_scalar(name, value, row.step)
-        writer.flush()
+        with naming(directory, expected):
+            for name, value in row.values.items():
+                writer.add_scalar(name, value, row.step)
+            writer.flush()
 
     return opened(f"tensorboard({os.fspath(directory)!r})", open, write, lambda writer: writer.close())
