@@ -41,7 +41,7 @@ format: .venv/.dev
 docs: .venv/.docs
 	$(BIN)/pytest tests/test_documents.py tests/website $(ARGS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo 'site/index.html'
+	@echo 'site/index.html; with its search: $(BIN)/python -m http.server --directory site'
 
 pictures: .venv/.dev
 	$(BIN)/python -m website.pictures

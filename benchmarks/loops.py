@@ -77,14 +77,19 @@ def by_program(program: ff.Program, task: Task, data: ff.Stream | Iterable[Batch
 
 def by_trainer(task: Task, clock: Clock) -> nn.Module:
     """Train with the class layer, as a user of transformers.Trainer does."""
-    from forgather.ml import PrinterCallback, Trainer, TrainingArguments
+    from forgather import ml
 
+    return with_trainer_of(ml, task, clock)
+
+
+def with_trainer_of(library: Any, task: Task, clock: Clock, **arguments: Any) -> nn.Module:
+    """Train with the trainer of a library, which is transformers, or has its interface."""
     model = task.model()
     optimizer = optimizer_of(model)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = library.Trainer(
             model=WithLoss(model),
-            args=TrainingArguments(
+            args=library.TrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=task.batch_size,
                 max_steps=task.updates,
@@ -95,11 +100,12 @@ def by_trainer(task: Task, clock: Clock) -> nn.Module:
                 disable_tqdm=True,
                 use_cpu=True,
                 seed=0,
+                **arguments,
             ),
             train_dataset=Rows(task.tokens),
             optimizers=(optimizer, LambdaLR(optimizer, clock)),
         )
-        trainer.remove_callback(PrinterCallback)  # as for transformers.Trainer
+        trainer.remove_callback(library.PrinterCallback)  # it stands in for the progress bar; the log is kept anyway
         trainer.train()
     return model
 

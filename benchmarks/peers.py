@@ -5,7 +5,6 @@ every tenth step in a list, by its own means, as the hand-written loop does.
 """
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from benchmarks.loops import with_trainer_of
 from benchmarks.measure import Clock
-from benchmarks.models import WithLoss, next_token_loss
-from benchmarks.task import MAX_NORM, PEAK, REPORT_EVERY, Batch, Rows, Task, optimizer_of
+from benchmarks.models import next_token_loss
+from benchmarks.task import MAX_NORM, REPORT_EVERY, Batch, Task, optimizer_of
 
 
 @attrs.frozen
@@ -121,30 +121,6 @@ def by_lightning(task: Task, clock: Clock, batches: Iterable[Batch]) -> nn.Modul
 
 def by_transformers(task: Task, clock: Clock, **arguments: Any) -> nn.Module:
     """Train with transformers.Trainer: https://huggingface.co/docs/transformers/trainer."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    import transformers
 
-    model = task.model()
-    optimizer = optimizer_of(model)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=WithLoss(model),
-            args=TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=task.batch_size,
-                max_steps=task.updates,
-                learning_rate=PEAK,
-                max_grad_norm=MAX_NORM,
-                logging_steps=REPORT_EVERY,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                seed=0,
-                **arguments,
-            ),
-            train_dataset=Rows(task.tokens),
-            optimizers=(optimizer, LambdaLR(optimizer, clock)),
-        )
-        trainer.remove_callback(PrinterCallback)  # it stands in for the progress bar; the log is kept in any case
-        trainer.train()
-    return model
+    return with_trainer_of(transformers, task, clock, report_to="none", **arguments)

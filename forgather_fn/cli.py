@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-t", "--template", metavar="CONFIG", help="the configuration that the command is about")
     parser.add_argument("-p", "--project-dir", metavar="DIR", help="the project that the command is about")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print it, and end")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version of forgather-fn")
     parser.add_argument("command", type=_known, metavar="COMMAND", help="one of those below")
     rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     rest.required = False  # as of Python 3.12; before, a command that is missing is told as two things that are

@@ -19,7 +19,7 @@ from forgather_fn.model import evaluation_mode
 from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Arrays, Params, TrainState, raise_if_nonfinite
-from forgather_fn.tally import Found, Tally, combined, look
+from forgather_fn.tally import Found, Tally, combined, meter
 from forgather_fn.world import ALONE, World
 
 Numbered = Iterator[tuple[int | None, Any]]
@@ -77,20 +77,20 @@ def evaluate(
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
-    measured = look(built.plan.loss, metrics, built.device)
+    measuring = meter(built.plan.loss, metrics, built.device)
     world.begin()
 
     def found_here() -> Found:
-        tally = Tally(measured)
+        tally = Tally(measuring)
         with evaluating(built, state, params):
             for number, item in pace.batches(own_batches(data, world), world):
                 with seeded(key(state.seed, state.step, number or 0, "evaluate"), built.device):
-                    seen = built.seen(built.place(as_batch(item).data), measured)
+                    reading = built.seen(built.place(as_batch(item).data), measuring)
                 if number is not None:
-                    tally.take(number, seen)
+                    tally.take(number, reading)
         return tally.found()
 
-    return combined(pace.told(world, found_here), measured.aggregates)
+    return combined(pace.told(world, found_here), measuring.aggregates)
 
 
 def own_batches(data: Any, world: World) -> Numbered:

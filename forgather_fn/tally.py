@@ -13,7 +13,7 @@ from forgather_fn.metrics.base import Aggregate, Measure, Metric, Partial, sorte
 
 
 @attrs.frozen(eq=False)
-class Seen:
+class Reading:
     """What was measured of one batch: means by name, and what each aggregate keeps of it."""
 
     means: Mapping[str, Mean]
@@ -21,7 +21,7 @@ class Seen:
 
 
 @attrs.frozen(eq=False)
-class Look:
+class Meter:
     """What is measured of each batch.
 
     Attributes:
@@ -36,7 +36,7 @@ class Look:
     aggregates: tuple[Aggregate, ...]
     device: torch.device
 
-    def __call__(self, outputs: object, batch: object) -> Seen:
+    def __call__(self, outputs: object, batch: object) -> Reading:
         """Measure a batch.
 
         Raises:
@@ -53,7 +53,7 @@ class Look:
         for aggregate in self.aggregates:
             begun = {name: self._placed(tensor) for name, tensor in aggregate.init().items()}
             partials.append(_checked(aggregate, begun, aggregate.add(begun, outputs, batch)))
-        return Seen({name: mean.detach() for name, mean in means.items()}, tuple(partials))
+        return Reading({name: mean.detach() for name, mean in means.items()}, tuple(partials))
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, torch.float32 if self._narrow(tensor) else tensor.dtype)
@@ -62,13 +62,13 @@ class Look:
         return self.device.type == "mps" and tensor.dtype == torch.float64
 
 
-def look(loss: Loss, measures: Iterable[Measure], device: torch.device) -> Look:
+def meter(loss: Loss, measures: Iterable[Measure], device: torch.device) -> Meter:
     """Make what measures batches of a loss and of metrics.
 
     Raises:
         ValueError: One of them cannot be measured.
     """
-    return Look(loss, *sorted_out(measures, loss), device)
+    return Meter(loss, *sorted_out(measures, loss), device)
 
 
 def _check_new(known: set[str], found: Iterable[str]) -> None:
@@ -110,19 +110,19 @@ class Found:
 class Tally:
     """What one process finds, while it goes through its batches; on the device until the end."""
 
-    look: Look
+    meter: Meter
     means: dict[int, Mapping[str, Mean]] = attrs.field(factory=dict)
     counts: list[dict[str, Tensor]] = attrs.field(factory=list)
     floats: list[dict[int, Partial]] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
-        self.counts = [{} for _ in self.look.aggregates]
-        self.floats = [{} for _ in self.look.aggregates]
+        self.counts = [{} for _ in self.meter.aggregates]
+        self.floats = [{} for _ in self.meter.aggregates]
 
-    def take(self, number: int, seen: Seen) -> None:
+    def take(self, number: int, reading: Reading) -> None:
         """Take in what was measured of a batch."""
-        self.means[number] = seen.means
-        for counts, floats, partial in zip(self.counts, self.floats, seen.partials, strict=True):
+        self.means[number] = reading.means
+        for counts, floats, partial in zip(self.counts, self.floats, reading.partials, strict=True):
             for name, tensor in partial.items():
                 if not tensor.is_floating_point():
                     counts[name] = counts[name] + tensor if name in counts else tensor.detach().long()

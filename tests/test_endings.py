@@ -128,14 +128,14 @@ class TestEarlyStopped:
             ([3, 2, 1, 1, 1, 1], {"patience": 1}, 4),
             ([3, 2, 1, 1, 1, 1], {"patience": 2}, 5),
             ([3, 2, 1, 2, 0.5, 1, 1], {"patience": 2}, 7),
-            ([1, 2, 3, 3, 3], {"patience": 1, "greater": True}, 4),
+            ([1, 2, 3, 3, 3], {"patience": 1, "greater_is_better": True}, 4),
             ([3, 2.95, 2.9, 2.85], {"patience": 2, "min_delta": 0.1}, 3),
             ([3, 2.85, 2.7], {"patience": 1, "min_delta": 0.1}, 3),
             ([3, None, None, None, 2, 2], {"patience": 1}, 6),
             ([math.nan, math.nan, 1, 1], {"patience": 2}, 2),
             ([1, math.nan, 0.5, math.nan, math.nan], {"patience": 2}, 5),
             ([-1.0, -2.0, -2.0], {"patience": 1}, 3),
-            ([0.0, -1.0, 1.0], {"patience": 1, "greater": True}, 2),
+            ([0.0, -1.0, 1.0], {"patience": 1, "greater_is_better": True}, 2),
         ],
     )
     def test_it_ends_after_so_many_looks_without_improvement(self, made, values, options, expected):

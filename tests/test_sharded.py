@@ -17,6 +17,7 @@ from forgather_fn.sharded import in_step
 from forgather_fn.share import Share
 from forgather_fn.testing.processes import processes
 from forgather_fn.world import World
+from tests.ragged import plan_of, rows
 
 
 class Block(nn.Module):
@@ -61,27 +62,8 @@ class Tokens(nn.Module):
         return self.head(hidden) + (self.rare(hidden) if (ids[:, 0] == 0).all() else 0.0)
 
 
-def rows(count: int = 22) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 11, (count, 6), generator=generator)
-    labels = ids.clone()
-    for row in range(count):
-        labels[row, 1 + row % 5 :] = -100  # so that tokens are unequal in number
-    return {"ids": ids, "labels": labels}
-
-
 def plan(**changes: Any) -> ff.Plan:
-    given: dict[str, Any] = {
-        "model": Tokens,
-        "loss": ff.losses.causal_lm,
-        "optimizer": ff.adamw(weight_decay=0.1),
-        "schedule": ff.schedules.cosine(peak=1e-2, warmup=2, total=12),
-        "transforms": (ff.clipped(0.3),),
-        "average": ff.ema(0.9),
-        "microbatches": 8,
-        "precision": "float64",
-    }
-    return ff.Plan(**given | changes)
+    return plan_of(**{"model": Tokens} | changes)
 
 
 def last_is_frozen(**changes: Any) -> ff.Optimizer:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
     parser.epilog = "example: forgather replay runs/demo --step 400"
 
     def execute(options: argparse.Namespace) -> int:
+        newest = max((entry.step for entry in list_checkpoints(options.run) if entry.whole), default=0)
+        if options.step > newest:
+            print(f"after the newest checkpoint: {options.step - newest:,} steps are executed first", file=sys.stderr)
         program, data = _target(options.program or "forgather_fn.demo.train:rebuilt")(options.run)
         _tell(replay(program, options.run, data, step=options.step))
         return 0

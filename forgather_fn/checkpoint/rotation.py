@@ -19,7 +19,7 @@ class Best:
     """
 
     metric: str
-    greater_is_better: bool = False
+    greater_is_better: bool = attrs.field(default=False, kw_only=True)
 
 
 @attrs.frozen(kw_only=True)

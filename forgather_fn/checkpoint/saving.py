@@ -125,7 +125,7 @@ def saved(
         raise ValueError(f"saved: best={best!r}: expected the name of a result, such as 'eval_loss', or None")
     policy = Policy(
         keep=keep,
-        best=Best(best, greater_is_better) if best else None,
+        best=Best(best, greater_is_better=greater_is_better) if best else None,
         resumed_from=_resumed(resumed_from) if resumed_from else None,
     )
     writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)

@@ -78,22 +78,12 @@ def batches(
         >>> [batch.data["x"].tolist() for batch in itertools.islice(stream.start(seed=0, samples=4), 2)]
         [[4, 5, 6, 7], [8, 9, 0, 1]]
     """
-    if isinstance(dataset, Stream):
-        raise ValueError(f"this is a stream already, of batches: give its dataset; got {dataset!r}")
+    _check_dataset(dataset)
     if not (isinstance(batch_size, Mapping) or callable(batch_size)):
         _check_integers(1, batch_size=batch_size)
     _check_integers(1, prefetch=prefetch, epochs=1 if epochs is None else epochs)
     _check_integers(0, workers=workers, threads=threads)
-    if isinstance(order, str):
-        _check_order(order)
-    elif not callable(getattr(order, "look_up", None)):
-        known = ", ".join(map(repr, get_args(Order)))
-        raise ValueError(f"order={shown(order)}: expected one of {known}, or an order such as ff.data.by_length gives")
-    if isinstance(dataset, str | bytes):
-        raise ValueError(
-            f"the dataset is a {type(dataset).__name__}, {shown(dataset)}: for a file, ff.data.text_lines(path) or "
-            "ff.data.text_bytes(path, length=...)"
-        )
+    _check_order(order)
     if workers and threads:
         raise ValueError(
             f"workers={workers} and threads={threads}: fetch ahead in processes or in threads, not in both"
@@ -161,8 +151,23 @@ def _check_integers(least: int, **given: int) -> None:
             raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
 
 
-def _check_order(order: str) -> None:
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, Stream):
+        raise ValueError(f"this is a stream already, of batches: give its dataset; got {dataset!r}")
+    if isinstance(dataset, str | bytes):
+        raise ValueError(
+            f"the dataset is a {type(dataset).__name__}, {shown(dataset)}: for a file, ff.data.text_lines(path) or "
+            "ff.data.text_bytes(path, length=...)"
+        )
+
+
+def _check_order(order: object) -> None:
     known = get_args(Order)
-    if order not in known:
+    if isinstance(order, str) and order not in known:
         near = get_close_matches(order, known, n=len(known), cutoff=0.0)
         raise ValueError(f"order={order!r} is unknown: expected one of {', '.join(map(repr, near))}")
+    if not isinstance(order, str) and not callable(getattr(order, "look_up", None)):
+        raise ValueError(
+            f"order={shown(order)}: expected one of {', '.join(map(repr, known))}, or an order such as "
+            "ff.data.by_length gives"
+        )

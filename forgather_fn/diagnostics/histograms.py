@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import made_directory
 from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 from forgather_fn.wanted import WANTS
@@ -48,9 +48,7 @@ def histograms(
         from torch.utils.tensorboard import SummaryWriter
 
         if not held:
-            place = Path(directory) / "histograms"
-            with naming(place, "a directory in which event files can be created"):
-                place.mkdir(parents=True, exist_ok=True)
+            place = made_directory(Path(directory) / "histograms")
             held.append(SummaryWriter(os.fspath(place), purge_step=tick.run.started + 1))
         return held[0]
 

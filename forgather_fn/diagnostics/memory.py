@@ -3,14 +3,13 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import torch
 
 from forgather_fn.diagnostics.window import during
 from forgather_fn.loop import Stage, Steps
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import made_directory, naming
 from forgather_fn.signature import checked
 
 _NOT_ON: Final = (
@@ -44,10 +43,7 @@ def memory_recorded(
 
     @contextlib.contextmanager
     def recording(device: torch.device, rank: int) -> Iterator[None]:
-        place = Path(directory)
-        path = place / f"steps-{start}-{start + steps - 1}.rank-{rank}.pickle"
-        with naming(place, "a directory in which files can be created"):
-            place.mkdir(parents=True, exist_ok=True)
+        path = made_directory(directory) / f"steps-{start}-{start + steps - 1}.rank-{rank}.pickle"
         torch.cuda.memory._record_memory_history(max_entries=entries, device=device, clear_history=True)
         try:
             yield

@@ -3,13 +3,12 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from forgather_fn.diagnostics.window import during
 from forgather_fn.loop import Stage
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import made_directory, naming
 from forgather_fn.signature import checked
 
 
@@ -46,10 +45,7 @@ def profiled(
 
     @contextlib.contextmanager
     def recording(device: torch.device, rank: int) -> Iterator[None]:
-        place = Path(directory)
-        path = place / f"steps-{start}-{start + steps - 1}.rank-{rank}.pt.trace.json"
-        with naming(place, "a directory in which files can be created"):
-            place.mkdir(parents=True, exist_ok=True)
+        path = made_directory(directory) / f"steps-{start}-{start + steps - 1}.rank-{rank}.pt.trace.json"
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)

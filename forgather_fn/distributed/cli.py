@@ -41,7 +41,8 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
     for name, (metavar, text) in PASSED_ON.items():
         group.add_argument(f"--{name}", metavar=metavar, help=text)
     parser.add_argument("script", metavar="SCRIPT", help="what each process runs")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what it is given")
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="what it is given")
+    rest.required = False  # as of Python 3.12; before, a script that is missing is told as two things that are
     parser.epilog = (
         "examples:\n"
         "  forgather launch -n 2 --cpu train.py --steps 100\n"

@@ -23,6 +23,32 @@ configuration of type MULTI_CPU, and where it finds no GPU. Use one of
 meant, and the variable is from elsewhere, unset it.)"""
 
 
+def number_in(environ: Mapping[str, str], variable: str, default: int, *, least: int = 0) -> int:
+    """Read a number that a launcher has put into the environment.
+
+    Args:
+        environ: The environment of the process.
+        variable: Such as ``RANK``, the number of this process, or ``WORLD_SIZE``, how many there are.
+        default: For where it is not set.
+        least: The least number that it can be.
+
+    Raises:
+        ValueError: It is something else.
+
+    Example:
+        >>> number_in({"RANK": "3"}, "RANK", 0), number_in({}, "RANK", 0)
+        (3, 0)
+    """
+    given = environ.get(variable, str(default))
+    if re.fullmatch(r"[0-9]{1,9}", given) and int(given) >= least:
+        return int(given)
+    what = "a number of processes" if least else "the number of this process"
+    raise ValueError(
+        f"{variable}={given[:40]!r} in the environment: expected {what}, as launchers give it; if it is "
+        "from elsewhere, unset it"
+    )
+
+
 def check_world_size(environ: Mapping[str, str], known: int) -> None:
     """Refuse to go on where a launcher means several processes to train together, and this one knows of others.
 
@@ -45,12 +71,7 @@ def check_world_size(environ: Mapping[str, str], known: int) -> None:
     """
     variable = next((name for name in _SIZES if environ.get(name)), None)
     if variable is not None:
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", environ[variable]):
-            raise ValueError(
-                f"{variable}={environ[variable][:40]!r} in the environment: expected a number of processes, as "
-                "launchers give it; if it is from elsewhere, unset it"
-            )
-        if int(environ[variable]) != known:
+        if number_in(environ, variable, 1, least=1) != known:
             raise ValueError(_ALONE.format(started=environ[variable], variable=variable, known=known))
     elif known == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         raise ValueError(_ONE_OF_SEVERAL.format(address=environ["MASTER_ADDR"]))

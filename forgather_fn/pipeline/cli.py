@@ -92,8 +92,10 @@ def _model(name: str) -> nn.Module:
             raise ValueError(f"{name!r} is no file, and not module:function")
         try:
             built = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{name!r} cannot be built: {error}") from None
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{name!r} cannot be built: {error}; expected a function that takes nothing and gives the model"
+            ) from error
     if not isinstance(built, nn.Module):
         raise ValueError(f"{name!r} gave {type(built).__name__}; expected a torch.nn.Module")
     return built

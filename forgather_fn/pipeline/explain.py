@@ -14,7 +14,7 @@ from forgather_fn.pipeline.simulation import Simulation, picture, simulate
 
 
 @attrs.frozen
-class Stage:
+class StageSummary:
     """One stage.
 
     Attributes:
@@ -47,7 +47,7 @@ class Explanation:
     """
 
     arrangement: Arrangement
-    stages: tuple[Stage, ...]
+    stages: tuple[StageSummary, ...]
     simulation: Simulation
     even: Simulation
     width: int = 100
@@ -147,7 +147,7 @@ def auto(model: nn.Module, schedule: str, ranks: int, stages: int | None = None)
     return balanced(model, stages or ranks * (kind_of(schedule).stages or 1))
 
 
-def _stages(model: nn.Module, arrangement: Arrangement, assignment: Assignment) -> tuple[Stage, ...]:
+def _stages(model: nn.Module, arrangement: Arrangement, assignment: Assignment) -> tuple[StageSummary, ...]:
     sizes: Mapping[str, tuple[int, int]] = {
         name: (site.tensor.numel(), site.tensor.numel() * site.tensor.element_size())
         for site, name in parameter_sites(model)
@@ -157,7 +157,7 @@ def _stages(model: nn.Module, arrangement: Arrangement, assignment: Assignment) 
         own = [name for name, used in assignment.params.items() if number in used]
         modules = [name.rpartition(".")[0] or "the model" for name in own] or ["nothing"]
         found.append(
-            Stage(
+            StageSummary(
                 number,
                 arrangement.rank_of(number),
                 modules[0],

@@ -19,7 +19,7 @@ from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Params, TrainState, raise_if_nonfinite
-from forgather_fn.tally import Tally, combined, look
+from forgather_fn.tally import Tally, combined, meter
 from forgather_fn.world import World
 
 
@@ -35,8 +35,8 @@ def evaluate(
         NonFiniteError: A step before was not finite.
     """
     raise_if_nonfinite(state)
-    measured = look(built.plan.loss, metrics, built.device)
-    tally = Tally(measured)
+    measuring = meter(built.plan.loss, metrics, built.device)
+    tally = Tally(measuring)
     line = machine.line
     line.world.begin()
     batches = own_batches(data, World(rank=line.number, size=line.pipelines))
@@ -54,11 +54,11 @@ def evaluate(
                 if stage < line.stages - 1:
                     return result
                 with built.autocast():
-                    return measured(result, microbatches[number])
+                    return measuring(result, microbatches[number])
 
-            for number, seen in forward_only(line, list(microbatches), run, built.device).items():
-                tally.take(number, seen)
-    return combined(line.world.gather(tally.found()), measured.aggregates)
+            for number, reading in forward_only(line, list(microbatches), run, built.device).items():
+                tally.take(number, reading)
+    return combined(line.world.gather(tally.found()), measuring.aggregates)
 
 
 def apply(
@@ -74,7 +74,7 @@ def apply(
 
         def run(stage: int, number: int, hidden: Tensor | None) -> Any:
             with built.autocast():
-                return machine.segments[stage].run(hidden, call)
+                return machine.stages[stage].run(hidden, call)
 
         results = forward_only(line, [0], run, built.device)
     told = line.world.gather(results.get(0))

@@ -19,7 +19,7 @@ from forgather_fn.pipeline.cuts import Assignment, SplitError
 from forgather_fn.pipeline.line import Line
 from forgather_fn.pipeline.probe import Flow, probe
 from forgather_fn.pipeline.schedules import quiet
-from forgather_fn.pipeline.segment import Segment, segment
+from forgather_fn.pipeline.stage import Stage, cut_stage
 from forgather_fn.pipeline.wire import Shape, forward_only, shape_of
 
 KEPT: Final = 16
@@ -37,14 +37,14 @@ class Machine:
         line: The processes.
         assignment: Which stages have which tensors.
         flow: How the model runs through the stages; known after the first batch.
-        segments: This process's stages, by number; known then too.
+        stages: This process's stages, by number; known then too.
     """
 
     built: Built
     line: Line
     assignment: Assignment
     flow: Flow | None = None
-    segments: dict[int, Segment] = attrs.field(factory=dict)
+    stages: dict[int, Stage] = attrs.field(factory=dict)
     _shapes: dict[Signature, dict[int, tuple[Shape | None, Shape | None]]] = attrs.field(factory=dict)
     _schedules: "OrderedDict[Any, Callable[[Work], None]]" = attrs.field(factory=OrderedDict)
 
@@ -72,13 +72,13 @@ class Machine:
                     "stages are found before parameters are shared out: pipelined(..., example=batch)"
                 )
         self.flow = flow
-        self.segments = {stage: segment(model, flow, stage) for stage in self.line.own}
+        self.stages = {number: cut_stage(model, flow, number) for number in self.line.own}
 
     def run(self, stage: int, microbatch: Any, hidden: Tensor | None) -> Any:
         """Run one stage on a microbatch, in the precision of the plan."""
         args, kwargs = self.built.arguments(microbatch)
         with self.built.autocast():
-            return self.segments[stage].run(hidden, lambda: self.built.module(*args, **kwargs))
+            return self.stages[stage].run(hidden, lambda: self.built.module(*args, **kwargs))
 
     def knows(self, signatures: Sequence[Signature]) -> bool:
         """Tell whether microbatches of these forms have been run before."""

@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from forgather_fn.model import buffer_slots, evaluation_mode
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError
@@ -133,15 +132,11 @@ def _watching(named: Mapping[nn.Module, str], trace: Trace, calls: list[_Call]) 
         if call.given and taken is not None:
             call.kept = (call.given[1].shape, call.given[1].dtype) == (taken.shape, taken.dtype)
 
-    handles: list[RemovableHandle] = []
-    for child in named:
-        handles.append(child.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
-        handles.append(child.register_forward_hook(end, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for child in named:
+            stack.callback(child.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
+            stack.callback(child.register_forward_hook(end, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -165,26 +160,22 @@ def _cutting(
         trace.origins[fresh.untyped_storage()._cdata] = Origin(trace.stage, None)
         return form.holding(fresh, within=value)
 
-    handles = []
-    for cut in cuts:
-        module = model.get_submodule(cut.name)
-        if cut.side == "end":
+    with ExitStack() as stack:
+        for cut in cuts:
+            module = model.get_submodule(cut.name)
+            if cut.side == "end":
 
-            def at_end(module: nn.Module, args: Any, output: Any, cut: Cut = cut) -> Any:
-                return crossing(cut, output)
+                def at_end(module: nn.Module, args: Any, output: Any, cut: Cut = cut) -> Any:
+                    return crossing(cut, output)
 
-            handles.append(module.register_forward_hook(at_end))
-        else:
+                stack.callback(module.register_forward_hook(at_end).remove)
+            else:
 
-            def at_beginning(module: nn.Module, args: Any, kwargs: Any, cut: Cut = cut) -> Any:
-                return crossing(cut, (args, kwargs))
+                def at_beginning(module: nn.Module, args: Any, kwargs: Any, cut: Cut = cut) -> Any:
+                    return crossing(cut, (args, kwargs))
 
-            handles.append(module.register_forward_pre_hook(at_beginning, with_kwargs=True))
-    try:
+                stack.callback(module.register_forward_pre_hook(at_beginning, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _crossing(cut: Cut, form: Form, hidden: Tensor, calls: Sequence[_Call]) -> Crossing:

@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import checked, content_of, naming, replace
 from forgather_fn.report.row import Row, Sink, opened
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -40,20 +39,28 @@ def jsonl(path: StrPath) -> Sink:
         ...     read(f"{directory}/log.jsonl")
         [{'step': 1, 'samples': 32, 'seconds': 0.5, 'loss': inf}]
     """
+    expected = "a file that can be written, or a new one in a directory that can"
+    checked(path, "jsonl")
 
     def open(row: Row) -> BinaryIO:
         # Replacing a link would cut it from the file that it stands for.
         real = Path(os.path.realpath(path))
-        with naming(path, "a file that can be written, or a new one in a directory that can"):
+        with naming(path, expected):
             real.parent.mkdir(parents=True, exist_ok=True)
             _supersede(real, row.started)
             return real.open("ab")
 
     def write(file: BinaryIO, row: Row) -> None:
-        file.write(_line(row))
-        file.flush()
+        line = _line(row)
+        with naming(path, expected):
+            file.write(line)
+            file.flush()
 
-    return opened(f"jsonl({os.fspath(path)!r})", open, write, lambda file: file.close())
+    def close(file: BinaryIO) -> None:
+        with naming(path, expected):
+            file.close()
+
+    return opened(f"jsonl({os.fspath(path)!r})", open, write, close)
 
 
 def read(path: StrPath) -> list[dict[str, float]]:
@@ -65,8 +72,8 @@ def read(path: StrPath) -> list[dict[str, float]]:
     Raises:
         ValueError: The file cannot be read, or a line is not a row; the message has its number.
     """
-    with naming(path, "a file of rows to read"):
-        content = Path(path).read_bytes()
+    with naming(checked(path, "read"), "a file of rows to read"):
+        content = content_of(path)
     return [record for _, record in _lines(path, content)]
 
 
@@ -114,17 +121,10 @@ def _record(path: StrPath, number: int, line: bytes) -> dict[str, float]:
 def _supersede(path: Path, started: int) -> None:
     """Keep the whole lines up to a step, byte by byte."""
     try:
-        content = path.read_bytes()
+        content = content_of(path)
     except FileNotFoundError:
         return
     kept = b"".join(line + b"\n" for line, record in _lines(path, content) if record["step"] <= started)
     if kept == content:
         return
-    sibling = path.with_name(f"{path.name}.tmp")
-    with sibling.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        # A rename may reach the disk before the content does.
-        os.fsync(file.fileno())
-    shutil.copymode(path, sibling)
-    sibling.replace(path)
+    replace(path, kept)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from forgather_fn.report.jsonl import read
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import checked, naming
 from forgather_fn.report.picture import Line, Run, save
 
 StrPath = str | os.PathLike[str]
@@ -41,12 +41,18 @@ def plot(runs: Iterable[StrPath], path: StrPath, *, log: bool = False, smooth: i
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plot: matplotlib is not installed: pip install 'forgather-fn[plot]'")
-    options = _FORMATS.get(Path(path).suffix.lower())
+    options = _FORMATS.get(Path(checked(path, "plot")).suffix.lower())
     if options is None:
         raise ValueError(f"plot: {os.fspath(path)!r} must end in {' or '.join(_FORMATS)}, which says what is written")
-    if smooth < 1:
-        raise ValueError(f"plot: smooth={smooth} is a number of rows, of at least 1")
-    found = [Run(name, _lines(file), smooth) for name, file in _named([Path(run) for run in runs]).items()]
+    if type(smooth) is not int or smooth < 1:
+        raise ValueError(f"plot: smooth={smooth!r} is a number of rows, of at least 1")
+    if type(log) is not bool:
+        raise ValueError(f"plot: log={log!r}: expected True or False")
+    if isinstance(runs, str | bytes | Mapping) or not isinstance(runs, Iterable):
+        raise ValueError(f"plot: runs={runs!r}: expected paths of runs: [path, ...]")
+    found = [
+        Run(name, _lines(file), smooth) for name, file in _named([Path(checked(run, "plot")) for run in runs]).items()
+    ]
     if not any(run.lines.keys() & {"loss", "eval_loss"} for run in found):
         names = ", ".join(run.name for run in found)
         raise ValueError(f"plot: there is nothing to draw: no row of {names} has a finite loss")

@@ -16,7 +16,7 @@ def _scalars(values: Mapping[str, SupportsFloat]) -> Mapping[str, float]:
             raise ValueError(f"a row has a field {name!r} of its own: report this value under another name")
         try:
             scalars[name] = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"the value {name!r} of a row must be one number, got {value!r}") from error
     return MappingProxyType(scalars)
 

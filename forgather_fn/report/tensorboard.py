@@ -1,10 +1,9 @@
 """Rows as TensorBoard events."""
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import checked, made_directory, naming
 from forgather_fn.report.row import Row, Sink, opened
 
 if TYPE_CHECKING:
@@ -23,22 +22,20 @@ def tensorboard(directory: str | os.PathLike[str]) -> Sink:
     Raises:
         ValueError: At the first row: the directory cannot be created or written to.
     """
+    expected = "a directory in which event files can be created"
+    checked(directory, "tensorboard")
 
     def open(row: Row) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
-        expected = "a directory in which event files can be created"
-        with naming(directory, expected):
-            Path(directory).mkdir(parents=True, exist_ok=True)
-        # The writer creates its file in a thread, whose error would also be printed as an unhandled one.
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot use {os.fspath(directory)!r}: no permission to write; expected {expected}")
+        place = made_directory(directory)
         # What is at the purge step is hidden too; but the event at the restored step is that of the step restored.
-        return SummaryWriter(os.fspath(directory), purge_step=row.started + 1)
+        return SummaryWriter(os.fspath(place), purge_step=row.started + 1)
 
     def write(writer: "SummaryWriter", row: Row) -> None:
-        for name, value in row.values.items():
-            writer.add_scalar(name, value, row.step)
-        writer.flush()
+        with naming(directory, expected):
+            for name, value in row.values.items():
+                writer.add_scalar(name, value, row.step)
+            writer.flush()
 
     return opened(f"tensorboard({os.fspath(directory)!r})", open, write, lambda writer: writer.close())

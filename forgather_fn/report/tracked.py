@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 import attrs
 
-from forgather_fn.report.path import naming
+from forgather_fn.report.path import checked, content_of, naming, replace
 from forgather_fn.report.row import Row, Sink, opened
 
 IDS: Final = "trackers.json"
@@ -74,6 +74,7 @@ def tracked(package: str, requirement: str, directory: str | os.PathLike[str], b
     top = package.partition(".")[0]
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"{top} is not installed, and is no dependency of this library: pip install '{requirement}'")
+    checked(directory, top)
     outer = None
 
     def open(row: Row) -> TrackedRun:
@@ -85,7 +86,11 @@ def tracked(package: str, requirement: str, directory: str | os.PathLike[str], b
             raise ValueError(f"{top} cannot be imported ({error}): pip install '{requirement}'") from error
         ids = _read(directory)
         run = begin(library, ids.get(top) if row.started else None)
-        _write(directory, {**ids, top: run.id})
+        try:
+            _write(directory, {**ids, top: run.id})
+        except BaseException:
+            run.end(True)
+            raise
         return run
 
     def write(run: TrackedRun, row: Row) -> None:
@@ -104,21 +109,19 @@ def _read(directory: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(directory) / IDS
     with naming(directory, "the directory of a run, or a new one in a directory that can be written to"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_text(encoding="utf-8") if path.exists() else "{}"
+    with naming(path, "the file of the ids of tracked runs, or none"):
+        content = content_of(path) if path.exists() else b"{}"
     try:
         ids = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         ids = None
-    if not isinstance(ids, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object with the ids of tracked runs, got {content[:80]!r}; remove it"
-        )
+    if not isinstance(ids, dict) or not all(isinstance(one, str) for one in ids.values()):
+        shown = content[:80].decode(errors="replace")
+        raise ValueError(f"{path}: expected a JSON object with the ids of tracked runs, got {shown!r}; remove it")
     return ids
 
 
 def _write(directory: str | os.PathLike[str], ids: Mapping[str, str]) -> None:
     path = Path(directory) / IDS
-    sibling = path.with_name(f"{IDS}.tmp")
     with naming(path, "a file that can be written"):
-        sibling.write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-        sibling.replace(path)
+        replace(path, (json.dumps(ids, indent=2) + "\n").encode())

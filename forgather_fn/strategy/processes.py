@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from forgather_fn.distributed.launched import check_world_size, idle_devices
+from forgather_fn.distributed.launched import check_world_size, idle_devices, number_in
 from forgather_fn.distributed.rest import rest_at_exit
 from forgather_fn.distributed.watch import watching
 from forgather_fn.world import ALONE, World
@@ -37,12 +37,18 @@ def world_of(accelerator: "Accelerator") -> World:
 
 
 def launched_on(device: torch.device) -> World:
-    """Find the processes that a launcher started; their group is opened if nobody has. Collective, the first time."""
+    """Find the processes that a launcher started; their group is opened if nobody has. Collective, the first time.
+
+    Raises:
+        ValueError: What the environment says of them is no number.
+    """
     from torch import distributed
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+    local_rank = number_in(os.environ, "LOCAL_RANK", 0)
+    if number_in(os.environ, "WORLD_SIZE", 1, least=1) > 1 and not distributed.is_initialized():
+        number_in(os.environ, "RANK", 0)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return joined(int(os.environ.get("LOCAL_RANK", "0")))
+    return joined(local_rank)
 
 
 def joined(local_rank: int) -> World:

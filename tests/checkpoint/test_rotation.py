@@ -13,7 +13,7 @@ from forgather_fn.checkpoint.rotation import best_of
 VALUES = st.one_of(
     st.none(), st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]), st.floats(allow_nan=True)
 )
-BEST = st.one_of(st.none(), st.builds(Best, st.just("eval_loss"), st.booleans()))
+BEST = st.one_of(st.none(), st.builds(Best, st.just("eval_loss"), greater_is_better=st.booleans()))
 
 
 def entry(number, *, loss=None, pinned=False, faults=(), ours=True, step=None):
@@ -108,7 +108,7 @@ class TestWhatMayGo:
 class TestTheBest:
     @given(runs(), st.booleans())
     def test_is_no_worse_than_any(self, entries, greater):
-        found = best_of(entries, Best("eval_loss", greater))
+        found = best_of(entries, Best("eval_loss", greater_is_better=greater))
         values = [e.manifest.metrics["eval_loss"] for e in usable(entries) if "eval_loss" in e.manifest.metrics]
         values = [value for value in values if not math.isnan(value)]
         if found is None:
@@ -137,7 +137,7 @@ class TestTheBest:
     )
     def test_by_example(self, losses, greater, expected):
         entries = [entry(i, loss=loss) for i, loss in enumerate(losses)]
-        found = best_of(entries, Best("eval_loss", greater))
+        found = best_of(entries, Best("eval_loss", greater_is_better=greater))
         assert found == (None if expected is None else entries[expected])
 
     def test_is_not_a_damaged_one(self):

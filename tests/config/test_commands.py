@@ -224,7 +224,8 @@ def test_an_argument_is_set_by_option_or_path(run):
     code, out, _ = run("-t", "mine.yaml", "construct", "--target", "meta")
     assert (code, "'config_name': 'demo'" in out) == (0, True)
     for arguments in (["--learning-rate", "0.5"], ["--set", "main.learning_rate=5e-1"]):
-        assert "learning_rate: 0.5\n" in run("-t", "mine.yaml", "graph", *arguments)[1]
+        for named in (["-t", "mine.yaml", "graph"], ["graph", "mine.yaml"]):
+            assert "learning_rate: 0.5\n" in run(*named, *arguments)[1]
 
 
 def test_what_a_configuration_declares_is_in_the_help(run, capsys):
@@ -240,6 +241,7 @@ def test_what_a_configuration_declares_is_in_the_help(run, capsys):
     ("arguments", "message"),
     [
         ("train", "which configuration? Name it"),
+        ("-t mine.yaml pp mine.yaml", "which configuration: mine.yaml, or -t mine.yaml? Name one"),
         ("train nowhere.yaml", "there is no configuration 'nowhere.yaml': "),
         ("train projects/demos.yaml", "'projects/demos.yaml': did you mean 'projects/demo.yaml'? expected"),
         ("train min.yaml", "there is no configuration 'min.yaml': did you mean 'mine.yaml'?"),
@@ -299,6 +301,8 @@ def test_each_stage_is_printed(run):
     code, rendered, _ = run("-t", "mine.yaml", "pp")
     assert code == 0
     assert "max_steps: 12" in rendered
+    assert rendered.startswith("meta:\n")  # and not with what statements have left
+    assert run("pp", "mine.yaml")[1] == rendered
     origins = run("-t", "mine.yaml", "pp", "--origins")[1]
     assert re.search(r"^mine.yaml:8 +\|     max_steps: 12$", origins, re.MULTILINE)
     assert run("-t", "mine.yaml", "targets")[1] == "meta\ndynamic_args\nmain\n"

@@ -113,6 +113,7 @@ def test_cuts_and_factories_on_the_command_line(capsys) -> None:
     assert "has 1 cuts and so 2 stages" in capsys.readouterr().err
     assert main(["pipeline", "explain", "nothing.here"]) == 2
     assert main(["pipeline", "explain", "tests.pipeline.models:nothing"]) == 2
+    assert main(["pipeline", "explain", "torch.nn:Linear"]) == 2  # which takes arguments
 
 
 def test_measured_times_balance_a_model() -> None:

@@ -10,7 +10,7 @@ from forgather_fn.activation_checkpointing import activation_checkpointed
 from forgather_fn.pipeline.cuts import SplitError, cuts_of, registered
 from forgather_fn.pipeline.freeing import filled, free
 from forgather_fn.pipeline.probe import Flow, probe
-from forgather_fn.pipeline.segment import segment
+from forgather_fn.pipeline.stage import cut_stage
 from tests.pipeline.models import MODELS, Block, Plain, words
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def chained(whole: nn.Module, flow: Flow, given: dict[str, Tensor]) -> Any:
     hidden = None
     for stage in range(flow.assignment.stages):
         own = stage_of(whole, flow, stage)
-        hidden = segment(own, flow, stage).run(hidden, lambda own=own: own(**given))  # type: ignore[misc]
+        hidden = cut_stage(own, flow, stage).run(hidden, lambda own=own: own(**given))  # type: ignore[misc]
     return hidden
 
 
@@ -87,7 +87,7 @@ def test_the_model_is_left_as_it_was() -> None:
     before = copy.deepcopy(whole.state_dict())
     generator = torch.get_rng_state()
     flow = probe(whole, cuts_of(whole, {"1": "end"}), lambda: whole(torch.randn(4, 3)))
-    segment(whole, flow, 1).run(torch.zeros(4, 3), lambda: whole(torch.randn(4, 3)))
+    cut_stage(whole, flow, 1).run(torch.zeros(4, 3), lambda: whole(torch.randn(4, 3)))
     torch.testing.assert_close(whole.state_dict(), before, rtol=0, atol=0)
     assert not whole[0].training
     assert whole[1].training
@@ -102,7 +102,7 @@ def test_modules_before_a_stage_do_not_run() -> None:
     ran = []
     for name, child in whole.named_modules():
         child.register_forward_hook(lambda *args, name=name: ran.append(name))  # type: ignore[misc]
-    segment(whole, flow, 1).run(torch.zeros(8, 6, 16), lambda: whole(**inputs(True)))
+    cut_stage(whole, flow, 1).run(torch.zeros(8, 6, 16), lambda: whole(**inputs(True)))
     assert not [name for name in ran if name.startswith("layer.0.")]
     assert "layer.4.lift" in ran
 
@@ -231,7 +231,7 @@ def test_a_beginning_is_the_end_of_the_module_before_where_there_is_nothing_betw
     flow = probe(model, cuts_of(model, {"layer.3": "beginning"}), lambda: model(**inputs(True)))
     assert str(flow.crossings[0].cut) == "the end of 'layer.2'"
     hidden = torch.zeros(8, 6, 16, requires_grad=True)
-    segment(model, flow, 1).run(hidden, lambda: model(**inputs(True))).sum().backward()
+    cut_stage(model, flow, 1).run(hidden, lambda: model(**inputs(True))).sum().backward()
     assert hidden.grad is not None
 
 
@@ -239,7 +239,7 @@ def test_a_beginning_that_would_be_recomputed_without_its_hidden_state_is_refuse
     model = Recomputed(glue=1)
     flow = probe(model, cuts_of(model, {"layer.3": "beginning"}), lambda: model(**inputs(True)))
     with pytest.raises(SplitError, match="activation checkpointing"):
-        segment(model, flow, 1).run(torch.zeros(8, 6, 16, requires_grad=True), lambda: model(**inputs(True)))
+        cut_stage(model, flow, 1).run(torch.zeros(8, 6, 16, requires_grad=True), lambda: model(**inputs(True)))
 
 
 @pytest.mark.parametrize("recompute", ["blocks", "hugging_face"])
@@ -254,8 +254,8 @@ def test_stages_with_activation_checkpointing_have_the_gradients_of_the_model(re
         activation_checkpointed(whole, Block)
     else:
         whole.activation_checkpointing_enable()  # type: ignore[operator]
-    first = segment(whole, flow, 0).run(None, lambda: whole(**inputs(True)))
-    second = segment(whole, flow, 1).run(first, lambda: whole(**inputs(True)))
+    first = cut_stage(whole, flow, 0).run(None, lambda: whole(**inputs(True)))
+    second = cut_stage(whole, flow, 1).run(first, lambda: whole(**inputs(True)))
     logits(second).square().sum().backward()
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0)

@@ -61,7 +61,6 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
     "transforms.clipped_by_value": {"limit": 1.0},
     "losses.by_source": {"loss": ff.losses.mse, "names": ("a", "b")},
     "losses.chunked": {"loss": LOSS},
-    "losses.chunked_causal_lm": {},
     "losses.class_weighted": {"loss": LOSS, "weights": [1.0, 2.0]},
     "losses.contrastive": {},
     "losses.distilled": {"loss": LOSS, "teacher": "logits"},
@@ -127,15 +126,15 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
     "diagnostics.histograms": {"directory": "out"},
     "diagnostics.memory_recorded": {"directory": "out", "start": 1},
     "diagnostics.module_norms": {},
-    "diagnostics.peak": {"device": "NVIDIA H100 80GB HBM3"},
+    "diagnostics.peak_flops": {"device": "NVIDIA H100 80GB HBM3"},
     "diagnostics.profiled": {"directory": "out", "start": 1},
-    "diagnostics.utilization": {"flops_per_token": 1.0, "peak": 1.0},
+    "diagnostics.utilization": {"flops_per_token": 1.0, "peak_flops": 1.0},
 }
 """Public functions, each with arguments that it takes."""
 
 ELSEWHERE: Final = {
     **dict.fromkeys(["saved", "serve", "controlled", "memory"], "test_arguments"),
-    **dict.fromkeys(["single", "accelerated", "pipelined", "joined", "parts"], "test_programs"),
+    **dict.fromkeys(["single", "accelerated", "pipelined", "joined", "members"], "test_programs"),
     **dict.fromkeys(["difference", "fold", "last", "frozen", "refreshed_statistics"], "test_programs"),
     **dict.fromkeys(["diagnostics.activations"], "test_programs"),
     **dict.fromkeys(["optim.slots_like", "transforms.apply", "schedules.rate"], "for authors of pieces"),

@@ -1,11 +1,15 @@
 """What processes of a run say to each other, where one of them says anything."""
 
 import pytest
+import torch
 from hypothesis import strategies as st
 
 import forgather_fn as ff
+from forgather.ml import TrainingArguments
+from forgather.ml.distributed import from_launcher
 from forgather_fn.distributed.launched import check_world_size
 from forgather_fn.distributed.words import LINE_LIMIT, Failed, Left, cause_of, decoded, encoded
+from forgather_fn.strategy.processes import launched_on
 from tests.robustness.inputs import as_bytes, budget, changed, holds, mutated, values
 
 LINES = [encoded(Left(3)), encoded(Failed("rank 1 failed: ValueError: no\n  File 'x'"))]
@@ -64,3 +68,24 @@ def test_a_rank_that_is_none(monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(ValueError, match=r"RANK=.* expected the number of this process"), ff.serve():
         pass
+
+
+NO_NUMBERS = ["x", "-1", "", "1.5", "9" * 5000, "\u0662", " 1", "1_0"]
+
+
+@pytest.mark.parametrize("given", NO_NUMBERS, ids=range(8))
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_what_a_launcher_says_that_is_no_number(monkeypatch, variable, given):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(variable, given)
+    with pytest.raises(ValueError, match=rf"{variable}=.* in the environment: expected") as caught:
+        launched_on(torch.device("cpu"))
+    assert len(str(caught.value)) < 300
+    looks = {"RANK": "process_index", "LOCAL_RANK": "local_process_index", "WORLD_SIZE": "world_size"}
+    monkeypatch.setenv(variable, "1")
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True)
+    monkeypatch.setenv(variable, given)
+    with pytest.raises(ValueError, match=rf"{variable}=.* in the environment: expected"):
+        getattr(arguments, looks[variable])
+    with pytest.raises(ValueError, match=rf"{variable}=.* is no number"):
+        from_launcher("cpu")

@@ -1,6 +1,7 @@
 """Which process of a run this is, and where it computes."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -85,8 +86,10 @@ def from_launcher(device: str | torch.device | None = None) -> dict[str, Any]:
         value = os.environ.get(variable)
         if value is None:
             continue
-        if name != "master_addr" and not value.isdigit():
-            raise ValueError(f"the environment's {variable}={value!r} is no number; launchers such as torchrun set it")
+        if name != "master_addr" and not re.fullmatch(r"[0-9]{1,9}", value):
+            raise ValueError(
+                f"the environment's {variable}={value[:40]!r} is no number; launchers such as torchrun set it"
+            )
         found[name] = value if name == "master_addr" else int(value)
     # Some launchers say how many processes there are in all, and not how many of them are here.
     found.setdefault("local_world_size", max(found.get("local_rank", 0) + 1, 1))

@@ -12,9 +12,8 @@ from forgather_fn.config.load import Loaded, load
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which configuration is meant; what it declares becomes options too."""
-    parser.add_argument(
-        "-t", "--template", metavar="CONFIG", help="the configuration: a file, or its name (forgather ls)"
-    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a file, or the name of one (forgather ls)")
+    parser.add_argument("-t", "--template", metavar="CONFIG", help="the same; it may also stand before the command")
     parser.add_argument(
         "-p", "--project-dir", type=Path, metavar="DIR", help="where the project is (default: around here)"
     )
@@ -71,11 +70,13 @@ def named(options: argparse.Namespace) -> str:
     """Name the configuration; empty for a project's default.
 
     Raises:
-        ConfigError: None is named, and there is no project either.
+        ConfigError: Two are named; or none is, and there is no project either.
     """
-    name = getattr(options, "config", None) or options.template
+    if options.config and options.template:
+        raise ConfigError(f"which configuration: {options.config}, or -t {options.template}? Name one")
+    name = options.config or options.template
     if not name and options.project_dir is None and not Path("meta.yaml").is_file():
-        raise ConfigError("which configuration? Name it: forgather -t CONFIG ...; forgather ls lists those there are")
+        raise ConfigError("which configuration? Name it: forgather COMMAND CONFIG; forgather ls lists those there are")
     return str(name or "")
 
 
@@ -84,14 +85,15 @@ def _declare(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
 
     It is rendered for that with what is known: what looks like one of its options gives the variable of that name.
     """
-    if not (getattr(options, "config", None) or options.template):
+    name = options.template or options.config  # with -t, what was taken for a name is the value of an unknown option
+    if not name:
         return
     guessed: dict[str, Any] = {}
     for flag, value in zip(unknown, [*unknown[1:], ""], strict=False):
         if flag.startswith("--"):
             guessed[flag[2:].partition("=")[0].replace("-", "_")] = flag.partition("=")[2] or value
     first = load(
-        named(options),
+        name,
         {name: value for name, value in settings(options.settings).items() if "." not in name and "[" not in name},
         project_dir=options.project_dir,
         defaults=guessed,

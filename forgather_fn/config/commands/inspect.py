@@ -1,4 +1,4 @@
-"""``forgather -t CONFIG pp | graph | targets | code | construct | trefs``: a configuration at each stage."""
+"""``forgather pp | graph | targets | code | construct | trefs CONFIG``: a configuration at each stage."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ def pp(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather pp``; give what prints a rendered configuration."""
     add_source(parser)
     parser.add_argument("--origins", action="store_true", help="show for each line where it came from")
-    parser.epilog = "example: forgather -t projects/demo.yaml pp"
+    parser.epilog = "example: forgather pp projects/demo.yaml"
 
     def execute(options: argparse.Namespace) -> int:
         text = loaded(options).text
@@ -27,7 +27,7 @@ def pp(parser: argparse.ArgumentParser, /) -> Execute:
             for place, line in zip(places, str.__str__(text).split("\n"), strict=True):
                 print(f"{place:{width}} | {line}")
         else:
-            print(text)
+            print(text.strip("\n"))  # templates leave empty lines where their statements were
         return 0
 
     return execute
@@ -36,8 +36,13 @@ def pp(parser: argparse.ArgumentParser, /) -> Execute:
 def graph(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather graph``; give what prints the graph of a configuration."""
     add_source(parser)
-    parser.add_argument("--format", choices=("yaml", "python", "repr", "none"), default="yaml", help="(default: yaml)")
-    parser.epilog = "example: forgather -t projects/demo.yaml graph --format yaml"
+    parser.add_argument(
+        "--format",
+        choices=("yaml", "python", "repr", "none"),
+        default="yaml",
+        help="how; none prints nothing, and tells errors (default: yaml)",
+    )
+    parser.epilog = "example: forgather graph projects/demo.yaml --format yaml"
 
     def execute(options: argparse.Namespace) -> int:
         found = loaded(options).graph
@@ -57,7 +62,7 @@ def graph(parser: argparse.ArgumentParser, /) -> Execute:
 def targets(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather targets``; give what lists what can be built."""
     add_source(parser)
-    parser.epilog = "example: forgather -t projects/demo.yaml targets"
+    parser.epilog = "example: forgather targets projects/demo.yaml"
 
     def execute(options: argparse.Namespace) -> int:
         print(*loaded(options).graph.targets, sep="\n")
@@ -69,8 +74,10 @@ def targets(parser: argparse.ArgumentParser, /) -> Execute:
 def code(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather code``; give what prints a target as Python source."""
     add_source(parser)
-    parser.add_argument("--target", default="main", metavar="TARGET", help="(default: %(default)s)")
-    parser.epilog = "example: forgather -t projects/demo.yaml code --target main"
+    parser.add_argument(
+        "--target", default="main", metavar="TARGET", help="which (forgather targets lists them; default: %(default)s)"
+    )
+    parser.epilog = "example: forgather code projects/demo.yaml --target main"
 
     def execute(options: argparse.Namespace) -> int:
         print(to_python(loaded(options).graph, [options.target]), end="")
@@ -83,9 +90,11 @@ def construct(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather construct``; give what builds a target and shows it."""
     add_source(parser)
     add_allow(parser)
-    parser.add_argument("--target", default="main", metavar="TARGET", help="(default: %(default)s)")
+    parser.add_argument(
+        "--target", default="main", metavar="TARGET", help="which (forgather targets lists them; default: %(default)s)"
+    )
     parser.add_argument("--call", action="store_true", help="call what was built, and show what that gives")
-    parser.epilog = "example: forgather -t projects/demo.yaml construct --target meta"
+    parser.epilog = "example: forgather construct projects/demo.yaml --target meta"
 
     def execute(options: argparse.Namespace) -> int:
         made = loaded(options).build(options.target, options.allow)
@@ -99,8 +108,13 @@ def trefs(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather trefs``; give what lists the templates that a configuration uses."""
     add_source(parser)
     formats = {"files": files, "md": markdown, "tree": tree, "dot": dot}
-    parser.add_argument("--format", choices=formats, default="files", help="(default: files)")
-    parser.epilog = "example: forgather -t projects/demo.yaml trefs --format tree"
+    parser.add_argument(
+        "--format",
+        choices=formats,
+        default="files",
+        help="a list, in Markdown, who asks for whom, or for Graphviz (default: files)",
+    )
+    parser.epilog = "example: forgather trefs projects/demo.yaml --format tree"
 
     def execute(options: argparse.Namespace) -> int:
         text = loaded(options).text

@@ -178,7 +178,9 @@ def show(record: Record, part: str) -> list[str]:
 def tensorboard(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather tb`` to a parser, and give what opens TensorBoard on a run."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or a folder of such")
-    parser.add_argument("--port", type=int, default=6006, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=6006, metavar="N", help="where TensorBoard listens (default: %(default)s)"
+    )
     parser.epilog = "example: forgather tb runs/mine"
 
     def execute(options: argparse.Namespace) -> int:

@@ -34,7 +34,6 @@ class Trainer(Protocol):
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of ``forgather train`` to a parser, and give what runs it."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a file, or the name of a configuration")
     add_source(parser)
     add_allow(parser)
     parser.add_argument("-n", "--processes", type=int, default=1, metavar="N", help="processes on this machine")

@@ -21,10 +21,11 @@ from forgather.ml.trainer.model_settings import model_settings
 from forgather.ml.trainer.position import PositionMixin
 from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.running import Running
-from forgather.ml.trainer.stepping import SteppingMixin, StoppedInsideError, ff_unbind
+from forgather.ml.trainer.stepping import SteppingMixin, StoppedInsideError
 from forgather.ml.trainer.surroundings import finite_outputs, surroundings
 from forgather.ml.trainer.trainer_types import TrainerState, TrainOutput, speed_metrics
 from forgather.ml.trainer.windows import Window
+from forgather_fn.binding import unbind
 from forgather_fn.state import NonFiniteError
 from forgather_fn.world import known_to_all
 
@@ -286,6 +287,6 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
         """Give the model memory of its own again."""
         if self._engine is not None:
             self._engine = None
-            ff_unbind(self.model)
+            unbind(self.model)
             for p in self.model.parameters():
                 p.grad = None

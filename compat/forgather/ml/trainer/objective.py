@@ -1,5 +1,6 @@
 """The loss: how the model is called, and what of its outputs is minimised."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Mapping
@@ -176,8 +177,6 @@ class ObjectiveMixin(Attributes):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Give autocast, where a half precision is asked for, and nothing otherwise."""
-        import contextlib
-
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         if half is not None:
             return torch.autocast(self.args.device.type, half, cache_enabled=cache_enabled)

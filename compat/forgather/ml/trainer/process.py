@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from forgather.ml.trainer.enums import ParallelMode
+from forgather_fn.distributed.launched import number_in
 
 _LEVELS: Final = {
     "detail": logging.DEBUG,
@@ -54,17 +55,17 @@ class Place:
     @property
     def world_size(self) -> int:
         """How many processes a launcher started."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return number_in(os.environ, "WORLD_SIZE", 1, least=1)
 
     @property
     def process_index(self) -> int:
         """Which of all processes this is."""
-        return int(os.environ.get("RANK", "0"))
+        return number_in(os.environ, "RANK", 0)
 
     @property
     def local_process_index(self) -> int:
         """Which of this machine's processes this is."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
+        return number_in(os.environ, "LOCAL_RANK", 0)
 
     @property
     def parallel_mode(self) -> ParallelMode:

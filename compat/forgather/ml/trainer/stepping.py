@@ -4,7 +4,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import forgather_fn as ff
 from forgather.ml.trainer.agreeing import AgreeingMixin
@@ -15,12 +15,13 @@ from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
 from forgather.ml.trainer.optimizing import OptimizerMixin
 from forgather.ml.trainer.windows import Window
+from forgather_fn.binding import unbind
 from forgather_fn.gradient import Gradients
 from forgather_fn.mean import Mean
 from forgather_fn.program import Program
 from forgather_fn.random import key, seeded
 from forgather_fn.share import Microbatches
-from forgather_fn.state import NonFiniteError, TrainState
+from forgather_fn.state import NonFiniteError, TrainState, nonfinite_message
 
 INSIDE = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
 """Events inside a step: where one has listeners, the step is made in two halves."""
@@ -87,20 +88,24 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
 
     def _plan(self, held: Adopted | Called, halves: bool) -> ff.Plan:
         """Translate arguments to a plan."""
-        args = self.args
-        clips = args.max_grad_norm is not None and args.max_grad_norm > 0
+        args, max_norm = self.args, self._max_norm()
         return ff.Plan(
             model=self.model,
             loss=self._objective(),
             optimizer=held.as_optimizer(),
             schedule=lambda step: float(self.optimizer.param_groups[0]["lr"]),
-            transforms=() if halves or not clips else (ff.clipped(float(args.max_grad_norm)),),
+            transforms=() if halves or max_norm is None else (ff.clipped(max_norm),),
             microbatches=self._microbatches,
             precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "as_built",
             on_nonfinite="skip" if self._goes_on_nonfinite() else "raise",
             device=args.device,
             update="in_backward" if args.fuse_optim_with_backward else "after_backward",
         )
+
+    def _max_norm(self) -> float | None:
+        """Give the norm that gradients are clipped to, where they are."""
+        given = self.args.max_grad_norm
+        return float(given) if given is not None and given > 0 else None
 
     def _goes_on_nonfinite(self) -> bool:
         """Tell whether training goes on after a loss that is not finite: where ``logging_nan_inf_filter`` was given."""
@@ -145,7 +150,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         if fits and halves == engine.halves and engine.held.is_whole(engine.state.opt) and self._look() == engine.looks:
             return engine
         self._check_replaced(engine)
-        ff_unbind(self.model)
+        unbind(self.model)
         self._open_engine(engine.state.step)
         assert self._engine is not None
         for name, held in self._engine.state.loss_scale.items():
@@ -206,8 +211,8 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
             unscale(self.model, state.loss_scale["scale"], self._scaler)
         gradients = taken(self.model, state, samples, total)
         norm = gradients.norm().clone()
-        if args.max_grad_norm is not None and args.max_grad_norm > 0:
-            gradients = clipped(gradients, state, float(args.max_grad_norm))
+        if (max_norm := self._max_norm()) is not None:
+            gradients = clipped(gradients, state, max_norm)
         self.control = handler.call_event("on_pre_optimizer_step", args, self.state, self.control)
         try:
             self._update(engine, taken(self.model, state, samples, total), loss)
@@ -250,8 +255,6 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
     def _update(self, engine: Engine, gradients: Gradients, loss: Tensor) -> None:
         kept = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         if engine.program.plan.on_nonfinite == "raise" and not torch.isfinite(loss):
-            from forgather_fn.state import nonfinite_message
-
             raise NonFiniteError(nonfinite_message(engine.state.step, "the loss"))
         engine.state, _ = engine.program.update(engine.state, gradients)
         for p, grad in kept:  # for those who look at gradients after the update
@@ -260,13 +263,6 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
 
 class StoppedInsideError(Exception):
     """A callback ended the training between two microbatches: the step is not made."""
-
-
-def ff_unbind(model: nn.Module) -> None:
-    """Give a module's tensors memory of their own again."""
-    from forgather_fn.binding import unbind
-
-    unbind(model)
 
 
 def _copied(buffers: Any) -> Any:

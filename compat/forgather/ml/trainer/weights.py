@@ -1,5 +1,6 @@
 """Weights on the disk: written for other tools, and read whatever tool wrote them."""
 
+import importlib
 import json
 import logging
 import os
@@ -89,8 +90,6 @@ def _pointer(named: dict[str, Any], name: str) -> int | None:
 
 def _read_adapters(model: Any, folder: str) -> None:
     """Read the adapters of a PEFT model; which of them is trained stays as it is."""
-    import importlib
-
     read: Any = importlib.import_module("peft").set_peft_model_state_dict
     active = model.active_adapters[0]
     found = {active: folder} if has(folder, ADAPTER) or has(folder, OLD_ADAPTER) else {}

@@ -1,5 +1,6 @@
 """What callbacks derive from."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
@@ -25,6 +26,8 @@ EVENTS = (
 """The events, as transformers 5.23 has them."""
 
 Answer = TrainerControl | None
+Logs = Mapping[str, Any] | None
+"""What is logged, or measured, by name."""
 
 
 class TrainerCallback:

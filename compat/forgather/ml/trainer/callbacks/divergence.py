@@ -2,10 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from forgather.ml.trainer.callbacks.base import TrainerCallback
+from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.trainer_types import ExportableState, TrainerControl, TrainerState
 
 logger = logging.getLogger(__name__)
@@ -47,14 +46,7 @@ class DivergenceDetector(TrainerCallback, ExportableState):
         self.long_mean: float | None = None
         self.diverged_at: int | None = None
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any) -> None:
         """Look at a logged value."""
         value = (logs or {}).get(self.metric_key)
         if value is None or not self._diverged(float(value)):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forgather.ml.trainer.callbacks.base import TrainerCallback
+from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.callbacks.place import logging_dir
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
 
@@ -47,14 +47,7 @@ class JsonLogger(TrainerCallback):
         if self.meta and not kept:
             self._append(state, self.meta)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any) -> None:
         """Append one log."""
         if state.is_world_process_zero:
             self._place(args)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from forgather.ml.trainer.callbacks.base import TrainerCallback
+from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
 
 
@@ -79,14 +79,7 @@ class ProgressCallback(TrainerCallback):
         """Close the prediction's bar."""
         self.on_evaluate(args, state, control)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any) -> None:
         """Write logs above the bar."""
         if self.training_bar is not None:
             values = {name: value for name, value in (logs or {}).items() if name != "total_flos"}

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from forgather.ml.trainer.callbacks.base import TrainerCallback
+from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.callbacks.place import logging_dir
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
 
@@ -45,14 +45,7 @@ class TBLogger(TrainerCallback):
         for name, value in self.meta.items():
             self.summary_writer.add_text(name, str(value))
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any) -> None:
         """Write numbers as scalars and texts as texts; what is neither is named in a warning."""
         if not state.is_world_process_zero:
             return

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from forgather.ml.trainer.callbacks.base import TrainerCallback
+from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
 from forgather_fn import interrupt
 from forgather_fn.checkpoint import latest
@@ -116,14 +116,7 @@ class TrainerControlCallback(TrainerCallback):
             control.should_training_stop = True
             self._asked.setdefault("end", []).append(request)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any) -> None:
         """Keep what was logged, for those who ask."""
         if self.inbox is not None and "loss" in (logs or {}):
             values = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -136,12 +129,7 @@ class TrainerControlCallback(TrainerCallback):
             request.done(step=state.global_step, paths=[str(path)])
 
     def on_evaluate(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: Logs = None, **kwargs: Any
     ) -> None:
         """Answer those who asked for an evaluation."""
         found = {name: value for name, value in (metrics or {}).items() if isinstance(value, int | float)}

@@ -27,7 +27,7 @@ class _Reached(BaseException):
 
 
 @attrs.frozen(eq=False)
-class Segment:
+class Stage:
     """One stage of a model.
 
     Attributes:
@@ -72,13 +72,13 @@ class Segment:
         return outputs
 
 
-def segment(model: nn.Module, flow: Flow, stage: int) -> Segment:
+def cut_stage(model: nn.Module, flow: Flow, number: int) -> Stage:
     """Cut one stage out of the flow of a model."""
-    return Segment(
+    return Stage(
         model,
-        begins=flow.crossings[stage - 1] if stage else None,
-        ends=flow.crossings[stage] if stage < len(flow.crossings) else None,
-        skipped=tuple((model.get_submodule(name), form) for name, form in flow.skipped[stage].items()),
+        begins=flow.crossings[number - 1] if number else None,
+        ends=flow.crossings[number] if number < len(flow.crossings) else None,
+        skipped=tuple((model.get_submodule(name), form) for name, form in flow.skipped[number].items()),
     )
 
 
