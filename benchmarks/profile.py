@@ -24,6 +24,7 @@ from forgather_fn.testing.processes import processes
 STEPS: Final = 400
 WARMUP: Final = 20
 STEP: Final = "forgather_fn.step"
+AROUND: Final = "around the update: no graph, gates, reports"
 KEY: Final = "derive and set the random key, put generators back"
 
 MODEL: Final = (
@@ -47,7 +48,10 @@ BEFORE: Final = (
 )
 PASSES: Final = (
     Line("zero gradients, look at each `grad`", ("forgather_fn.strategy.storage:workspace().clear",)),
+    Line("how the model is called on the batch", ("forgather_fn.strategy.storage:call_arguments()",)),
     Line("check what the loss gave", ("forgather_fn.built:named_means",)),
+    Line("go over the microbatches, let go of autograd's graph", (f"{STEP}:_accumulate",)),
+    Line("leave all as it was if a pass fails", (f"{STEP}:passed", f"{STEP}:take_gradients")),
     Line("the inverse of the weight, as a scalar", (f"{STEP}:inverse",)),
     Line("torch's checks before autograd", ("torch.autograd:backward",)),
     Line("keep the loss in float64", ("forgather_fn.mean:Mean.detach",)),
@@ -63,6 +67,7 @@ UPDATE: Final = (
     ),
     Line("the optimizer, and what it counts", ("forgather_fn:adamw().update",)),
     Line("the optimizer's kernels", ("torch:_fused_adamw_",), model=True),
+    Line(AROUND, (f"{STEP}:advance", f"{STEP}:update_arrays")),
     Line("count updates and tokens", (f"{STEP}:_averaged", f"{STEP}:_counted")),
     Line("consume the state, make the next", (f"{STEP}:following", "forgather_fn.state:TrainState.consume")),
 )
@@ -74,6 +79,7 @@ IN_BACKWARD: Final = (
     Line("take each gradient as it comes", ("forgather_fn.in_backward:_Updates._update",)),
     Line("is it finite?", ("forgather_fn.in_backward:flag_on_host",)),
     Line("the learning rate", ("forgather_fn.in_backward:rates_at",)),
+    Line(AROUND, ("forgather_fn.in_backward:update_arrays",)),
     *(line for line in UPDATE[1:] if line is not CLIP),
     *MODEL,
 )
