@@ -1,6 +1,6 @@
 """Batches: what a step consumes, and how it is cut into microbatches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Number
 from typing import Any
 
@@ -33,6 +33,8 @@ def check_batches(data: Any) -> None:
         what = f"the items of a dataset ({type(data).__name__}) are samples"
     elif isinstance(data, Mapping | Tensor) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
         what = f"a {type(data).__name__} is one batch; one batch alone is [batch]"
+    elif not isinstance(data, Iterable) or isinstance(data, str | bytes):
+        what = f"a {type(data).__name__} has none"
     else:
         return
     raise ValueError(f"expected a stream or an iterable of batches: {what}. Use ff.batches(data, batch_size=...)")

@@ -72,11 +72,19 @@ class Built:
         Raises:
             ValueError: The state is of another model or plan.
         """
+        self.check(arrays)
+        if not self.binding.ensure(arrays.params, arrays.frozen, arrays.buffers):
+            self.workspace.renew()
+
+    def check(self, arrays: Arrays) -> None:
+        """Make sure that a state is one of this model and plan.
+
+        Raises:
+            ValueError: It is not.
+        """
         if arrays.params.kept.get("fits") is not self:
             self._check_fits(arrays)
             arrays.params.kept["fits"] = self
-        if not self.binding.ensure(arrays.params, arrays.frozen, arrays.buffers):
-            self.workspace.renew()
 
     def _check_fits(self, arrays: Arrays) -> None:
         check_layout("this state", arrays.params.layout, self.binding.layout)

@@ -14,7 +14,7 @@ from forgather_fn.describe import describe
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.model import buffer_slots
 from forgather_fn.program import Program, itself
-from forgather_fn.state import COUNTERS, RESTARTABLE, Arrays, Ownership, TrainState, check_names
+from forgather_fn.state import COUNTERS, RESTARTABLE, Arrays, Ownership, TrainState, as_state, check_names
 from forgather_fn.tree import copied, rebuilt, walk
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def converted(
 ) -> TrainState:
     """Make the state of another program from a state; see :meth:`~forgather_fn.program.Program.convert`."""
     _check(old, new, without)
-    arrays = state.read()
+    arrays = as_state(state).read()
     fresh = new.init(state.seed)
     carrying = _Carrying(dropping=frozenset(dropping))
     made = _arrays(old, new, arrays, fresh.read(), carrying, without)

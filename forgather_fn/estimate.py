@@ -27,7 +27,7 @@ from forgather_fn.model import (
     surrounded,
 )
 from forgather_fn.optim.base import UpdateContext, rates_at
-from forgather_fn.plan import Plan
+from forgather_fn.plan import Plan, check_plan
 from forgather_fn.random import key, seeded
 
 META = torch.device("meta")
@@ -87,6 +87,7 @@ def memory(plan: Plan, batch: Any) -> Memory:
         >>> found.parameters, found.slots // found.parameters
         (16640, 2)
     """
+    check_plan("memory", plan)
     subject = _subject(plan)
     layout = subject.layout
     slots, updating = _update(plan, layout)

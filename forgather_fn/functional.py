@@ -9,7 +9,7 @@ from torch.func import functional_call
 from forgather_fn.evaluation import chosen
 from forgather_fn.model import buffer_names, buffer_slots, parameter_sites
 from forgather_fn.program import Program
-from forgather_fn.state import Params, TrainState
+from forgather_fn.state import Params, TrainState, as_state
 
 
 def frozen(program: Program, state: TrainState, *, params: Params = "params") -> Callable[..., Any]:
@@ -24,6 +24,7 @@ def frozen(program: Program, state: TrainState, *, params: Params = "params") ->
         state: Whose values it has; called when a step has consumed that, the function refuses.
         params: Those that an evaluation uses, or their average.
     """
+    as_state(state)
     module = program.module()
     places = {site.name: name for site, name in parameter_sites(module)}
     places |= buffer_names(buffer_slots(module))

@@ -13,7 +13,7 @@ import torch
 
 from forgather_fn.flat import Flat, Hyper, Layout, Leaf
 from forgather_fn.random import key
-from forgather_fn.state import COUNTERS, Arrays, TrainState
+from forgather_fn.state import COUNTERS, Arrays, TrainState, as_state
 
 MEMBERS: Final = "members"
 """Under which name a joint state's ``controls`` have what is each member's own, and its storage that of the members."""
@@ -73,7 +73,7 @@ def members(state: TrainState) -> Mapping[str, TrainState]:
         ValueError: The state is not one that :func:`~forgather_fn.strategy.joined.joined` made.
         ConsumedStateError: A step has consumed it.
     """
-    arrays = state.read()
+    arrays = as_state(state).read()
     if MEMBERS not in arrays.controls:
         raise ValueError("members: this state is of one model; only those of ff.joined(...) have members")
     found = arrays.params.kept.get("states")

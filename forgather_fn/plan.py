@@ -1,5 +1,6 @@
 """The recipe of a training run."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ def _at_least_one(instance: Any, attribute: "attrs.Attribute[int]", value: int) 
 def _transforms(value: Iterable[Transform]) -> tuple[Transform, ...]:
     if isinstance(value, Transform):
         raise ValueError(f"Plan: transforms takes a sequence of them: transforms=({value!r},)")
-    given = tuple(value)
+    given = tuple(value) if isinstance(value, Iterable) else (value,)
     for one in given:
         if not isinstance(one, Transform):
             raise ValueError(f"Plan: transforms takes Transforms such as ff.clipped(1.0), got {one!r}")
@@ -52,11 +53,13 @@ def _is_optimizer(instance: Any, attribute: "attrs.Attribute[Optimizer]", value:
 
 
 def _is_loss(instance: Any, attribute: "attrs.Attribute[Loss]", value: Any) -> None:
+    uncalled = inspect.isfunction(value) and value.__module__.startswith("forgather_fn.losses.")
     foreign = isinstance(value, nn.Module) or getattr(value, "__module__", "") == "torch.nn.functional"
-    if foreign or not callable(value):
+    if foreign or not callable(value) or uncalled:
         raise ValueError(
             f"Plan: loss={describe(value)} is not a function of (outputs, batch) that gives a Mean: use one of "
             "ff.losses, such as ff.losses.cross_entropy, or write one"
+            + ("; this makes one, when it is called" if uncalled else "")
         )
 
 
@@ -200,3 +203,13 @@ class Plan:
         named = class_of(model) if isinstance(model, nn.Module) else model
         parts = {field.name: describe(getattr(self, field.name)) for field in attrs.fields(Plan)}
         return parts | {"model": describe(named)}
+
+
+def check_plan(what: str, given: object) -> None:
+    """Make sure that what a program is made of is a plan.
+
+    Raises:
+        ValueError: It is not; ``what`` is the call that it was given to.
+    """
+    if not isinstance(given, Plan):
+        raise ValueError(f"{what} takes a plan, ff.Plan(model=..., loss=..., ...), and got a {type(given).__name__}")

@@ -13,7 +13,7 @@ from forgather_fn.metrics import Measure as Measure
 from forgather_fn.plan import Plan
 from forgather_fn.portion import Portion
 from forgather_fn.share import Share
-from forgather_fn.state import Params, TrainState
+from forgather_fn.state import Params, TrainState, as_state
 from forgather_fn.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -181,6 +181,18 @@ class Whole(Protocol):
         ...
 
 
+class Check(Protocol):
+    """Refuse what is no state of a program."""
+
+    def __call__(self, state: TrainState, /) -> TrainState:
+        """Give the state back.
+
+        Raises:
+            ValueError: It is of another model or plan.
+        """
+        ...
+
+
 def public(**functions: Any) -> None:
     """Name the functions of a program as its users know them, since Python's own error of a wrong call begins so.
 
@@ -224,8 +236,8 @@ class Program:
     ``attrs.evolve(program, step=...)``. ``module`` gives the module that is bound to the states.
     ``world`` is the processes that run it together; ``share`` which microbatches of a step this one has, None for all;
     ``batches`` how they come to it; ``portion`` which of a state this process has, None for all of it; ``whole``
-    brings a state together that they have in shards. ``members`` are the programs of a joint one, by name; none where
-    it is of one model.
+    brings a state together that they have in shards; ``check`` refuses a state of another program. ``members`` are the
+    programs of a joint one, by name; none where it is of one model.
     """
 
     plan: Plan
@@ -245,6 +257,7 @@ class Program:
     share: Share | None = None
     portion: Callable[[], Portion | None] = lambda: None
     whole: Whole = itself
+    check: Check = as_state
     members: "Mapping[str, Program]" = attrs.field(factory=dict)
 
     def steps(self, state: TrainState, data: Iterable[Any] | Stream, /) -> "Steps":

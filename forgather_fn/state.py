@@ -241,7 +241,7 @@ class TrainState:
 
 def difference(one: TrainState, other: TrainState) -> str | None:
     """Name the first path at which two states differ, to the bit; None if they are equal."""
-    return tree.difference(one.as_tree(), other.as_tree())
+    return tree.difference(as_state(one).as_tree(), as_state(other).as_tree())
 
 
 def as_state(given: Any) -> TrainState:

@@ -59,7 +59,7 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
             f"{type(program).__name__} and a {type(state).__name__}"
         )
     place = path_of(run, "save")
-    raise_if_nonfinite(state)
+    raise_if_nonfinite(program.check(state))
     portion = program.portion()
     if portion is not None:
         return _save_portions(place, state, program, portion, pinned)

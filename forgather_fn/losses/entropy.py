@@ -1,6 +1,6 @@
 """Cross-entropy, over the next token or over classes."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,32 @@ from forgather_fn.losses.pairing import BY_CLASS, NEXT_TOKEN, Pairing, class_log
 from forgather_fn.losses.terms import Term, Terms, objective
 
 
+def entropies(logits: Tensor, targets: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
+    """Compute cross-entropies of rows of logits ``[rows, classes, ...]`` against classes or probabilities.
+
+    Raises:
+        ValueError: Logits are no floating numbers, or, on a CPU, a target is no class.
+    """
+    if not logits.is_floating_point():
+        raise ValueError(f"cross-entropy: the logits are of {logits.dtype}; expected floating numbers")
+    if not targets.is_floating_point():
+        targets = targets.long()
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(logits, targets, reduction=reduction)
+    try:
+        return F.cross_entropy(logits, targets, reduction=reduction)
+    except IndexError as error:
+        raise ValueError(
+            f"cross-entropy: {error} The logits are of {logits.shape[1]} classes, which are numbered from 0; -100 is "
+            "left out"
+        ) from error
+
+
 def element_entropies(logits: Tensor, targets: Tensor, beside: Tensor | None) -> Tensor:
     """Compute the cross-entropy of each element; see :class:`~forgather_fn.losses.terms.ElementLosses`."""
     del beside
     rows = targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
-    return F.cross_entropy(logits.flatten(0, -2), rows, reduction="none").view(logits.shape[:-1])
+    return entropies(logits.flatten(0, -2), rows, "none").view(logits.shape[:-1])
 
 
 def entropy_terms(pairing: Pairing) -> Terms:
@@ -28,9 +49,7 @@ def entropy_terms(pairing: Pairing) -> Terms:
 def _causal_lm_total(outputs: Any, batch: Any) -> Tensor:
     logits, labels = next_tokens(outputs, batch)
     shifted = logits.reshape(-1, logits.shape[-1])
-    return F.cross_entropy(
-        shifted.float() if shifted.dtype.itemsize < 4 else shifted, labels.reshape(-1), reduction="sum"
-    )
+    return entropies(shifted.float() if shifted.dtype.itemsize < 4 else shifted, labels.reshape(-1), "sum")
 
 
 def _cross_entropy_total(outputs: Any, batch: Any) -> Tensor:
@@ -39,10 +58,10 @@ def _cross_entropy_total(outputs: Any, batch: Any) -> Tensor:
     if logits.dim() != 2 or target.dim() != 1 or len(logits) != len(target) or target.is_floating_point():
         class_logits(logits, batch)  # raises, where shapes do not fit
     if target.is_floating_point():
-        return F.cross_entropy(logits, target, reduction="sum")
+        return entropies(logits, target, "sum")
     if logits.dim() == target.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] == target.shape:
         logits, target = logits.flatten(0, -2), target.flatten()
-    return F.cross_entropy(logits, target, reduction="sum")
+    return entropies(logits, target, "sum")
 
 
 def _class_weight(batch: Any) -> Tensor | float:

@@ -98,6 +98,7 @@ class Terms:
 def safe_targets(pairing: Pairing, batch: Any) -> Tensor:
     """Give targets, of which those that do not count are 0."""
     keep, targets = pairing.keep(batch), pairing.targets(batch)
+    targets = targets if targets.is_floating_point() else targets.long()
     return targets.masked_fill(~(keep if targets.dim() == keep.dim() else keep.unsqueeze(-1)), 0)
 
 

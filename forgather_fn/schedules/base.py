@@ -115,7 +115,10 @@ def rate(schedule: Schedule | Reactive | float, step: int, controls: Mapping[str
                 f"{schedule.misplaced}; a state from before it was in the plan is restored with without={{'controls'}}"
             )
         return float(schedule.reaction(rate(schedule.base, step), controls[name]))
-    value = schedule(step) if callable(schedule) else schedule
+    try:
+        value = schedule(step) if callable(schedule) else schedule
+    except TypeError as error:
+        raise ValueError(f"schedule {describe(schedule)} is no function of a step: {error}") from error
     try:
         if math.isfinite(value) and value >= 0:
             return float(value)

@@ -13,7 +13,7 @@ from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Layout
 from forgather_fn.overlap import NEVER, OVERLAPPED_BYTES
-from forgather_fn.plan import Plan, Precision
+from forgather_fn.plan import Plan, Precision, check_plan
 from forgather_fn.program import Program
 from forgather_fn.reduction import Reduction, all_reduced, doubled
 from forgather_fn.replicated import replicated
@@ -110,6 +110,7 @@ def _execution(world: World, share: Share, reduction: Reduction, overlap_bytes: 
 
 def _fitted(plan: Plan, found: "Accelerator", world: World, sync_batch_norm: bool) -> Plan:
     """Bring a plan to what Accelerate has found: its device, and its precision."""
+    check_plan("accelerated", plan)
     _check(plan)
     if found.gradient_accumulation_steps not in (1, plan.microbatches // world.size):
         raise ValueError(

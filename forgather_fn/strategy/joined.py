@@ -94,6 +94,11 @@ def joined(members: Mapping[str, Plan | Program], step: JointStep, *, evaluate: 
     Raises:
         ValueError: A name is not an identifier, or the members are on several devices or run by several processes.
     """
+    if not isinstance(members, Mapping) or not callable(step):
+        raise ValueError(
+            "joined takes members by name, and a function (programs, states, batch) -> (states, metrics); got "
+            f"{type(members).__name__} and {type(step).__name__}"
+        )
     programs = {name: single(member) if isinstance(member, Plan) else member for name, member in members.items()}
     _check(programs)
     plan = _plan(programs, step)
@@ -171,7 +176,7 @@ def _step(
         programs = {name: _wanting(program, wants) for name, program in programs.items()}
     try:
         with seeded(key(state.seed, state.step, "joined"), plan.device):
-            after, metrics = step(programs, dict(before), batch.data)
+            after, metrics = _result(step(programs, dict(before), batch.data))
         _check_states(before, after)
     except BaseException:
         updated = [name for name, member in before.items() if member.consumed]
@@ -203,11 +208,23 @@ def _check_states(before: States, after: States) -> None:
         )
 
 
+def _result(found: Any) -> tuple[States, Metrics]:
+    """Take apart what a joint step gives."""
+    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(one, Mapping) for one in found):
+        return found
+    raise ValueError(
+        f"joined: the step must give (states, metrics), both by name, and gave a {type(found).__name__}; "
+        "return states, metrics"
+    )
+
+
 def _check(programs: Programs) -> None:
     if not programs:
         raise ValueError("joined: there are no members")
     for name, program in programs.items():
-        if not name.isidentifier():
+        if not isinstance(program, Program):
+            raise ValueError(f"joined: {name!r} is a {type(program).__name__}; a member is a plan, or a program of one")
+        if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(
                 f"joined: a member's name begins those of its tensors, and must be an identifier; got {name!r}"
             )

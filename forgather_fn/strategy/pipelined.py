@@ -24,7 +24,7 @@ from forgather_fn.pipeline.preparing import assigned_by, assignment_of, stage_pr
 from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
-from forgather_fn.plan import Plan
+from forgather_fn.plan import Plan, check_plan
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.share import Share
@@ -75,6 +75,7 @@ def pipelined(
         ScheduleError: The schedule cannot run with these sizes; those that would do are named.
         ValueError: The plan asks for what this strategy does not do.
     """
+    check_plan("pipelined", plan)
     _check(plan)
     world = launched_on(plan.device)
     ranks, stages = _sizes(world, split_spec, kind_of(schedule), stages_per_rank, pipelines)
@@ -128,7 +129,13 @@ def _own_device(device: torch.device, world: World) -> torch.device:
 def _sizes(
     world: World, spec: SplitSpec | str, kind: Kind, stages_per_rank: int | None, pipelines: int
 ) -> tuple[int, int]:
-    if pipelines < 1 or world.size % pipelines:
+    for name, number in {
+        "pipelines": pipelines,
+        "stages_per_rank": 1 if stages_per_rank is None else stages_per_rank,
+    }.items():
+        if type(number) is not int or number < 1:
+            raise ScheduleError(f"pipelined: {name} must be an integer of at least 1, got {number!r}")
+    if world.size % pipelines:
         raise ScheduleError(f"{world.size} processes cannot be spread evenly over pipelines={pipelines}")
     ranks = world.size // pipelines
     if ranks == 1 and pipelines > 1:

@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import attrs
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.portion import Portion
 from forgather_fn.program import Metrics, Program, public
 from forgather_fn.share import Share
+from forgather_fn.signature import shown
 from forgather_fn.state import Params, TrainState, as_state
 from forgather_fn.strategy.storage import Agree, Storage, first_state, held_whole
 from forgather_fn.world import ALONE, World
@@ -90,6 +91,8 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return held[0]
 
     def init(seed: int = 0) -> TrainState:
+        if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+            raise ValueError(f"init: seed must be an integer, got {shown(seed)}")
         seed = operator.index(seed)
         module = storage.prepare(plan, seed)
         machine = held[0][0] if held else storage.build(plan, module)
@@ -157,6 +160,12 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         return opened(data, state, strategy.share)
 
     public(init=init, restore=restore, step=step, gradients=gradients, update=update)
+
+    def check(state: TrainState, /) -> TrainState:
+        if held:
+            built().check(as_state(state).read())
+        return state
+
     public(evaluate=evaluate, apply=apply, export=export)
     return Program(
         plan=plan,
@@ -176,6 +185,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         share=strategy.share,
         portion=strategy.portion,
         whole=storage.whole,
+        check=check,
     )
 
 

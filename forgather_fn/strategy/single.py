@@ -3,7 +3,7 @@
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
 from forgather_fn.in_backward import updating_in_backward
-from forgather_fn.plan import Plan
+from forgather_fn.plan import Plan, check_plan
 from forgather_fn.program import Program
 from forgather_fn.step import eager
 from forgather_fn.strategy.program import Strategy, assembled
@@ -20,6 +20,7 @@ def single(plan: Plan) -> Program:
     Returns:
         The record of functions: init, steps, step, gradients, update, evaluate, apply, export.
     """
+    check_plan("single", plan)
     return assembled(plan, Strategy(_execution))
 
 
