@@ -210,7 +210,7 @@ def _check_states(before: States, after: States) -> None:
 
 def _result(found: Any) -> tuple[States, Metrics]:
     """Take apart what a joint step gives."""
-    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(one, Mapping) for one in found):
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping):
         return found
     raise ValueError(
         f"joined: the step must give (states, metrics), both by name, and gave a {type(found).__name__}; "
