@@ -45,7 +45,7 @@ def chunked(loss: Objective, *, tokens: int = 1024, head: str | None = None) -> 
             head is not found, is no plain linear layer, or its logits are used in another way.
 
     Example:
-        >>> from forgather_fn.losses import with_z_loss
+        >>> from forgather_fn.losses import causal_lm, with_z_loss
         >>> chunked(with_z_loss(causal_lm), tokens=512)
         chunked(loss=with_z_loss(loss=causal_lm, coefficient=0.0001), tokens=512, head=None)
     """

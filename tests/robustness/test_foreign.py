@@ -191,6 +191,15 @@ def test_a_file_that_is_too_large_is_not_read(home, monkeypatch):
     assert latest(home.parent) is None
 
 
+@pytest.mark.parametrize("states", [[1], [None], "text", 3, [[]]], ids=repr)
+def test_states_of_callbacks_that_are_none_are_refused(home, states):
+    record = json.loads((home / STATE).read_bytes())
+    for field in ("stateful_callbacks", "log_history"):
+        (home / STATE).write_text(json.dumps(record | {field: states}))
+        with pytest.raises(CheckpointError, match="expected a list of logs, the states of callbacks by name"):
+            TrainerState.load_from_json(home / STATE)
+
+
 def test_callbacks_of_which_none_can_be_made_are_refused(home):
     record = json.loads((home / STATE).read_bytes())
     for state in (3, {"args": 3}, {"args": {"no": 1}}, {"attributes": [1]}, [3]):

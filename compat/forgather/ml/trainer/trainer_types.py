@@ -130,13 +130,13 @@ class TrainerState:
             one = None if value is None else expected(hints[name])
             if one is not None and not one.takes(value):
                 raise CheckpointError(f"{json_path}: {one.refusal(name, value)}")
-        made = cls(**record)
-        lists = isinstance(made.log_history, list) and all(isinstance(one, dict) for one in made.log_history)
-        if not lists or not isinstance(made.stateful_callbacks, dict) or not (made.global_step or 0) >= 0:
+        logs, states = record.get("log_history") or [], record.get("stateful_callbacks") or {}
+        listed = isinstance(logs, list) and all(isinstance(one, dict) for one in logs)
+        if not listed or not isinstance(states, dict) or not (record.get("global_step") or 0) >= 0:
             raise CheckpointError(
                 f"{json_path}: expected a list of logs, the states of callbacks by name, and a number of updates"
             )
-        return made
+        return cls(**record | {"log_history": logs, "stateful_callbacks": states})
 
     def compute_steps(self, args: Any, max_steps: int) -> None:
         """Take the intervals from arguments; shares become numbers of updates, rounded up."""
