@@ -1,15 +1,13 @@
 """Finding checkpoints: which there are, which are whole, and which is the latest."""
 
-import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import attrs
 
+from forgather_fn.checkpoint import foreign, safe, system
 from forgather_fn.checkpoint import manifest as manifests
-from forgather_fn.checkpoint import safe, system
 from forgather_fn.checkpoint.manifest import CheckpointError, Manifest
 
 logger = logging.getLogger(__name__)
@@ -141,20 +139,15 @@ def entry(path: Path) -> Entry:
     return Entry(path, step, None, _foreign_faults(path))
 
 
-def _json(path: Path) -> Any:
-    with system.read_file(path) as file:
-        return json.loads(file.read())
-
-
 def _foreign_faults(path: Path) -> tuple[str, ...]:
     """Check a directory that another tool wrote, as transformers.Trainer does: its state file, and the weights."""
     try:
-        _json(path / "trainer_state.json")
-    except (OSError, ValueError, RecursionError) as error:
+        foreign.read_json(path / "trainer_state.json")
+    except (OSError, CheckpointError) as error:
         return (f"it has no manifest and no trainer_state.json that can be read: {type(error).__name__}",)
     try:
         index = path / "model.safetensors.index.json"
-        shards = set(_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        return tuple(fault for name in sorted(shards) if (fault := safe.fault(path / name)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        shards = foreign.files_of(index) if index.exists() else ["model.safetensors"]
+        return tuple(fault for name in shards if (fault := safe.fault(path / name)))
+    except (OSError, CheckpointError) as error:
         return (f"its weights' index cannot be read: {error}",)

@@ -78,7 +78,7 @@ def parse(text: bytes, where: str) -> Manifest:
         if record.pop("checksum") != _checksum(record):
             raise CheckpointError(f"{where}: its content was changed (its checksum differs)")
         files = {name: Written(int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()}
-        odd = [name for name in files if not _is_plain(name)]
+        odd = [name for name in files if not is_plain(name)]
         if odd:
             raise CheckpointError(f"{where}: {odd[0]!r} is not the name of a file in its directory")
         return Manifest(
@@ -155,7 +155,8 @@ def _checksum(record: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode("utf-8")).hexdigest()
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
+    """Tell the name of a file from a path that leads to another directory."""
     return Path(name).name == name and name not in ("", "..") and name.isprintable()
 
 

@@ -1,11 +1,10 @@
 """The state file of a checkpoint, ``state.json``: read, and held against the form in which a snapshot writes it."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from forgather_fn.checkpoint import system
+from forgather_fn.checkpoint.foreign import read_json
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.snapshot import STATE, VERSION
 from forgather_fn.state import COUNTERS
@@ -22,15 +21,11 @@ def read(path: Path) -> Mapping[str, Any]:
         path: The directory of the checkpoint.
 
     Raises:
-        CheckpointError: It is no JSON, of a newer version, or lacks a field, or one is not what it should be.
+        CheckpointError: It is no JSON, too large, of a newer version, or lacks a field, or one is not what it should
+            be.
         OSError: It cannot be read.
     """
-    with system.read_file(path / STATE) as file:
-        text = file.read()
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {STATE} is not JSON: {error}") from None
+    record = read_json(path / STATE)
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: {STATE} is no JSON object")
     version = record.get("version")

@@ -1,10 +1,12 @@
 """Going on from a checkpoint, whoever wrote it: this package or transformers."""
 
-import json
+import functools
 import logging
 import os
 import random
+import reprlib
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from forgather.ml.trainer.weights import (
     has,
     has_adapters,
     read_weights,
+    unpickled,
 )
 from forgather_fn.checkpoint import catalog, safe
 from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint.foreign import files_of
 from forgather_fn.checkpoint.manifest import CheckpointError
+from forgather_fn.checkpoint.reading import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +116,13 @@ class ResumingMixin(SavingMixin):
             if not alike:
                 missing.append(name)
             for callback, state in zip(alike, states if isinstance(states, list) else [states], strict=False):
-                made = type(callback)(**state.get("args", {}))
-                for attribute, value in state.get("attributes", {}).items():
-                    setattr(made, attribute, value)
+                try:
+                    made = type(callback)(**state.get("args", {}))
+                    for attribute, value in state.get("attributes", {}).items():
+                        setattr(made, attribute, value)
+                except UNREADABLE as error:
+                    given = f"{STATE}: stateful_callbacks has {reprlib.repr(state)}"
+                    raise CheckpointError(f"{given}, of which no {name} can be made: {error}") from None
                 if callback is self.control:
                     self.control = made
                 else:
@@ -150,20 +159,19 @@ class ResumingMixin(SavingMixin):
         device = self.args.device if self.args.world_size > 1 else "cpu"
         if getattr(self.args, "restore_optimizer_state", True):
             path = os.path.join(checkpoint, OPTIMIZER)
-            self.optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            _take(path, self.optimizer.load_state_dict, unpickled(path, device))
         if getattr(self.args, "restore_scheduler_state", True):
             path = os.path.join(checkpoint, SCHEDULER)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # to save the optimizer too, which was done
-                self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+                _take(path, self.lr_scheduler.load_state_dict, unpickled(path))
 
     def _load_scaler_of(self, checkpoint: str | None) -> None:
         """Read the loss scale of float16, where there is one."""
         held = self._engine.state.loss_scale
         if checkpoint is not None and held and has(checkpoint, SCALER):
-            state = torch.load(os.path.join(checkpoint, SCALER), weights_only=True)
-            held["scale"].fill_(state["scale"])
-            held["growth_tracker"].fill_(state["_growth_tracker"])
+            path = os.path.join(checkpoint, SCALER)
+            _take(path, functools.partial(_set_scale, held), unpickled(path))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Put the global generators where they were, before anything is fetched."""
@@ -174,13 +182,34 @@ class ResumingMixin(SavingMixin):
             logger.info("Didn't find an RNG file in %s, reproducibility is not guaranteed.", checkpoint)
             return
         with torch.serialization.safe_globals(_numpy_names()):
-            states = torch.load(path, weights_only=True)
-        random.setstate(states["python"])
-        np.random.set_state(states["numpy"])
-        torch.random.set_rng_state(states["cpu"])
-        cuda = states.get("cuda")
-        if cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda) if isinstance(cuda, list) else torch.cuda.set_rng_state(cuda)
+            states = unpickled(path)
+        _take(path, _set_generators, states)
+
+
+def _take(path: str, take: Callable[[Any], object], found: Any) -> None:
+    """Hand on what was read of a file.
+
+    Raises:
+        CheckpointError: It is not what is taken.
+    """
+    try:
+        take(found)
+    except (RuntimeError, IndexError, *UNREADABLE) as error:
+        raise CheckpointError(f"{path} does not fit: {type(error).__name__}: {str(error)[:500]}") from error
+
+
+def _set_scale(held: Mapping[str, torch.Tensor], state: Any) -> None:
+    held["scale"].fill_(state["scale"])
+    held["growth_tracker"].fill_(state["_growth_tracker"])
+
+
+def _set_generators(states: Any) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.random.set_rng_state(states["cpu"])
+    cuda = states.get("cuda")
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda) if isinstance(cuda, list) else torch.cuda.set_rng_state(cuda)
 
 
 _COMPARED = ("logging_steps", "eval_steps", "save_steps")
@@ -254,7 +283,7 @@ def _is_rewritten(path: Path, fault: str) -> bool:
     if not gone and not fault.startswith(f"{INDEX}:") and not fault.startswith(f"{INDEX} has"):
         return False
     if has(path, INDEX):
-        names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+        names = set(files_of(path / INDEX))
     else:
         names = {WEIGHTS, ADAPTER} & {entry.name for entry in path.iterdir()}
     return bool(names) and not any(safe.fault(path / name) for name in names)

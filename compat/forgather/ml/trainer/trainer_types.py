@@ -1,12 +1,17 @@
 """What trainers keep, take and give: their state, their control, and the tuples that they return."""
 
+import difflib
 import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from forgather_fn.checkpoint.foreign import read_json
+from forgather_fn.checkpoint.manifest import CheckpointError
+from forgather_fn.signature import expected
 
 Exported = TypeVar("Exported", bound="ExportableState")
 
@@ -108,8 +113,30 @@ class TrainerState:
 
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> "TrainerState":
-        """Read what :meth:`save_to_json`, or transformers, wrote."""
-        return cls(**json.loads(Path(json_path).read_text(encoding="utf-8")))
+        """Read what :meth:`save_to_json`, or transformers, wrote.
+
+        Raises:
+            ValueError: It is no such file: a field has another name, or is of another type.
+            OSError: It cannot be read.
+        """
+        record = read_json(Path(json_path))
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{json_path}: expected a JSON object, the state of a trainer")
+        hints = get_type_hints(cls)
+        for name, value in record.items():
+            if name not in hints:
+                known = ", ".join(difflib.get_close_matches(name, hints, n=len(hints), cutoff=0.0))
+                raise CheckpointError(f"{json_path}: a trainer's state has no {name[:80]!r}; it has {known}")
+            one = None if value is None else expected(hints[name])
+            if one is not None and not one.takes(value):
+                raise CheckpointError(f"{json_path}: {one.refusal(name, value)}")
+        made = cls(**record)
+        lists = isinstance(made.log_history, list) and all(isinstance(one, dict) for one in made.log_history)
+        if not lists or not isinstance(made.stateful_callbacks, dict) or not (made.global_step or 0) >= 0:
+            raise CheckpointError(
+                f"{json_path}: expected a list of logs, the states of callbacks by name, and a number of updates"
+            )
+        return made
 
     def compute_steps(self, args: Any, max_steps: int) -> None:
         """Take the intervals from arguments; shares become numbers of updates, rounded up."""

@@ -1,14 +1,18 @@
 """Weights on the disk: written for other tools, and read whatever tool wrote them."""
 
 import importlib
-import json
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from forgather_fn.checkpoint.foreign import files_of
+from forgather_fn.checkpoint.manifest import CheckpointError
+from forgather_fn.checkpoint.reading import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +45,22 @@ def read_weights(model: nn.Module, folder: str) -> None:
     """Read weights into a module, in place, whatever their files.
 
     Raises:
-        ValueError: The directory has none.
+        ValueError: The directory has none, or they cannot be read.
     """
     if hasattr(model, "load_adapter") and hasattr(model, "active_adapters") and has_adapters(folder):
         _read_adapters(model, folder)
         return
     state: dict[str, Tensor] = {}
     if has(folder, INDEX):
-        names = set(json.loads(Path(folder, INDEX).read_bytes())["weight_map"].values())
-        for name in sorted(names):
+        for name in files_of(Path(folder, INDEX)):
             state.update(_read_safe(os.path.join(folder, name)))
     elif has(folder, WEIGHTS):
         state = _read_safe(os.path.join(folder, WEIGHTS))
     elif has(folder, OLD_INDEX):
-        names = set(json.loads(Path(folder, OLD_INDEX).read_bytes())["weight_map"].values())
-        for name in sorted(names):
-            state.update(torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True))
+        for name in files_of(Path(folder, OLD_INDEX)):
+            state.update(_tensors(os.path.join(folder, name)))
     elif has(folder, OLD_WEIGHTS):
-        state = torch.load(os.path.join(folder, OLD_WEIGHTS), map_location="cpu", weights_only=True)
+        state = _tensors(os.path.join(folder, OLD_WEIGHTS))
     else:
         raise ValueError(f"Can't find a valid checkpoint at {folder}")
     result = model.load_state_dict(state, strict=False)
@@ -68,7 +70,32 @@ def read_weights(model: nn.Module, folder: str) -> None:
 def _read_safe(path: str) -> dict[str, Tensor]:
     import safetensors.torch
 
-    return safetensors.torch.load_file(path, device="cpu")
+    try:
+        return safetensors.torch.load_file(path, device="cpu")
+    except (safetensors.SafetensorError, *UNREADABLE) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def unpickled(path: str, device: torch.device | str = "cpu") -> Any:
+    """Read what torch.save wrote: numbers, tensors, and lists and mappings of them; nothing in it is called.
+
+    Raises:
+        CheckpointError: It cannot be read, or has something else in it.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise OSError("it is no file")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, IndexError, pickle.UnpicklingError, *UNREADABLE) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def _tensors(path: str) -> dict[str, Tensor]:
+    found = unpickled(path)
+    if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
+        raise CheckpointError(f"{path} has no tensors by name, but a {type(found).__name__}")
+    return found
 
 
 def _tell(model: Any, result: Any, state: dict[str, Tensor]) -> None:
@@ -98,11 +125,7 @@ def _read_adapters(model: Any, folder: str) -> None:
     found |= {name: os.path.join(folder, name) for name in _subfolders(folder)}
     for name, place in found.items():
         path = os.path.join(place, ADAPTER)
-        state = (
-            _read_safe(path)
-            if os.path.isfile(path)
-            else torch.load(os.path.join(place, OLD_ADAPTER), map_location="cpu", weights_only=True)
-        )
+        state = _read_safe(path) if os.path.isfile(path) else _tensors(os.path.join(place, OLD_ADAPTER))
         result = read(model, state, adapter_name=name)
         if result.unexpected_keys:
             logger.warning("There were unexpected keys in the checkpoint model loaded: %s.", result.unexpected_keys)

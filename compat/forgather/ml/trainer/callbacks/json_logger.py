@@ -13,6 +13,7 @@ import torch
 from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.callbacks.place import logging_dir
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
+from forgather_fn.report.path import content_of, replace
 
 NAME = "trainer_logs.json"
 
@@ -81,9 +82,11 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         ValueError: It is something else.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = content_of(path).decode()
     except FileNotFoundError:
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of a JsonLogger: {error}") from None
     lines = text.split("\n")
     if text and lines[0] != "[":
         raise ValueError(f"{path} is no file of a JsonLogger, which begins with a line '[': {lines[0][:80]!r}")
@@ -91,7 +94,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     for line in lines[1:]:
         try:
             found.append(json.loads(line.removesuffix(",")))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return found
 
@@ -106,9 +109,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _replace(path: Path, logs: list[dict[str, Any]]) -> None:
-    sibling = path.with_name(f"{path.name}.tmp")
-    sibling.write_text("[" + ",".join(f"\n{json.dumps(one)}" for one in logs) + "\n]", encoding="utf-8")
-    sibling.replace(path)
+    replace(path, ("[" + ",".join(f"\n{json.dumps(one)}" for one in logs) + "\n]").encode())
 
 
 def _plain(value: Any) -> Any:
