@@ -299,14 +299,21 @@ def _table(name: str, lines: Sequence[Line], profile: Profile) -> Table:
     own = {line.what: profile.microseconds[line.what] for line in lines if not line.model and profile.calls[line.what]}
     own[REST] = profile.microseconds[REST]
     rest = {line.what: profile.microseconds[line.what] for line in lines if line.model and profile.calls[line.what]}
+    whole = sum((*own.values(), *rest.values()))
     ordered = sorted(own.items(), key=lambda item: -item[1])
     return Table(
         title=f"{name}: outside of the model",
-        columns=("what", "microseconds", "calls"),
+        columns=("what", "microseconds", "of the step", "calls"),
         lines=(
-            *((what, f"{took:.1f}", f"{profile.calls[what]:g}" if what != REST else "") for what, took in ordered),
-            ("**together**", f"**{sum(own.values()):.0f}**", ""),
-            *((f"*{what}*", f"*{took:.0f}*", f"*{profile.calls[what]:g}*") for what, took in rest.items()),
+            *(
+                (what, f"{took:.1f}", f"{took / whole:.1%}", f"{profile.calls[what]:.3g}" if what != REST else "")
+                for what, took in ordered
+            ),
+            ("**together**", f"**{sum(own.values()):.0f}**", f"**{sum(own.values()) / whole:.1%}**", ""),
+            *(
+                (f"*{what}*", f"*{took:.0f}*", f"*{took / whole:.1%}*", f"*{profile.calls[what]:.3g}*")
+                for what, took in rest.items()
+            ),
         ),
         results=({"arm": name, "microseconds": dict(profile.microseconds), "calls": dict(profile.calls)},),
     )

@@ -1,6 +1,7 @@
 """A plan whose model stands on a device, ready to run."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -14,7 +15,7 @@ from forgather_fn.binding import Binding
 from forgather_fn.data import Batch
 from forgather_fn.flat import Layout
 from forgather_fn.gradient import Gradients
-from forgather_fn.losses import named_means
+from forgather_fn.losses import Objective, named_means
 from forgather_fn.mean import Mean
 from forgather_fn.plan import Plan
 from forgather_fn.state import Arrays
@@ -101,16 +102,20 @@ class Built:
                     f"this state was made by another plan: {what}: {has} there, {wants} here {missing or ''}"
                 )
 
-    def forward(self, data: Any) -> dict[str, Mean]:
-        """Run the model and the loss on one microbatch.
+    def forward(self, data: Any, weight: Tensor | float | None = None) -> dict[str, Mean]:
+        """Run the model and the loss on one microbatch, whose weight is given where it has been found already.
 
         The outputs are not given, so that nobody holds them through the backward pass: the logits of a large
         vocabulary are the largest tensor of all.
         """
-        return self.seen(data, self._means)
+        return self.seen(data, self._means if weight is None else functools.partial(self._means, weight=weight))
 
-    def _means(self, outputs: Any, data: Any) -> dict[str, Mean]:
-        return named_means(self.plan.loss(outputs, data))
+    def _means(self, outputs: Any, data: Any, weight: Tensor | float | None = None) -> dict[str, Mean]:
+        loss = self.plan.loss
+        if weight is None:
+            return named_means(loss(outputs, data))
+        assert isinstance(loss, Objective)
+        return named_means(loss.weighed(outputs, data, weight))
 
     def seen(self, data: Any, look: Callable[[Any, Any], T]) -> T:
         """Run the model on one microbatch, and give what a function of outputs and batch sees."""

@@ -120,14 +120,15 @@ def _accumulate(built: Built, state: TrainState, parts: Sequence[Any]) -> tuple[
     that gradient hooks see them so; otherwise they are of the sum, and False is returned. A loss scale is not divided
     out yet.
     """
-    weight = known_weight(built.plan, parts)
+    known = known_weights(built.plan, parts)
+    weight = sum(known[1:], known[0]) if known else None
     scale = state.read().loss_scale.get("scale")
     totals: dict[str, Mean] = {}
     for i, part in enumerate(parts):
         if i:
             interrupt.check()
             reseed(key(state.seed, state.step, i, "forward"), built.device)
-        means = built.forward(part)
+        means = built.forward(part, known[i] if known else None)
         if len(parts) == 1:
             weight = means["loss"].weight
         backward(built, means["loss"].total, weight, scale)
@@ -158,11 +159,17 @@ _NOT_DIFFERENTIABLE = (
 )
 
 
-def known_weight(plan: Plan, parts: Sequence[Any]) -> Tensor | float | None:
-    """Weigh all microbatches before the first forward pass, where the loss can."""
+def known_weights(plan: Plan, parts: Sequence[Any]) -> list[Tensor | float]:
+    """Weigh each of several microbatches before the first forward pass, where the loss can; nothing where it cannot."""
     if len(parts) == 1 or not isinstance(plan.loss, Objective):
-        return None
-    return sum((plan.loss.weight(part) for part in parts[1:]), plan.loss.weight(parts[0]))
+        return []
+    return [plan.loss.weight(part) for part in parts]
+
+
+def known_weight(plan: Plan, parts: Sequence[Any]) -> Tensor | float | None:
+    """Weigh all microbatches together; None where the loss cannot, or there is one."""
+    weights = known_weights(plan, parts)
+    return sum(weights[1:], weights[0]) if weights else None
 
 
 def inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import collections
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -51,3 +52,18 @@ def test_gradients_of_their_own_cost_as_many_for_each(optimizer, fields):
     few, more, most = (calls_of_step(depth, optimizer=optimizer(), **fields) for depth in (20, 40, 80))
     assert most - more == 2 * (more - few)
     assert most < 45 * 160  # tensors
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_a_microbatch_is_weighed_once(microbatches):
+    weighed = []
+
+    def weight(batch):
+        weighed.append(len(batch[1]))
+        return len(batch[1])
+
+    model = nn.Linear(4, 4)
+    loss = attrs.evolve(ff.losses.cross_entropy, weight=weight)
+    program = ff.single(ff.Plan(model=model, loss=loss, optimizer=ff.sgd(), schedule=1e-3, microbatches=microbatches))
+    program.step(program.init(0), (torch.randn(6, 4), torch.arange(6) % 4))
+    assert weighed == [6 // microbatches] * microbatches

@@ -77,7 +77,11 @@ class Objective:
 
     def __call__(self, outputs: Any, batch: Any) -> Mean | dict[str, Mean]:
         """Give the sum of the losses and its weight; or several, by name."""
-        total, weight = self.total(outputs, batch), self.weight(batch)
+        return self.weighed(outputs, batch, self.weight(batch))
+
+    def weighed(self, outputs: Any, batch: Any, weight: Tensor | float) -> Mean | dict[str, Mean]:
+        """Do the same for a batch whose weight has been found already."""
+        total = self.total(outputs, batch)
         if isinstance(total, Tensor):
             return Mean(total, weight)
         return {name: one if isinstance(one, Mean) else Mean(one, weight) for name, one in total.items()}
