@@ -1,13 +1,17 @@
 """How docstrings become pages: attrs classes have their signatures, and roles of Sphinx become links."""
 
 import inspect
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import griffe
 
 from website.roles import as_markdown
+
+_PRIVATE: Final = re.compile(r"\b_[a-z]")
+"""A value that is made of private functions, as losses are, says nothing to readers."""
 
 
 class Docstrings(griffe.Extension):
@@ -23,6 +27,8 @@ def _prepare(thing: griffe.Object, module: griffe.Module) -> None:
     """Go through a module, or what is in it."""
     if thing.docstring:
         thing.docstring.value = as_markdown(thing.docstring.value, module.path, module.members)
+    if isinstance(thing, griffe.Attribute) and _PRIVATE.search(str(thing.value)):
+        thing.value = None
     if isinstance(thing, griffe.Class) and any("attrs." in str(one.value) for one in thing.decorators):
         thing.set_member("__init__", _initialiser(thing))
     for member in thing.members.values():

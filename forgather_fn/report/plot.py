@@ -40,7 +40,7 @@ def plot(runs: Iterable[StrPath], path: StrPath, *, log: bool = False, smooth: i
             another; ``smooth`` is less than 1.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plot: matplotlib is not installed: pip install 'forgather-fn[plot]'")
+        raise ValueError("plot: matplotlib is not installed: pip install matplotlib")
     options = _FORMATS.get(Path(checked(path, "plot")).suffix.lower())
     if options is None:
         raise ValueError(f"plot: {os.fspath(path)!r} must end in {' or '.join(_FORMATS)}, which says what is written")
