@@ -146,7 +146,7 @@ def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, capsys):
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install matplotlib$"):
+    with pytest.raises(ValueError, match=r"pip install matplotlib$"):
         plot([written(tmp_path / "a")], tmp_path / "a.png")
 
 
