@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import forgather_fn as ff
-from forgather_fn.checkpoint import loading, snapshot
+from forgather_fn.checkpoint import restoring, snapshot
 from forgather_fn.testing import check_checkpoint, check_resume
 from tests import zoo
 
@@ -35,7 +35,7 @@ def _stream(name: str) -> ff.Stream:
 
 def other_counters(patch: Patch) -> None:
     """The counters of updates start anew."""
-    patch.setattr(loading, "counter", lambda value, device: torch.tensor(min(value, 0)))
+    patch.setattr(restoring, "counter", lambda value, device: torch.tensor(min(value, 0)))
 
 
 def off_by_one(patch: Patch) -> None:
@@ -50,17 +50,17 @@ def off_by_one(patch: Patch) -> None:
 
 def no_average(patch: Patch) -> None:
     """The average of the parameters starts anew from them."""
-    arrays = loading._arrays
+    arrays = restoring._arrays
 
     def planted(plan: Any, fresh: Any, loaded: Any, without: Any) -> Any:
         return arrays(plan, fresh, loaded, {*without, "ema"})
 
-    patch.setattr(loading, "_arrays", planted)
+    patch.setattr(restoring, "_arrays", planted)
 
 
 def no_buffers(patch: Patch) -> None:
     """Running statistics are those of a fresh model."""
-    patch.setattr(loading, "_buffers", lambda fresh, values, device: fresh)
+    patch.setattr(restoring, "_buffers", lambda fresh, values, device: fresh)
 
 
 @pytest.mark.parametrize("plant", [other_counters, off_by_one, no_average, no_buffers])
