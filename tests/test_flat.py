@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgather_fn.flat import ALIGNMENT, Hyper, filled, layout_of, listed, regrouped, write, zeros
+from forgather_fn.flat import ALIGNMENT, Hyper, filled, layout_of, listed, write, zeros
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -150,13 +150,3 @@ def test_writing_needs_exactly_the_names_and_shapes():
 
 def test_a_list_of_names_is_cut():
     assert listed(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
-
-
-def test_groups_get_other_numbers_over_the_same_storage():
-    hypers = {"a": Hyper(1.0), "b": Hyper(2.0)}
-    flat = zeros(layout_of({"a": torch.zeros(2), "b": torch.zeros(3)}, hypers), torch.device("cpu"))
-    other = regrouped(flat, (Hyper(0.5, 0.1), Hyper(0.0)))
-    assert other.layout.groups == (Hyper(0.5, 0.1), Hyper(0.0))
-    assert other.layout.leaves == flat.layout.leaves
-    other["b"].fill_(1.0)
-    assert flat["b"].tolist() == [1.0, 1.0, 1.0]
