@@ -29,7 +29,7 @@ KEY: Final = "derive and set the random key, put generators back"
 
 MODEL: Final = (
     Line("forward", ("benchmarks.models:Transformer.__call__",), model=True),
-    Line("the loss", ("forgather_fn.losses.base:Objective.__call__",), model=True),
+    Line("the loss", ("forgather_fn.losses.base:Objective.weighed",), model=True),
     Line("backward: autograd", ("torch.autograd:_engine_run_backward",), model=True),
 )
 BEFORE: Final = (
