@@ -18,6 +18,7 @@ from forgather_fn.testing.accumulation import check_accumulation as check_accumu
 from forgather_fn.testing.data import check_data as check_data
 from forgather_fn.testing.donation import check_donation as check_donation
 from forgather_fn.testing.evaluation import check_evaluation as check_evaluation
+from forgather_fn.testing.nonfinite import check_nonfinite as check_nonfinite
 from forgather_fn.testing.purity import check_purity as check_purity
 from forgather_fn.testing.resume import check_checkpoint as check_checkpoint
 from forgather_fn.testing.resume import check_resume as check_resume

@@ -9,6 +9,7 @@ from forgather_fn.testing.accumulation import check_accumulation, outside
 from forgather_fn.testing.compare import TOLERANCE, changed, plain, snapshot
 from forgather_fn.testing.donation import check_donation
 from forgather_fn.testing.evaluation import check_microbatches
+from forgather_fn.testing.nonfinite import check_nonfinite
 from forgather_fn.testing.purity import check_purity
 from forgather_fn.testing.subject import in_float64, sizes, subject
 
@@ -17,8 +18,8 @@ def check_step(plan: Plan, batch: Any, *, tolerance: float = TOLERANCE, seed: in
     """Check every law that one batch can tell of.
 
     These are purity, donation, composition (``step`` is ``gradients`` and ``update``, to the bit, and ``gradients``
-    changes nothing), evaluation on parts of the batch, and accumulation, where the model is inside that law: without
-    batch statistics and dropout.
+    changes nothing), that gradients of nan change nothing where they are left out, evaluation on parts of the batch,
+    and accumulation, where the model is inside that law: without batch statistics and dropout.
 
     Args:
         plan: What is checked. A module in it is copied.
@@ -37,15 +38,16 @@ def check_step(plan: Plan, batch: Any, *, tolerance: float = TOLERANCE, seed: in
         >>> import torch, forgather_fn as ff
         >>> plan = ff.Plan(model=torch.nn.Linear(2, 1), loss=ff.losses.mse, optimizer=ff.sgd(), schedule=0.1)
         >>> check_step(plan, (torch.ones(4, 2), torch.zeros(4, 1)))
-        ('purity', 'donation', 'composition', 'evaluation', 'accumulation')
+        ('purity', 'donation', 'composition', 'nonfinite', 'evaluation', 'accumulation')
     """
     check_purity(plan, batch, seed=seed)
     check_donation(plan, batch, seed=seed)
     check_composition(plan, batch, steps=3, seed=seed)
+    check_nonfinite(plan, batch, seed=seed)
     check_microbatches(plan, batch, tolerance=tolerance, seed=seed)
     with in_float64():
         reason = outside(plan, batch, seed)
-    checked = ("purity", "donation", "composition", "evaluation")
+    checked = ("purity", "donation", "composition", "nonfinite", "evaluation")
     if reason:
         return checked
     check_accumulation(plan, batch, tolerance=tolerance, seed=seed)

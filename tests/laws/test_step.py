@@ -22,7 +22,7 @@ def test_step_is_gradients_and_update(name: str, storage: str, data: st.DataObje
 def test_one_line_names_the_laws_that_it_checked(name: str) -> None:
     specimen = zoo.SPECIMENS[name]
     laws = check_step(zoo.plan_of(name, microbatches=2), specimen.batch(5))
-    always = ("purity", "donation", "composition", "evaluation")
+    always = ("purity", "donation", "composition", "nonfinite", "evaluation")
     assert laws == (always if specimen.outside else (*always, "accumulation"))
 
 
