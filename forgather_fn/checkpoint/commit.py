@@ -23,9 +23,10 @@ import attrs
 
 from forgather_fn.checkpoint import catalog, system
 from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint.hashing import Written, hashed
 from forgather_fn.checkpoint.manifest import Manifest
 from forgather_fn.checkpoint.rotation import Policy, superseded
-from forgather_fn.checkpoint.safe import Written, write_file, write_tensors
+from forgather_fn.checkpoint.safe import write_file, write_tensors
 from forgather_fn.checkpoint.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def _synced(path: Path) -> Written:
         system.sync(file)
     finally:
         system.close(file)
-    return Written(path.stat().st_size, manifests.sha256(path))
+    return hashed(path)
 
 
 def _write_files(directory: Path, snapshot: Snapshot) -> dict[str, Written]:

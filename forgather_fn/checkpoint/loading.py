@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from forgather_fn.checkpoint import catalog, state_file
 from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint.hashing import hashes, joined, sha256
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.reading import UNREADABLE, read_tensors, rows_of
 from forgather_fn.checkpoint.snapshot import STATE
@@ -73,6 +75,11 @@ def _load(path: Path, rows: Rows | None) -> Loaded:
 _CHANGED: Final = "{path} is damaged: the content of {files} was changed (sha256 differs)"
 
 
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _read(path: Path, rows: Rows | None) -> Loaded:
     manifest = manifests.read(path)
     if manifest is None:
@@ -84,18 +91,18 @@ def _read(path: Path, rows: Rows | None) -> Loaded:
         raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
     if STATE not in manifest.files:
         raise CheckpointError(f"{path}: its manifest names no {STATE}")
-    if manifests.sha256(path / STATE) != manifest.files[STATE].sha256:
+    if sha256(path / STATE, manifest.files[STATE]) != manifest.files[STATE].sha256:
         raise CheckpointError(_CHANGED.format(path=path, files=STATE))
     record = state_file.read(path)
     tensors: dict[str, dict[str, Tensor]] = {"model": {}}
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint") as pool:
-        hashes = {name: pool.submit(manifests.sha256, path / name) for name in manifest.files}
+    with ThreadPoolExecutor(max_workers=_cores(), thread_name_prefix="checkpoint") as pool:
+        found = {name: hashes(path / name, written, pool.map) for name, written in manifest.files.items()}
         for name in manifest.files:
             if name.endswith(".safetensors"):
                 kind = name.split(".")[0].split("-")[0]
                 held = tensors.setdefault(kind, {})
                 held.update(read_tensors(path / name, functools.partial(rows_of, rows, record, kind)))
-        changed = [name for name, found in hashes.items() if found.result() != manifest.files[name].sha256]
+        changed = [name for name, pieces in found.items() if joined(pieces) != manifest.files[name].sha256]
     if changed:
         raise CheckpointError(_CHANGED.format(path=path, files=", ".join(changed)))
     return Loaded(path, record, tensors)

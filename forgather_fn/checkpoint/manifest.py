@@ -10,12 +10,13 @@ from typing import Final
 
 import attrs
 
-from forgather_fn.checkpoint import system
-from forgather_fn.checkpoint.safe import Written
+from forgather_fn.checkpoint import hashing, system
+from forgather_fn.checkpoint.hashing import Written
 
 NAME: Final = "manifest.json"
 FORMAT: Final = "forgather-fn checkpoint"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Since 2, files larger than :data:`~forgather_fn.checkpoint.hashing.PIECE` are hashed in pieces."""
 LIMIT: Final = 1 << 24
 """Bytes of JSON that are read at most."""
 
@@ -35,7 +36,7 @@ class Manifest:
         run: The id of the run that it belongs to.
         attempt: The id of the process that wrote it.
         time: When it was written, in seconds since 1970.
-        files: Each file's size in bytes and sha256.
+        files: Each file's size in bytes and sha256, and in which pieces it was hashed.
         metrics: Results known at the time of the save.
         pinned: Whether rotation must leave it.
 
@@ -56,6 +57,7 @@ class Manifest:
 def dump(manifest: Manifest) -> bytes:
     """Write a manifest as JSON; numbers that JSON has no word for become strings."""
     record = {"format": FORMAT, "version": VERSION, **attrs.asdict(manifest)}
+    record["files"] = {name: attrs.asdict(written, filter=_known) for name, written in manifest.files.items()}
     record["metrics"] = {name: _number(value) for name, value in manifest.metrics.items()}
     return json.dumps({**record, "checksum": _checksum(record)}, indent=1, allow_nan=False).encode("utf-8")
 
@@ -77,7 +79,7 @@ def parse(text: bytes, where: str) -> Manifest:
             )
         if record.pop("checksum") != _checksum(record):
             raise CheckpointError(f"{where}: its content was changed (its checksum differs)")
-        files = {name: Written(int(f["size"]), str(f["sha256"])) for name, f in record["files"].items()}
+        files = {name: _written(f) for name, f in record["files"].items()}
         odd = [name for name in files if not is_plain(name)]
         if odd:
             raise CheckpointError(f"{where}: {odd[0]!r} is not the name of a file in its directory")
@@ -96,6 +98,17 @@ def parse(text: bytes, where: str) -> Manifest:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where} is not a manifest: {type(error).__name__}: {error}") from None
+
+
+def _known(field: object, value: object) -> bool:
+    return value is not None
+
+
+def _written(record: Mapping[str, object]) -> Written:
+    piece = record.get("piece")
+    if piece not in (None, hashing.PIECE):
+        raise ValueError(f"a file in pieces of {piece!r} bytes; expected {hashing.PIECE}")
+    return Written(int(str(record["size"])), str(record["sha256"]), None if piece is None else hashing.PIECE)
 
 
 def read(directory: Path) -> Manifest | None:
@@ -138,17 +151,11 @@ def hash_faults(directory: Path, manifest: Manifest) -> list[str]:
         return found
     for name, written in manifest.files.items():
         try:
-            if sha256(directory / name) != written.sha256:
+            if hashing.sha256(directory / name, written) != written.sha256:
                 found.append(f"{name}: its content was changed (sha256 differs)")
         except OSError as error:
             found.append(f"{name} cannot be read: {error.strerror}")
     return found
-
-
-def sha256(path: Path) -> str:
-    """Hash a file's content."""
-    with system.read_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(record: Mapping[str, object]) -> str:

@@ -5,17 +5,16 @@ is used to read. The format is 8 bytes of header length, the header in JSON, and
 https://huggingface.co/docs/safetensors.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import attrs
 import torch
 from torch import Tensor
 
 from forgather_fn.checkpoint import system
+from forgather_fn.checkpoint.hashing import Hash, Written
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -39,29 +38,20 @@ HEADER_LIMIT = 100_000_000
 """Bytes that a header may have, as in the library."""
 
 
-@attrs.frozen
-class Written:
-    """A file that is on the disk: its size in bytes and its sha256."""
-
-    size: int
-    sha256: str
-
-
 def write_file(path: Path, parts: Iterator[memoryview]) -> Written:
     """Write a new file part by part, hashed, and wait until it is on the disk."""
-    digest, size = hashlib.sha256(), 0
+    hashed = Hash()
     file = system.create(path)
     try:
         for part in parts:
             for start in range(0, len(part), system.CHUNK):
                 chunk = part[start : start + system.CHUNK]
                 system.write_all(file, chunk)
-                digest.update(chunk)
-                size += len(chunk)
+                hashed.update(chunk)
         system.sync(file)
     finally:
         system.close(file)
-    return Written(size, digest.hexdigest())
+    return hashed.written()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:

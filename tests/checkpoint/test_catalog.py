@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from forgather_fn.checkpoint import catalog, latest, list_checkpoints, load, save, verify
+from forgather_fn.checkpoint import catalog, latest, list_checkpoints, load, save, system, verify
 from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint.hashing import Written
 from forgather_fn.checkpoint.manifest import Manifest, dump
-from forgather_fn.checkpoint.safe import Written
 from tests.checkpoint.subjects import small, trajectory
 
 HOUR = 3600
@@ -243,11 +243,14 @@ class TestVerify:
         assert "is not a manifest" in fault
 
     def test_says_that_a_file_cannot_be_read(self, tmp_path, monkeypatch):
-        def unreadable(path):
-            raise OSError(5, "Input/output error")
-
         home = made(tmp_path, 1)
-        monkeypatch.setattr(manifests, "sha256", unreadable)
+
+        def unreadable(path, read_file=system.read_file):
+            if path.name == "state.json":
+                raise OSError(5, "Input/output error")
+            return read_file(path)
+
+        monkeypatch.setattr(system, "read_file", unreadable)
         assert verify(home) == ["state.json cannot be read: Input/output error"]
 
 

@@ -19,9 +19,10 @@ from forgather_fn import tree
 from forgather_fn.checkpoint import CheckpointError, load, save, verify
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint import snapshot as snapshots
+from forgather_fn.checkpoint.hashing import Written
 from forgather_fn.checkpoint.manifest import Manifest, dump, parse
 from forgather_fn.checkpoint.record import decode, encode
-from forgather_fn.checkpoint.safe import DTYPES, Written, fault, write_file, write_tensors
+from forgather_fn.checkpoint.safe import DTYPES, fault, write_file, write_tensors
 from tests.checkpoint.subjects import small, trajectory
 from tests.specimens import mlp
 from tests.toys import assert_equal
@@ -82,7 +83,7 @@ class TestFiles:
             *("format", "version", "step", "samples", "order", "run", "attempt", "time", "files", "metrics", "pinned"),
             "checksum",
         }
-        assert (record["format"], record["version"], record["step"]) == ("forgather-fn checkpoint", 1, 3)
+        assert (record["format"], record["version"], record["step"]) == ("forgather-fn checkpoint", 2, 3)
         data = (home / "model.safetensors").read_bytes()
         assert record["files"]["model.safetensors"] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -238,11 +239,11 @@ class TestTheManifest:
                     continue
                 assert found == expected, (byte, bit)
 
-    @pytest.mark.parametrize("version", [2, 7, 10**30])
+    @pytest.mark.parametrize("version", [3, 7, 10**30])
     def test_of_a_newer_version_is_refused(self, version):
         with pytest.raises(
             CheckpointError,
-            match=rf"here: written in version {version} of the format; this library reads up to 1\. Use a newer",
+            match=rf"here: written in version {version} of the format; this library reads up to 2\. Use a newer",
         ):
             parse(json.dumps({"format": manifests.FORMAT, "version": version, "other": 1}).encode(), "here")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import forgather_fn as ff
-from forgather_fn.checkpoint import CheckpointError, load, load_weights, save, saved, verify
+from forgather_fn.checkpoint import CheckpointError, load, load_weights, save, saved, system, verify
 from tests.checkpoint.faults import assert_same, leaves
 from tests.checkpoint.subjects import BATCHES, Small, drawing, everything, finished, run_to, small, trajectory
 from tests.specimens import mlp, partly_frozen
@@ -155,14 +155,12 @@ class TestCorruption:
         assert "checkpoint-9 is passed over" in caplog.text
 
     def test_a_disk_that_cannot_be_read_is_damage_too(self, program, run, monkeypatch, caplog):
-        from forgather_fn.checkpoint import manifest as manifests
-
-        def failing(path, sha256=manifests.sha256):
+        def failing(path, read_file=system.read_file):
             if "checkpoint-4" in str(path) and path.name == "model.safetensors":
                 raise OSError(5, "Input/output error")
-            return sha256(path)
+            return read_file(path)
 
-        monkeypatch.setattr(manifests, "sha256", failing)
+        monkeypatch.setattr(system, "read_file", failing)
         with caplog.at_level(logging.WARNING):
             assert_equal(program.restore(run), trajectory()[2])
         assert "Input/output error" in caplog.text
@@ -183,7 +181,7 @@ def resealed(run, step, edit):
     from hashlib import sha256
 
     from forgather_fn.checkpoint import manifest as manifests
-    from forgather_fn.checkpoint.safe import Written
+    from forgather_fn.checkpoint.hashing import Written
 
     path = home(run, step) / "state.json"
     text = edit(path.read_bytes())
