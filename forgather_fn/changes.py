@@ -7,7 +7,8 @@ from typing import Any, Final, Protocol
 
 import attrs
 
-from forgather_fn.loop import Demand, Stage, Steps, Tick, closing
+from forgather_fn.dispatch import closing
+from forgather_fn.loop import Demand, Stage, Steps, Tick
 from forgather_fn.mean import Mean
 from forgather_fn.reducers import Reducer
 from forgather_fn.reducers.base import kept_of

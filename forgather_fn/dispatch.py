@@ -1,12 +1,14 @@
 """How batches come to a process: it reads its own, or the first process reads them all and sends each its own."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import contextlib
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, Final
 
 import attrs
 
-from forgather_fn.batch import as_batch, check_batches, owned
+from forgather_fn.batch import as_batch, as_it_came, check_batches, outline, owned
 from forgather_fn.data import Batch, Stream
+from forgather_fn.data.batch import digest
 from forgather_fn.share import Microbatches, Share
 from forgather_fn.state import TrainState
 from forgather_fn.world import PeerError, World, known_to_all
@@ -18,6 +20,68 @@ def opened(data: Iterable[Any] | Stream, state: TrainState, share: Share | None)
         check_batches(data)
         return iter(data)
     return data.start(state.seed, state.samples, share, cursor=state.cursor)
+
+
+def compared(world: World, state: TrainState, batches: Iterator[Any]) -> Iterator[Any]:
+    """Give batches; the first of them only when all processes have found that they read the same data.
+
+    Otherwise a seed that was forgotten, where data are drawn, split or shuffled, would train on a mixture of several
+    datasets, and a pipeline on the inputs of one with the labels of another.
+
+    Args:
+        world: The processes; one alone has nothing to compare.
+        state: Where they begin.
+        batches: As :func:`opened` gives them.
+
+    Raises:
+        ValueError: From the iterator: they begin at other places, or there are other data there.
+    """
+    return batches if world.size == 1 else _compared(world, state, batches)
+
+
+def _compared(world: World, state: TrainState, batches: Iterator[Any]) -> Iterator[Any]:
+    place = f"step {state.step}, sample {state.samples}, seed {state.seed}, {state.data or 'no stream'}"
+    with closing(batches):
+        batch = next(batches, None)
+        told = world.gather(f"{place}: {_told(batch)}")
+        if len(set(told)) > 1:
+            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+            raise known_to_all(ValueError(f"{_UNLIKE}{lines}"))
+        while batch is not None:
+            yield batch
+            batch = next(batches, None)
+
+
+def _told(batch: Any) -> str:
+    if batch is None:
+        return "there is no batch"
+    whole = as_batch(batch)
+    if whole.witness is not None:
+        return f"a batch of {whole.samples} samples, the first microbatch of which is {whole.witness[:16]}"
+    return f"a batch of {whole.samples} samples, {outline(whole.data)}, which is {digest(as_it_came(whole))[:16]}"
+
+
+_UNLIKE: Final = (
+    "the processes of a run must be given the same data, of which each takes its part. Seed what draws, splits or "
+    "shuffles them, or read on one process for all: ff.accelerated(plan, dispatch='rank0'). They begin with:"
+)
+
+
+@contextlib.contextmanager
+def closing(iterator: Iterator[Any]) -> Iterator[None]:
+    """End a generator with the block, and tell it of an exception downstream; other iterators have nothing to end."""
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if isinstance(iterator, Generator):
+            with contextlib.suppress(type(error)):
+                iterator.throw(error)
+        raise
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
 
 
 def dispatched(world: World, share: Share, state: TrainState, data: Iterable[Any] | Stream) -> Iterator[Batch]:

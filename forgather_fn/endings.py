@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import attrs
 
 from forgather_fn.data import Stream
-from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick, closing
+from forgather_fn.dispatch import closing
+from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick
 from forgather_fn.reducers import Control, stale
 from forgather_fn.signature import checked
 from forgather_fn.state import TrainState

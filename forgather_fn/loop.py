@@ -11,7 +11,7 @@ import difflib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ import attrs
 
 from forgather_fn import interrupt, joining
 from forgather_fn.data import Stream
+from forgather_fn.dispatch import closing
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics, Program
 from forgather_fn.reducers import Control
@@ -315,23 +316,6 @@ def _telling(world: World) -> Iterator[None]:
         if not getattr(error, "known_to_all", False):
             world.fail(error)
         raise
-
-
-@contextlib.contextmanager
-def closing(iterator: Iterator[Any]) -> Iterator[None]:
-    """End a generator with the block, and tell it of an exception downstream; other iterators have nothing to end."""
-    try:
-        yield
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        if isinstance(iterator, Generator):
-            with contextlib.suppress(type(error)):
-                iterator.throw(error)
-        raise
-    finally:
-        if isinstance(iterator, Generator):
-            iterator.close()
 
 
 def last(steps: Steps) -> TrainState:

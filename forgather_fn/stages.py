@@ -9,7 +9,8 @@ from typing import NoReturn, Protocol
 import attrs
 
 from forgather_fn import interrupt
-from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, closing
+from forgather_fn.dispatch import closing
+from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick
 from forgather_fn.signature import checked, shown
 
 
@@ -68,6 +69,15 @@ def _as_observer(observer: Observer | Observe) -> Observer:
     return observer if isinstance(observer, Observer) else Observer(observer)
 
 
+def _lifted(observers: Iterable[Observer | Observe]) -> list[Observer]:
+    lifted = [_as_observer(observer) for observer in observers]
+    if not lifted:
+        raise ValueError(
+            "a stage without an observer does nothing: say who looks, as in ff.every(100, ff.saved('runs/a'))"
+        )
+    return lifted
+
+
 def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observers: Observer | Observe) -> Stage:
     """Let observers look at the ticks that are due; the base of :func:`every`, :func:`at` and others.
 
@@ -75,8 +85,11 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         due: Whether a tick is looked at.
         wants: Whether a step might be, by the number that it leads to; asked before the step.
         observers: In the order in which they look; each sees the results of those before.
+
+    Raises:
+        ValueError: There is no observer, or one is not a function.
     """
-    lifted = [_as_observer(observer) for observer in observers]
+    lifted = _lifted(observers)
     names = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
 
     def stage(steps: Steps) -> Steps:
@@ -150,7 +163,7 @@ def every(steps: int, *observers: Observer | Observe) -> Stage:
         observers: Functions of a tick, or :class:`Observer` records.
 
     Raises:
-        ValueError: ``steps`` is not a positive integer.
+        ValueError: ``steps`` is not a positive integer, or there is no observer.
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"every: the number of steps must be an integer of at least 1, got {steps!r}")
@@ -166,7 +179,7 @@ def at(steps: int | Iterable[int], *observers: Observer | Observe) -> Stage:
         observers: As in :func:`every`.
 
     Raises:
-        ValueError: They are no integers of at least 1: the first tick is that of step 1.
+        ValueError: They are no integers of at least 1: the first tick is that of step 1. Or there is no observer.
     """
     numbers = [steps] if isinstance(steps, int) else list(steps)
     odd = [step for step in numbers if type(step) is not int or step < 1]
@@ -187,11 +200,14 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
         observers: As in :func:`every`. Metrics that they want are computed at every step, since no step knows its time.
         clock: Gives seconds; injected, so that tests need not wait. Several processes look together, one tick after
             the first of them finds that it is time.
+
+    Raises:
+        ValueError: ``seconds`` is not positive, or there is no observer.
     """
     if not seconds > 0:
         raise ValueError(f"every_seconds: seconds must be positive, got {seconds}")
 
-    lifted = [_as_observer(observer) for observer in observers]
+    lifted = _lifted(observers)
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
@@ -218,8 +234,11 @@ def at_end(*observers: Observer | Observe) -> Stage:
     """Look at the last tick, when the stream has ended: by ``until``, by Ctrl-C, or because the data ended.
 
     A stream that ends by an exception has no last tick. Stages downstream do not see what these observers find.
+
+    Raises:
+        ValueError: There is no observer.
     """
-    lifted = [_as_observer(observer) for observer in observers]
+    lifted = _lifted(observers)
 
     def look(tick: Tick) -> None:
         for observer in lifted:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,6 +216,93 @@ def test_a_source_that_fails_fails_on_all(pair):
     first, second = pair.run(error_of, failing_source)
     assert first == ("OSError", "the disk is gone")
     assert second == ("PeerError", "rank 0 could not read a batch: OSError: the disk is gone")
+
+
+class Drawn(torch.utils.data.Dataset[Any]):
+    """Samples that every process has drawn for itself, as a script does that forgets to seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.x = torch.randn(24, 4, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        return self.x[index], Y[index]
+
+
+UNLIKE: dict[str, Any] = {
+    "columns": lambda rank: ff.batches((Drawn(rank).x, Y), batch_size=8),
+    "samples": lambda rank: ff.batches(Drawn(rank), batch_size=8),
+    "split": lambda rank: ff.batches(
+        torch.utils.data.random_split(Drawn(0), [16, 8], torch.Generator().manual_seed(rank))[0], batch_size=8
+    ),
+    "threads": lambda rank: ff.batches(Drawn(rank), batch_size=8, threads=1),
+    "in sequence": lambda rank: ff.batches(ff.data.counted(list(Drawn(rank))), batch_size=8, order="sequential"),
+    "batches": lambda rank: [(Drawn(rank).x[:8], Y[:8])],
+    "fewer": lambda rank: ff.batches((X[: 24 - rank], Y[: 24 - rank]), batch_size=8),
+    "order": lambda rank: data(order="sequential" if rank else "shuffled"),
+    "none": lambda rank: [] if rank else [(X, Y)],
+}
+
+
+def given_unlike(kind: str) -> list[Any]:
+    program = ff.accelerated(plan())
+    state = program.init(0)
+    before = values(state)
+    found = error_of(lambda: ff.last(ff.until(steps=1)(program.steps(state, UNLIKE[kind](rank())))))
+    return [found, values(state) == before]
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_processes_that_have_other_data_are_refused_before_the_first_step(pair, kind):
+    (error, text), untouched = alike(pair.run(given_unlike, kind))
+    assert error == "ValueError"
+    assert text.startswith("the processes of a run must be given the same data, of which each takes its part. Seed")
+    assert re.search(r"\n  rank 0: step 0, sample 0, seed 0, .*\n  rank 1: step 0, sample 0, seed 0, ", text)
+    assert untouched
+
+
+def started_elsewhere() -> None:
+    program = ff.accelerated(plan())
+    state = program.init(seed=rank())
+    ff.last(ff.until(steps=1)(program.steps(state, data(order="sequential"))))
+
+
+def test_processes_that_have_other_seeds_are_refused(pair):
+    error, text = alike(pair.run(error_of, started_elsewhere))
+    assert error == "ValueError"
+    assert "rank 0: step 0, sample 0, seed 0" in text
+    assert "rank 1: step 0, sample 0, seed 1" in text
+
+
+class Named(Drawn):
+    """Samples that lie elsewhere on each machine."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": self.x[index], "labels": Y[index], "path": f"/machine-{rank()}/{index}"}
+
+
+def read_from_elsewhere() -> list[float]:
+    program = ff.accelerated(plan(model=lambda: Columned(), loss=lambda out, batch: labelled(out, batch["labels"])))
+    stream = ff.batches(Named(0), batch_size=8)
+    return values(ff.last(ff.until(steps=2)(program.steps(program.init(0), stream))))
+
+
+class Columned(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def labelled(outputs: torch.Tensor, labels: torch.Tensor) -> ff.Mean:
+    return ff.losses.cross_entropy(outputs, (None, labels))
+
+
+def test_texts_beside_the_samples_may_differ(pair):
+    alike(pair.run(read_from_elsewhere))
 
 
 def evaluated_twice() -> dict[str, float]:

@@ -14,7 +14,8 @@ from forgather_fn.control.agreement import Agree, agreeing
 from forgather_fn.control.command import Command
 from forgather_fn.control.inbox import Inbox, Request
 from forgather_fn.control.progress import Numbers, Progress
-from forgather_fn.loop import Answer, Demand, Stage, Steps, Tick, closing
+from forgather_fn.dispatch import closing
+from forgather_fn.loop import Answer, Demand, Stage, Steps, Tick
 from forgather_fn.state import NonFiniteError
 from forgather_fn.world import World, known_to_all
 

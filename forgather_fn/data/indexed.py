@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 import torch
 
-from forgather_fn.data.batch import Batch
+from forgather_fn.data.batch import Batch, digest
 from forgather_fn.data.fetch import Collate, Indices, Source
 from forgather_fn.data.loading import Fetch, Request, in_process, in_workers, keyed, undrawn
 from forgather_fn.data.order import Order, Ordering, look_up
@@ -206,7 +206,7 @@ class IndexedStream(Stream):
         self, seed: int, samples: int, share: Share | None, chosen: slice = slice(None)
     ) -> Generator[Batch, None, None]:
         requests, asked = itertools.tee(itertools.islice(self._requests(seed, samples), *_bounds(chosen)))
-        parts = (part for request in asked for part in _parts(request, share))
+        parts = (part for request in asked for part in (*_common(request, share), *_parts(request, share)))
         fetch = Fetch(self._source.read, keyed if self.random else undrawn)
         pin_memory = self.pin_memory and torch.accelerator.is_available()
         each = 1 if share is None else len(share.block)
@@ -222,12 +222,13 @@ class IndexedStream(Stream):
         with contextlib.closing(answers):
             for request in requests:
                 count = len(request.indices)
+                witness = next((digest(next(answers)[1]) for _ in _common(request, share)), None)
                 own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
                 data = own[0] if share is None else Microbatches(tuple(own), share.block.start)
                 ragged = count < self._size(request.start)
                 if share is not None:
                     share.check(count, ragged=ragged)
-                yield Batch(data, count, request.indices, ragged=ragged, varies=self._varies)
+                yield Batch(data, count, request.indices, ragged=ragged, varies=self._varies, witness=witness)
 
     @property
     def _varies(self) -> bool:
@@ -270,6 +271,13 @@ def _parts(request: Request, share: Share | None) -> list[Request]:
     if share is None:
         return [request]
     return [request.rows(rows, first=i == 0) for i, rows in enumerate(share.rows(len(request.indices)))]
+
+
+def _common(request: Request, share: Share | None) -> list[Request]:
+    """Ask, besides, for what every process reads of the first batch, so that they can tell that they read the same."""
+    if share is None or share.size == 1 or not request.first:
+        return []
+    return _parts(request, attrs.evolve(share, rank=0))[:1]
 
 
 def _bounds(chosen: slice) -> tuple[int | None, int | None, int | None]:

@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 import torch
 
-from forgather_fn.data.batch import Batch
+from forgather_fn.data.batch import Batch, digest
 from forgather_fn.data.fetch import Collate
 from forgather_fn.data.loading import MSG_DRAWN, Generators, Request, pinned, reseed
 from forgather_fn.data.resumable import Json, Reader, Resumable
@@ -139,19 +139,31 @@ class Place:
 
 @attrs.define(eq=False)
 class Reading:
-    """A stream that is being read: one batch a request, in order."""
+    """A stream that is being read: one batch a request, in order.
+
+    Attributes:
+        stream: What is read.
+        seed: Under which samples draw.
+        place: Up to where it has been read.
+        share: Which microbatches are kept; None for whole batches.
+        reader: Of the epoch that is being read.
+        witness: That of its first batch; see :class:`~forgather_fn.data.batch.Batch`.
+    """
 
     stream: IteratedStream
     seed: int
     place: Place
     share: Share | None = None
     reader: Reader | None = None
+    witness: str | None = None
 
     def __getitem__(self, request: Request, /) -> Batch | None:
         """Read the next batch; None after the last."""
         before = Generators.read() if self.stream.random or request.first else None
         try:
             batch = self._next()
+            if batch is not None and request.first:
+                batch = attrs.evolve(batch, witness=self.witness)
         except Exception as error:
             error.add_note(f"while reading a batch from sample {self.place.samples} of the job on")
             raise
@@ -218,6 +230,9 @@ class Reading:
         if share is not None:
             share.check(len(samples), ragged=ragged)
         rows = [slice(len(samples))] if share is None else share.rows(len(samples))
+        if share is not None and share.size > 1 and self.witness is None:
+            common = attrs.evolve(share, rank=0).rows(len(samples))[0]
+            self.witness = digest(self._collated(samples[common], first, common.start))
         data = [self._collated(samples[part], first, part.start or 0) for part in rows]
         self.place = place
         return Batch(

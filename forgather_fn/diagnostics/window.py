@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import attrs
 import torch
 
-from forgather_fn.loop import Demand, Stage, Steps, Tick, closing
+from forgather_fn.dispatch import closing
+from forgather_fn.loop import Demand, Stage, Steps, Tick
 
 
 def during(

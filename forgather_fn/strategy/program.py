@@ -13,7 +13,7 @@ from forgather_fn import evaluation
 from forgather_fn.batch import as_batch
 from forgather_fn.built import Built, own_gradients
 from forgather_fn.conversion import converted
-from forgather_fn.dispatch import dispatched, opened
+from forgather_fn.dispatch import compared, dispatched, opened
 from forgather_fn.execution import Execution
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
@@ -157,7 +157,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         if strategy.dispatch:
             assert strategy.share is not None
             return dispatched(strategy.world, strategy.share, state, data)
-        return opened(data, state, strategy.share)
+        return compared(strategy.world, state, opened(data, state, strategy.share))
 
     public(init=init, restore=restore, step=step, gradients=gradients, update=update)
 

@@ -345,6 +345,29 @@ def test_what_cannot_be_is_refused_before_anything_runs(plan: Any, options: Any,
         ff.pipelined(runs.plan_of(ONE, **plan), CUT, **options)
 
 
+def trained_on_other_words(how: str) -> str:
+    program = ff.pipelined(runs.plan_of(ONE), CUT)
+    batch = words()
+    if distributed.get_rank() == 1:
+        batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    state = program.init(seed=3)
+    try:
+        if how == "loop":
+            ff.last(program.steps(state, [batch]))
+        else:
+            program.step(state, batch)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(("how", "what"), [("loop", "run must be given the same data"), ("step", "pipeline must be")])
+def test_the_inputs_of_one_process_do_not_meet_the_labels_of_another(two: Processes, how: str, what: str) -> None:
+    first, second = two.run(trained_on_other_words, how)
+    assert first == second
+    assert f"ValueError: the processes of a {what}" in first
+
+
 def unlike(how: str) -> str:
     rank = distributed.get_rank()
     program = ff.pipelined(runs.plan_of(ONE), CUT)
