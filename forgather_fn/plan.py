@@ -7,6 +7,7 @@ from typing import Any, Literal
 import attrs
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from forgather_fn.average import Average
 from forgather_fn.describe import describe
@@ -15,6 +16,7 @@ from forgather_fn.model import ModelFactory, class_of
 from forgather_fn.optim import Optimizer
 from forgather_fn.reducers import Control
 from forgather_fn.schedules import Reactive, Schedule
+from forgather_fn.schedules.base import rate
 from forgather_fn.transforms import Transform
 from forgather_fn.workspace import VIEWED_ELEMENTS
 
@@ -61,6 +63,17 @@ def _is_loss(instance: Any, attribute: "attrs.Attribute[Loss]", value: Any) -> N
             "ff.losses, such as ff.losses.cross_entropy, or write one"
             + ("; this makes one, when it is called" if uncalled else "")
         )
+
+
+def _is_schedule(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    if isinstance(value, type | LRScheduler):
+        raise ValueError(
+            f"Plan: schedule={describe(value)} is not a function of the step that gives a learning rate: use one of "
+            "ff.schedules, such as ff.schedules.cosine(peak=3e-4, total=1000), or write one: "
+            "schedule=lambda step: 0.1 * 0.5 ** (step // 30)"
+        )
+    if not (callable(value) or isinstance(value, Reactive)):  # what a function gives is looked at by a step
+        rate(value, 0)
 
 
 def _is_average(instance: Any, attribute: "attrs.Attribute[Average | None]", value: Any) -> None:
@@ -155,7 +168,7 @@ class Plan:
     model: nn.Module | ModelFactory
     loss: Loss = attrs.field(validator=_is_loss)
     optimizer: Optimizer = attrs.field(validator=_is_optimizer)
-    schedule: Schedule | Reactive | float
+    schedule: Schedule | Reactive | float = attrs.field(validator=_is_schedule)
     transforms: tuple[Transform, ...] = attrs.field(default=(), converter=_transforms)
     average: Average | None = attrs.field(default=None, validator=_is_average)
     microbatches: int = attrs.field(default=1, validator=_at_least_one)

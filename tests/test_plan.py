@@ -73,10 +73,17 @@ class TestChecks:
             seen.extend(tick.state for tick in steps)
         assert not seen[-1].consumed
 
-    @pytest.mark.parametrize("schedule", [float("nan"), -1.0, float("inf")])
-    def test_a_constant_that_is_no_rate_is_refused(self, schedule):
+    @pytest.mark.parametrize("schedule", [float("nan"), -1.0, float("inf"), "1e-3", None])
+    def test_a_constant_that_is_no_rate_is_refused_when_the_plan_is_made(self, schedule):
         with pytest.raises(ValueError, match=f"{schedule}.*step 0"):
-            trained(classifier(), [labelled(6)], schedule=schedule)
+            plan(schedule=schedule)
+
+    @pytest.mark.parametrize("instance", [False, True])
+    def test_a_scheduler_of_torch_is_refused_when_the_plan_is_made(self, instance):
+        optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10) if instance else torch.optim.lr_scheduler.StepLR
+        with pytest.raises(ValueError, match=r"StepLR.* is not a function of the step.*ff.schedules.cosine"):
+            plan(schedule=schedule)
 
 
 class TestProgram:

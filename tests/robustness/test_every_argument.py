@@ -132,6 +132,12 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
 }
 """Public functions, each with arguments that it takes."""
 
+BY_POSITION: Final = {
+    **dict.fromkeys(["every", "every_seconds", "at", "at_end", "report"], (print,)),
+    "schedules.joined": (0.1,),
+}
+"""What those need besides that take any number of others."""
+
 ELSEWHERE: Final = {
     **dict.fromkeys(["saved", "serve", "controlled", "memory"], "test_arguments"),
     **dict.fromkeys(["single", "accelerated", "pipelined", "joined", "members"], "test_programs"),
@@ -178,6 +184,11 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_what_is_right_is_taken(name, folder):
+    call(function_of(name), BY_POSITION.get(name, ()), CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_an_argument_is_taken_or_refused_by_name(name, folder):
     function, right = function_of(name), CALLS[name]
     parameters = inspect.signature(function).parameters
@@ -187,7 +198,7 @@ def test_an_argument_is_taken_or_refused_by_name(name, folder):
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args, kwargs = (value,), right
             else:
-                args, kwargs = (), {**right, parameter.name: value}
+                args, kwargs = BY_POSITION.get(name, ()), {**right, parameter.name: value}
             case = f"{name}({parameter.name}={what})"
             error = raised(function, args, kwargs)
             if error is None:
