@@ -6,8 +6,8 @@ from pathlib import Path
 import attrs
 from torch import nn
 
+from forgather_fn.checkpoint import state_file
 from forgather_fn.checkpoint.catalog import list_checkpoints
-from forgather_fn.checkpoint.loading import load
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.data import Stream
 from forgather_fn.endings import until
@@ -53,8 +53,8 @@ def replay(program: Program, run: str | Path, data: Stream, *, step: int) -> Rep
         nearest = max(earlier, key=lambda entry: entry.step)
         state = program.restore(nearest.path)
     elif whole and not isinstance(program.plan.model, nn.Module):
-        nearest = whole[0]
-        state = program.init(int(load(nearest.path).record["seed"]))  # a factory's first state depends on that alone
+        seed = int(state_file.read(whole[0].path)["seed"])
+        state = program.init(seed)  # a factory's first state depends on that alone
     else:
         raise CheckpointError(f"{run} has no whole checkpoint at step {step} or before")
     look = at(step + 1, Observer(lambda tick: None, wants=frozenset({"gradient_norms"})))
