@@ -9,7 +9,10 @@ import pytest
 import toolz
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import list_backends, register_backend
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 
 import forgather_fn as ff
 from forgather_fn import testing, tree
@@ -341,6 +344,42 @@ def test_the_model_alone() -> None:
     state, _ = trained(plan_of("mlp", microbatches=2, compile="model", backend="aot_eager", **fields), batch)
     assert graphs() > 1
     assert_close(expected, state, 1e-12)
+
+
+def noting(seen: list[Any]) -> str:
+    """Register a compiler that compiles nothing and notes the operations of each graph, writes made explicit."""
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    name = f"noting_{len(list_backends())}"
+    register_backend(aot_autograd(fw_compiler=note, keep_inference_input_mutations=True), name=name)
+    return name
+
+
+LARGE: dict[str, Any] = {
+    "adamw": lambda: ff.adamw(weight_decay=0.1),
+    "sgd": lambda: ff.sgd(momentum=0.9),
+    "lion": lambda: ff.optim.lion(),
+    "schedule_free": lambda: ff.optim.schedule_free_adamw(),
+    "muon": lambda: ff.optim.muon(),
+    "partitioned": lambda: ff.optim.partitioned(
+        {"matrices": ("*weight", ff.optim.lion()), "rest": ("*", ff.adamw(weight_decay=0.1))}
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", LARGE)
+def test_a_large_model_is_updated_where_it_lies(optimizer: str) -> None:
+    """A compiler writes to a slice of a buffer by going over all of the buffer, once for each parameter."""
+    seen: list[Any] = []
+    changes = {"optimizer": LARGE[optimizer](), "viewed_elements": 0, "transforms": (ff.clipped(0.1),)}
+    expected, _ = trained(plan_of("mlp", **changes), specimens.classes(6))
+    state, _ = trained(plan_of("mlp", compile=True, backend=noting(seen), **changes), specimens.classes(6))
+    assert_close(expected, state, 1e-5)
+    assert torch.ops.aten.as_strided_scatter.default in seen  # what is written to in place
+    assert torch.ops.aten.slice_scatter.default not in seen
 
 
 def transformer() -> nn.Module:

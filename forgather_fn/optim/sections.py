@@ -32,7 +32,8 @@ class Section:
         found: dict[str, Flat] = flat.kept.setdefault("sections", {})
         if self.part not in found:
             ranges = tuple(flat.buffers[buffer][start:stop] for buffer, start, stop in self.ranges)
-            found[self.part] = Flat(self.layout, ranges)
+            views = {name: flat[name] for name in self.layout.index}  # of the whole buffers, which a compiler can tell
+            found[self.part] = Flat(self.layout, ranges, views=views)
         return found[self.part]
 
     def gradients(self, gradients: Gradients) -> Gradients:
