@@ -4,14 +4,12 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from forgather_fn import adapters, data, losses, metrics, optim, reducers, schedules, transforms
-from forgather_fn.adapters import lora
+from forgather_fn import data, losses, metrics, optim, reducers, schedules, transforms
 from forgather_fn.average import ema, power_ema, swa
 from forgather_fn.changes import changing, folded, rollback
 from forgather_fn.compiler import CompileError
 from forgather_fn.data import Batch, Stream, batches
 from forgather_fn.endings import early_stopped, stopped_by, until
-from forgather_fn.estimate import memory
 from forgather_fn.functional import frozen
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import group
@@ -25,9 +23,6 @@ from forgather_fn.plan import Plan
 from forgather_fn.program import Program
 from forgather_fn.stages import Observer, at, at_end, every, every_seconds
 from forgather_fn.state import ConsumedStateError, NonFiniteError, TrainState, difference
-from forgather_fn.statistics import refreshed_statistics
-from forgather_fn.strategy.joined import joined
-from forgather_fn.strategy.pipelined import pipelined
 from forgather_fn.strategy.single import single
 from forgather_fn.transforms import Transform, chain, clipped, noise, stateless
 
@@ -104,19 +99,30 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from forgather_fn import checkpoint, control, diagnostics, testing
+    from forgather_fn import adapters, checkpoint, control, diagnostics, testing
+    from forgather_fn.adapters import lora
     from forgather_fn.checkpoint.saving import saved
     from forgather_fn.control.serving import serve
     from forgather_fn.control.stage import Aborted, controlled
+    from forgather_fn.estimate import memory
+    from forgather_fn.statistics import refreshed_statistics
     from forgather_fn.strategy.accelerated import accelerated
+    from forgather_fn.strategy.joined import joined
+    from forgather_fn.strategy.pipelined import pipelined
 
 _WHEN_USED = {
+    "adapters": "",
     "checkpoint": "",
     "control": "",
     "diagnostics": "",
     "testing": "",
     "saved": "checkpoint.saving",
     "accelerated": "strategy.accelerated",
+    "joined": "strategy.joined",
+    "pipelined": "strategy.pipelined",
+    "lora": "adapters",
+    "memory": "estimate",
+    "refreshed_statistics": "statistics",
     "serve": "control.serving",
     "controlled": "control.stage",
     "Aborted": "control.stage",
