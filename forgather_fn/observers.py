@@ -70,12 +70,10 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
         clock: Gives seconds.
 
     Raises:
-        ValueError: There is no sink; or a metric that is wanted is unknown, or is not one number.
+        ValueError: A metric that is wanted is unknown, or is not one number.
         NonFiniteError: At a look: a step before was not finite.
     """
     lifted, names = [as_sink(sink) for sink in sinks], list(wants)
-    if not lifted:
-        raise ValueError("report: there is no sink to write to: ff.report(bar(), jsonl('runs/a/metrics.jsonl'))")
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"report: wants takes names of metrics; got {shown(names)}")
     asked = frozenset(names)

@@ -69,15 +69,6 @@ def _as_observer(observer: Observer | Observe) -> Observer:
     return observer if isinstance(observer, Observer) else Observer(observer)
 
 
-def _lifted(observers: Iterable[Observer | Observe]) -> list[Observer]:
-    lifted = [_as_observer(observer) for observer in observers]
-    if not lifted:
-        raise ValueError(
-            "a stage without an observer does nothing: say who looks, as in ff.every(100, ff.saved('runs/a'))"
-        )
-    return lifted
-
-
 def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observers: Observer | Observe) -> Stage:
     """Let observers look at the ticks that are due; the base of :func:`every`, :func:`at` and others.
 
@@ -87,9 +78,9 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         observers: In the order in which they look; each sees the results of those before.
 
     Raises:
-        ValueError: There is no observer, or one is not a function.
+        ValueError: One is not a function.
     """
-    lifted = _lifted(observers)
+    lifted = [_as_observer(observer) for observer in observers]
     names = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
 
     def stage(steps: Steps) -> Steps:
@@ -163,7 +154,7 @@ def every(steps: int, *observers: Observer | Observe) -> Stage:
         observers: Functions of a tick, or :class:`Observer` records.
 
     Raises:
-        ValueError: ``steps`` is not a positive integer, or there is no observer.
+        ValueError: ``steps`` is not a positive integer.
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"every: the number of steps must be an integer of at least 1, got {steps!r}")
@@ -179,7 +170,7 @@ def at(steps: int | Iterable[int], *observers: Observer | Observe) -> Stage:
         observers: As in :func:`every`.
 
     Raises:
-        ValueError: They are no integers of at least 1: the first tick is that of step 1. Or there is no observer.
+        ValueError: They are no integers of at least 1: the first tick is that of step 1.
     """
     numbers = [steps] if isinstance(steps, int) else list(steps)
     odd = [step for step in numbers if type(step) is not int or step < 1]
@@ -202,12 +193,12 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
             the first of them finds that it is time.
 
     Raises:
-        ValueError: ``seconds`` is not positive, or there is no observer.
+        ValueError: ``seconds`` is not positive.
     """
     if not seconds > 0:
         raise ValueError(f"every_seconds: seconds must be positive, got {seconds}")
 
-    lifted = _lifted(observers)
+    lifted = [_as_observer(observer) for observer in observers]
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
@@ -234,11 +225,8 @@ def at_end(*observers: Observer | Observe) -> Stage:
     """Look at the last tick, when the stream has ended: by ``until``, by Ctrl-C, or because the data ended.
 
     A stream that ends by an exception has no last tick. Stages downstream do not see what these observers find.
-
-    Raises:
-        ValueError: There is no observer.
     """
-    lifted = _lifted(observers)
+    lifted = [_as_observer(observer) for observer in observers]
 
     def look(tick: Tick) -> None:
         for observer in lifted:

@@ -138,15 +138,6 @@ class TestWhen:
         with pytest.raises(ValueError, match=message):
             make()
 
-    @pytest.mark.parametrize(
-        "make",
-        [lambda: ff.every(5), lambda: ff.at(5), lambda: ff.every_seconds(5), lambda: ff.at_end()],
-        ids=["every", "at", "every_seconds", "at_end"],
-    )
-    def test_a_stage_without_an_observer_is_refused(self, make):
-        with pytest.raises(ValueError, match="a stage without an observer does nothing: say who looks"):
-            make()
-
 
 class TestComposition:
     def test_observers_look_in_the_order_of_the_text(self, steps):
