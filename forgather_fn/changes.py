@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 import attrs
 
 from forgather_fn.dispatch import closing
+from forgather_fn.joining import MEMBERS
 from forgather_fn.loop import Demand, Stage, Steps, Tick
 from forgather_fn.mean import Mean
 from forgather_fn.reducers import Reducer
@@ -209,6 +210,10 @@ def returned(state: TrainState, good: TrainState) -> TrainState:
     """Give a state at its position with what an earlier one had learned."""
     now, then = state.read(), good.read()
     on = {name: getattr(now, name) for name in ("skipped", "tokens", "nonfinite", "loss_scale", "controls")}
+    if MEMBERS in now.controls:  # of a joint state, where the counts of its members lie
+        earlier = then.controls[MEMBERS]
+        own = {name: {**one, "updates": earlier[name]["updates"]} for name, one in now.controls[MEMBERS].items()}
+        on["controls"] = {**now.controls, MEMBERS: own}
     return attrs.evolve(
         good,
         arrays=attrs.evolve(then, **on),

@@ -438,6 +438,18 @@ class TestRollback:
         final = toolz.pipe(ticks, watched, ff.rollback(after=1, every=1, on="spike"), ff.last)
         assert final.controls["rollback"] == {"bad": 0, "times": 1}
 
+    def test_the_counts_of_the_members_go_back_too(self):
+        """Averages that are warmed up read them."""
+        made, batch = self.made(), labelled_batches(1)[0]
+        bad = {5: 1.0}
+        ticks = made.steps(made.init(0), [batch] * 6)
+        watched = ff.every(1, lambda tick: {"spike": bad.get(tick.state.step, 0.0)})
+        final = toolz.pipe(ticks, watched, ff.rollback(after=1, every=3, on="spike"), ff.last)
+        assert final.step == 6
+        assert int(ff.members(final)["one"].updates) == 3 + 1
+        assert int(ff.members(final)["one"].tokens) == 6 * 6
+        assert ff.members(final)["one"].step == 6
+
     def test_the_metrics_that_it_looks_at_without_one_are_named(self):
         made = self.made()
         with pytest.raises(ValueError, match="the step has no metric 'grad_norm'; it has 'loss', 'found'"):
