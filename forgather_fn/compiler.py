@@ -50,17 +50,19 @@ def whole(function: F, backend: str, device: torch.device) -> F:
     wanted = {"trace_autograd_ops": True, "ignore_logging_functions": _logging_functions()}
     settings = {name: value for name, value in wanted.items() if hasattr(dynamo.config, name)}
 
+    failed = (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit)
+
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         try:
             return graph(*args)
-        except dynamo.exc.TorchDynamoException:
+        except failed:
             # There is no graph for these arguments yet. Settings matter when one is made, and take a while to set.
             pass
         try:
             with dynamo.config.patch(settings):
                 return graph(*args)
-        except (dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit) as error:
+        except failed as error:
             raise CompileError(_explained(error)) from error
 
     return cast(F, call)

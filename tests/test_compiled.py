@@ -185,6 +185,16 @@ class TestGraphs:
             state, _ = program.step(state, (words["input_ids"], words["labels"]))
         assert graphs() <= 2
 
+    def test_too_many_graphs_are_told(self) -> None:
+        program = ff.single(compiled("mlp"))
+        state = program.init(0)
+        x, y = specimens.classes(4)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            state, _ = program.step(state, (x, y))
+            with pytest.raises(CompileError):
+                program.step(state, {"input": x, "labels": y, "more": x})
+        assert not state.consumed
+
     def test_programs_do_not_share_a_limit(self) -> None:
         with torch._dynamo.config.patch(recompile_limit=2):
             for _ in range(3):
