@@ -64,10 +64,9 @@ class Replica:
 
     def learn(self, found: Sequence[Mapping[str, Mean]], before: Flat, after: Flat) -> None:
         """Agree on what the steps of all processes have in common, and make room for what is sent with a gradient."""
-        if self.agreed.reach(self.world, found, before, after):
+        if self.agreed.reach(self.world, found, before, after) and self.world.size > 1:
             room = parcel.size(len(self.built.binding.layout.leaves), 2 * len(self.agreed.names), self.world.size)
             self.built.workspace.reserve(room)
-            self.built.workspace.renew()
 
     def sending(self) -> contextlib.AbstractContextManager[Sending]:
         """Send the gradient while the backward pass in a block makes it."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn import flat as flat_storage
-from forgather_fn.flat import Layout
+from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 
 VIEWED_ELEMENTS = 1_000_000
@@ -41,7 +41,7 @@ class Workspace:
             tensors are the same, their memory is not.
         release: Let go of memory that is not needed until the next step.
         reserve: Keep room for so many elements behind the first flat buffer, in the same memory, from the next
-            ``renew`` on: for what is sent along with the gradient.
+            ``clear`` on: for what is sent along with the gradient.
     """
 
     layout: Layout
@@ -74,21 +74,30 @@ def workspace(
 
 
 def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> Workspace:
-    room = 0
-    flat = flat_storage.zeros(layout, device)
+    room, flat = 0, Flat(layout, ())
     everything = (True,) * len(layout.leaves)
     versions: list[int] = []
+    larger: list[int] = []
     named: dict[str, Tensor] = {}
     pairs: list[tuple[nn.Parameter, Tensor]] = []
 
     def renew() -> None:
         nonlocal flat, named
+        for parameter, view in pairs:  # the old storage goes before the new one comes
+            if parameter.grad is view:
+                parameter.grad = None
+        pairs.clear()
+        named.clear()
+        flat = Flat(layout, ())
         flat = flat_storage.zeros(layout, device, room)
         # A version counter of its own tells of each view whether a backward pass wrote to it.
         named = {leaf.name: flat.alias(leaf.name) for leaf in layout.leaves}
         pairs[:] = [(p, view) for ps, view in zip(parameters, named.values(), strict=True) for p in ps]
 
     def clear() -> None:
+        if larger:
+            larger.clear()
+            renew()
         for buffer in flat.buffers:
             buffer.zero_()
         for parameter, view in pairs:
@@ -104,6 +113,7 @@ def _viewed(layout: Layout, parameters: Sequence[Sequence[nn.Parameter]], device
     def reserve(elements: int) -> None:
         nonlocal room
         room = elements
+        larger.append(room)
 
     renew()
     return Workspace(layout, clear, collect, renew, release=lambda: None, reserve=reserve)
