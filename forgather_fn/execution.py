@@ -22,7 +22,7 @@ class TakeGradients(Protocol):
 
 
 class Advance(Protocol):
-    """Apply a gradient to a state, which is consumed when nothing can fail any more."""
+    """Apply a gradient to a state, which is consumed when the optimizer begins."""
 
     def __call__(
         self,

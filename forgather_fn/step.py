@@ -191,7 +191,7 @@ def advance(
 ) -> tuple[TrainState, Metrics]:
     """Apply a gradient: transforms, the look at whether all is finite, the optimizer, averages, buffers, counters.
 
-    The state is consumed when nothing can fail any more: after the transforms, and on a CPU after the look.
+    The state is consumed when the optimizer begins: after the transforms, and on a CPU after the look.
     """
     plan, arrays = built.plan, state.read()
     check_layout("this gradient", gradients.layout, built.binding.layout)
@@ -214,7 +214,7 @@ def advance(
     return following(state, arrays, gradients.samples), {**means, **reports, **rates.metrics()}
 
 
-def following(state: TrainState, arrays: Arrays, samples: int, cursor: str | None = None) -> TrainState:
+def following(state: TrainState, arrays: Arrays, samples: int) -> TrainState:
     """Make the state after a step: the counters of the host, and what the step has left on the device."""
     return TrainState(
         step=state.step + 1,
@@ -222,7 +222,6 @@ def following(state: TrainState, arrays: Arrays, samples: int, cursor: str | Non
         seed=state.seed,
         data=state.data,
         batch_size=state.batch_size,
-        cursor=cursor,
         arrays=arrays,
     )
 
@@ -260,6 +259,8 @@ def update_arrays(
             extra["loss_scale"] = arrays.loss_scale["scale"].clone()  # in a graph, the state's own is written over
         probe = norm if loss is None else norm + loss
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
+        if transforms is not arrays.transforms:
+            transforms = tree.gated(verdict.found_inf, arrays.transforms, transforms, "transforms")
         begin()
         updated = wanted.of_update(arrays.params, wants, gradients.spread) if wants else None
         context = UpdateContext(rates.learning_rate, verdict.found_inf, rates.scheduled, step, seed)
@@ -285,11 +286,12 @@ def _averaged(
         ema = plan.average.update(ema, arrays.params, found_inf=found_inf, updates=arrays.updates)
     if opt is arrays.opt and ema is arrays.ema and transforms is arrays.transforms:
         return arrays
-    if transforms is not arrays.transforms:
-        transforms = tuple(
-            tree.gated(found_inf, old, new) for old, new in zip(arrays.transforms, transforms, strict=True)
-        )
     return attrs.evolve(arrays, opt=opt, ema=ema, transforms=transforms)
+
+
+def _count(weight: Tensor) -> Tensor:
+    """Count what was weighed; a weight that is not finite, as no integer is, counts for nothing."""
+    return (weight.nan_to_num(0.0, 0.0, 0.0) if weight.is_floating_point() else weight).long()
 
 
 def _counted(
@@ -297,7 +299,7 @@ def _counted(
 ) -> Arrays:
     found_inf, _, skipped = verdict
     weight = gradients.weight
-    counted = weight.long() if isinstance(weight, Tensor) else int(weight)
+    counted = _count(weight) if isinstance(weight, Tensor) else int(weight)
     if isinstance(good, Tensor) and plan.on_nonfinite == "raise":
         taken = good if skipped is None else good + skipped
         counted = counted * taken.long()  # a step that raises leaves everything as it was

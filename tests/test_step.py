@@ -745,3 +745,18 @@ def test_an_error_of_torch_says_what_the_batch_was(compiled):
     what = f"(int64 {list(rows.shape)}, int64 [6])"
     assert note == f"The batch was {what}; the parameters are float32, precision='as_built'."
     made.step(state, (rows, labels))
+
+
+def test_weights_that_are_not_finite_count_for_nothing():
+    def weighed(outputs, batch):
+        features, labels = batch
+        return ff.Mean(ff.losses.cross_entropy(outputs, batch).total, features[:, 0].sum() * 0 + len(labels))
+
+    made = program(classifier(), loss=weighed, on_nonfinite="skip")
+    state, _ = made.step(made.init(0), labelled(6))
+    assert int(state.tokens) == 6
+    features, labels = labelled(6)
+    state, _ = made.step(state, (features * torch.nan, labels))
+    assert (int(state.tokens), int(state.skipped)) == (6, 1)
+    state, _ = made.step(state, labelled(6))
+    assert (int(state.tokens), int(state.updates)) == (12, 2)

@@ -175,3 +175,17 @@ class TestSchedules:
 def test_numbers_that_are_not_positive_are_refused(make, number):
     with pytest.raises(ValueError, match="must be a positive number"):
         make(number)
+
+
+@pytest.mark.parametrize(
+    ("first", "following"),
+    [({"n": 0}, lambda state: {"n": state["n"] + 1}), ((), lambda state: (*state, torch.zeros(1)))],
+    ids=["number", "growing"],
+)
+def test_a_state_that_a_step_could_not_put_back_is_refused_before_anything_is_updated(first, following):
+    transform = ff.Transform(lambda params: first, lambda gradients, state, **_: (gradients, following(state)))
+    made = program(classifier(), transforms=[transform])
+    state = made.init(0)
+    with pytest.raises(ValueError, match=r"transforms/0.* after a step: a step that is left out could not put it back"):
+        made.step(state, labelled(6))
+    assert not state.consumed

@@ -186,7 +186,7 @@ def _step(
     ordered = {name: after[name] for name in before}
     arrays = joining.joined(ordered, state.read())
     state.consume(f"step {state.step}")
-    return following(state, arrays, batch.samples, batch.cursor), metrics
+    return attrs.evolve(following(state, arrays, batch.samples), cursor=batch.cursor), metrics
 
 
 def _wanting(program: Program, wants: frozenset[str]) -> Program:
