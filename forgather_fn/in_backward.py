@@ -165,15 +165,19 @@ class _Updates:
                 raise
 
     def arrays(self) -> Arrays:
-        """Give what the updates have left; at least one gradient must have come."""
-        assert self._taken is not None
+        """Give what the updates have left; of a loss that reaches no trained parameter, the state as it was."""
+        if self._taken is None:
+            self._taken = self.state.consume(f"step {self.state.step}")
         return self._taken
 
     def measured(self, gradients: Gradients) -> Gradients:
         """Say of a gradient that is gone which leaves it had, and its norm."""
         layout = gradients.layout
         norms = [self.norms[name].to(self.built.dtype) for name in layout.index if name in self.norms]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        if len(norms) == 1:
+            norm = norms[0]
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.built.device)
         active = tuple(name in self.norms for name in layout.index)
         return attrs.evolve(gradients, active=active, known_norm=norm)
 

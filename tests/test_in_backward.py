@@ -188,8 +188,10 @@ class TestFailures:
 
 @pytest.mark.parametrize("name", ["mlp", "dropout", "batchnorm", "unused"])
 def test_the_laws_of_a_step(name):
-    testing.check_purity(zoo.plan_of(name, update="in_backward"), zoo.SPECIMENS[name].batch(5))
-    testing.check_donation(zoo.plan_of(name, update="in_backward"), zoo.SPECIMENS[name].batch(5))
+    checked = testing.check_step(
+        zoo.plan_of(name, update="in_backward", viewed_elements=0), zoo.SPECIMENS[name].batch(5)
+    )
+    assert checked[:4] == ("purity", "donation", "composition", "evaluation")  # no step can be left out
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,30 @@ def test_the_laws_of_a_step(name):
 def test_what_needs_the_whole_gradient_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         fused(classifier(), **fields)
+
+
+def test_a_loss_that_reaches_no_trained_parameter_moves_nothing():
+    class Beside(nn.Module):
+        """A model whose loss depends on a tensor that is no parameter."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(5, 3)
+            self.beside = torch.ones(3, requires_grad=True)
+
+        def forward(self, features):
+            with torch.no_grad():
+                logits = self.body(features)
+            return logits * self.beside
+
+    batch, states = labelled(6), []
+    for changes in ({"update": "in_backward"}, {}):
+        torch.manual_seed(0)
+        made = program(Beside(), **changes, viewed_elements=0)
+        state, metrics = made.step(made.init(0), batch)
+        states.append(state)
+        assert float(metrics["grad_norm"]) == 0.0
+    assert_equal(*states)
 
 
 def test_weights_tied_by_memory_alone_are_refused():

@@ -85,3 +85,35 @@ def test_gradients_of_a_step_know_their_batch() -> None:
     gradients, buffers, _ = program.gradients(state, batch)
     with pytest.raises(ValueError, match="know which batch they are of"):
         program.update(state, gradients, buffers, batch=batch)
+
+
+MEMBERS: dict[str, dict[str, Any]] = {
+    "another model": {"model": zoo.SPECIMENS["groupnorm"].model},
+    "other groups": {"optimizer": ff.adamw(weight_decay=0.1)},
+    "no slots": {"optimizer": ff.sgd()},
+    "an average": {"average": ff.ema(0.9)},
+    "a transform": {"transforms": (ff.clipped(1.0),)},
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("how", MEMBERS)
+def test_a_state_of_another_plan_is_refused_as_by_a_step(how: str, own: bool) -> None:
+    program, batch = ff.single(zoo.plan_of("mlp")), zoo.SPECIMENS["mlp"].batch(4)
+    state = program.init()
+    gradients, buffers, _ = program.gradients(state, batch)
+    foreign = ff.single(zoo.plan_of("mlp", **MEMBERS[how])).init()
+    given: Any = {name: torch.ones_like(one) for name, one in gradients.items()} if own else gradients
+    options: dict[str, Any] = {"batch": batch} if own else {"buffers": buffers}
+    with pytest.raises(ValueError, match=r"another (model or )?plan"):
+        program.update(foreign, given, **options)
+    assert not foreign.consumed
+
+
+def test_buffers_that_no_step_gave_are_refused() -> None:
+    program = ff.single(zoo.plan_of("mlp"))
+    state = program.init()
+    gradients, _, _ = program.gradients(state, zoo.SPECIMENS["mlp"].batch(4))
+    with pytest.raises(ValueError, match=r"buffers are those that program\.gradients gave, or None; got dict"):
+        program.update(state, gradients, {})
+    assert not state.consumed

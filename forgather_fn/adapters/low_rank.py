@@ -4,7 +4,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any, Final, TypeVar, cast
 
 import attrs
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from forgather_fn.binding import bound
 from forgather_fn.describe import Described, describe
 from forgather_fn.flat import listed
-from forgather_fn.groups import Predicate
+from forgather_fn.groups import Predicate, matches
 from forgather_fn.model import ModelFactory, outline
 from forgather_fn.signature import checked
 
@@ -147,11 +146,11 @@ def _adapt(
         raise ValueError(f"lora: the model has adapters already: {listed(list(adapters_of(module)))}")
     anatomy = outline(module)
     owners = {site.name: site.module for site, _ in anatomy.sites}
-    weights = [n for n, p in anatomy.params.items() if _matches(match, n, p) and (p.dim() > 1 or callable(match))]
+    weights = [n for n, p in anatomy.params.items() if matches(match, n, p) and (p.dim() > 1 or callable(match))]
     for name in weights:
         sites = [site.name for site, own in anatomy.sites if own == name]
         _check_layer(module, name, owners[name], sites)
-    trained = {name for name, p in anatomy.params.items() if also and _matches(also, name, p)}
+    trained = {name for name, p in anatomy.params.items() if also and matches(also, name, p)}
     for what, pattern, found in (("match", match, weights), ("also", also, trained)):
         if pattern and not found:
             raise ValueError(f"lora: {what}={describe(pattern)} chooses nothing of {listed(list(anatomy.params), 10)}")
@@ -162,10 +161,6 @@ def _adapt(
         layer.add_module(NAME, LowRank(layer, rank, alpha, dropout))
         layer.forward = Adapted(layer, layer.forward)
     return module
-
-
-def _matches(match: str | Predicate, name: str, tensor: Tensor) -> bool:
-    return fnmatchcase(name, match) if isinstance(match, str) else bool(match(name, tensor))
 
 
 def _check_layer(root: nn.Module, name: str, layer: nn.Module, sites: list[str]) -> None:

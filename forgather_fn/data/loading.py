@@ -152,7 +152,7 @@ Answers = Generator[tuple[Request, Any], None, None]
 
 def in_process(fetch: Fetch, requests: Iterable[Request], *, pin_memory: bool) -> Answers:
     """Answer each request when the answer is asked for."""
-    finish: Callable[[Any], Any] = pinned if pin_memory else _unchanged
+    finish: Callable[[Any], Any] = pinned if pin_memory else unchanged
     for request in requests:
         yield request, finish(fetch[request])
 
@@ -182,7 +182,7 @@ def in_workers(
         fetch,  # type: ignore[arg-type]  # torch asks for its base class, and calls only __getitem__
         batch_size=None,
         sampler=asked,
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin_memory,
@@ -207,7 +207,8 @@ def pinned(data: Any) -> Any:
     return pin_memory(data)  # type: ignore[no-untyped-call]
 
 
-def _unchanged(data: Any) -> Any:
+def unchanged(data: Any) -> Any:
+    """Give what is given."""
     return data
 
 

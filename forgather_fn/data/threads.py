@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from forgather_fn.data.loading import Answers, Request, pinned
+from forgather_fn.data.loading import Answers, Request, pinned, unchanged
 
 
 class Answered(Protocol):
@@ -29,7 +29,7 @@ def in_threads(
         prefetch: Requests that each has in hand.
         pin_memory: Copy the answers to page-locked memory.
     """
-    finish: Callable[[Any], Any] = pinned if pin_memory else _unchanged
+    finish: Callable[[Any], Any] = pinned if pin_memory else unchanged
 
     def answer(request: Request) -> Any:
         return finish(fetch[request])
@@ -54,7 +54,3 @@ def _done(result: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(result)
     return future
-
-
-def _unchanged(data: Any) -> Any:
-    return data

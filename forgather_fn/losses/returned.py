@@ -25,6 +25,9 @@ def from_output(*, weight: str | Callable[[Any], Tensor | float]) -> Objective:
     A mean says nothing of its weight, and without it microbatches and evaluation batches could only be averaged, which
     is wrong where they are ragged. So the weight must be named.
 
+    A microbatch without anything to weigh counts for nothing, if the model's loss of it has a finite gradient: a mean
+    over nothing, ``total / count``, has none; ``total / count.clamp(min=1)`` has.
+
     Args:
         weight: What the model's loss is a mean over: ``"samples"``, ``"tokens"`` (labels that are not -100),
             ``"next_tokens"`` (the same, but the first of each row, as causal language models shift), or a function of

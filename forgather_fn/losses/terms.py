@@ -74,11 +74,12 @@ class Terms:
     ) -> list[Tensor]:
         """Give what each element adds to each part: its loss times its weight and the part's share.
 
-        Elements that do not count give no gradient, whatever lies in them.
+        Elements that do not count give no gradient, whatever lies in them; of losses of classes as long as their logits
+        are finite, since to guard them would cost a copy of all logits.
         """
         keep = weights != 0
         wide = predictions.float() if predictions.dtype.itemsize < 4 else predictions
-        if not self.pairing.classes:  # which would cost a copy of all logits
+        if not self.pairing.classes:
             wide = torch.where(keep, wide, 0.0)
         found = []
         for term, own in zip(self.summands, beside, strict=True):

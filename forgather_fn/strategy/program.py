@@ -128,9 +128,13 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         *,
         batch: Any = None,
     ) -> tuple[TrainState, Metrics]:
-        assert buffers is None or isinstance(buffers, Flat)
+        if not isinstance(buffers, Flat | None):
+            raise ValueError(
+                f"update: buffers are those that program.gradients gave, or None; got {type(buffers).__name__}"
+            )
         machine, execution = running()
         state = as_state(state)
+        machine.check(state.read())
         own = None if batch is None else as_batch(batch)
         if not isinstance(gradients, Gradients):
             taken = own_gradients(machine.binding.layout, gradients, own)
