@@ -21,6 +21,7 @@ from forgather_fn.checkpoint.system import path_of
 from forgather_fn.loop import Steps, Tick
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
+from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 from forgather_fn.state import TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World, known_to_all
@@ -87,6 +88,7 @@ def _save_portions(run: Path, state: TrainState, program: Program, portion: Port
         return commit_portions(sessions[0] if sessions else None, state, program, portion, pinned=pinned)
 
 
+@checked
 def saved(
     run: str | Path,
     *,
@@ -107,7 +109,7 @@ def saved(
         run: The run directory; checkpoints lie in its ``checkpoints/``.
         keep: How many of the newest are kept; None for all.
         best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
-        greater_is_better: Of the numbers compared; False where less is better.
+        greater_is_better: Of the numbers compared; False where less is better. Only with ``best``.
         resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
         async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
         failures: How many saves in a row may fail before the run does.
@@ -115,18 +117,22 @@ def saved(
     Raises:
         RunLockedError: When the stream begins: another process writes to the run.
         SaveError: At a later tick or at the end: saves have failed.
-        ValueError: ``keep`` or ``failures`` is less than 1, or ``resumed_from`` is not there.
+        ValueError: ``keep`` or ``failures`` is less than 1; it is told what is better, and not of which result; or
+            ``resumed_from`` is not there.
     """
-    if keep is not None and (type(keep) is not int or keep < 1):
+    if keep is not None and keep < 1:
         raise ValueError(f"saved: keep must be an integer of at least 1, or None to keep all; got {keep!r}")
-    if type(failures) is not int or failures < 1:
+    if failures < 1:
         raise ValueError(f"saved: failures must be an integer of at least 1; got {failures!r}")
-    if best is not None and not isinstance(best, str):
-        raise ValueError(f"saved: best={best!r}: expected the name of a result, such as 'eval_loss', or None")
+    if best == "" or (best is None and greater_is_better):
+        raise ValueError(
+            f"saved: best={best!r}, greater_is_better={greater_is_better}: expected the name of the result that is "
+            "compared, such as best='eval_accuracy'"
+        )
     policy = Policy(
         keep=keep,
-        best=Best(best, greater_is_better=greater_is_better) if best else None,
-        resumed_from=_resumed(resumed_from) if resumed_from else None,
+        best=None if best is None else Best(best, greater_is_better=greater_is_better),
+        resumed_from=None if resumed_from is None else _resumed(resumed_from),
     )
     writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
     return Observer(
