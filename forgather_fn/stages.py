@@ -89,11 +89,7 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         def opened(demand: Demand) -> Iterator[Tick]:
             ticks = steps.open(demand.wanting(lambda step: names if wants(step) else frozenset()) if names else demand)
             last: Tick | None = None
-            with contextlib.ExitStack() as stack:
-                for observer in lifted:
-                    observer.open(steps)
-                    stack.callback(observer.close)
-                stack.enter_context(closing(ticks))
+            with _all_open(steps, lifted), closing(ticks):
                 try:
                     for tick in ticks:
                         last = tick
@@ -108,6 +104,15 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         return attrs.evolve(_answering(steps, lifted), open=opened)
 
     return stage
+
+
+def _all_open(steps: Steps, observers: Iterable[Observer]) -> contextlib.ExitStack:
+    """Open observers, and give what closes them; if one fails to open, those before it are closed."""
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            observer.open(steps)
+            stack.callback(observer.close)
+        return stack.pop_all()
 
 
 def _ended(last: Tick | None, observers: Iterable[Observer]) -> None:
@@ -234,16 +239,15 @@ def at_end(*observers: Observer | Observe) -> Stage:
                 tick = attrs.evolve(tick, results={**tick.results, **(observer.observe(tick) or {})})
         _ended(tick, lifted)
 
-    def opened(steps: Steps) -> None:
-        for observer in lifted:
-            observer.open(steps)
-
-    def close() -> None:
-        with contextlib.ExitStack() as stack:
-            for observer in lifted:
-                stack.callback(observer.close)
-
     wants = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
-    last = Observer(lambda tick: None, wants=wants, open=opened, end=look, close=close)
-    stage = observing(lambda tick: False, lambda step: True, last)
-    return lambda steps: _answering(stage(steps), lifted)
+
+    def stage(steps: Steps) -> Steps:
+        stack = contextlib.ExitStack()
+
+        def opened(steps: Steps) -> None:
+            stack.enter_context(_all_open(steps, lifted))
+
+        last = Observer(lambda tick: None, wants=wants, open=opened, end=look, close=stack.close)
+        return _answering(observing(lambda tick: False, lambda step: True, last)(steps), lifted)
+
+    return stage
