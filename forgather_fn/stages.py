@@ -29,9 +29,9 @@ class Observer:
     Attributes:
         observe: The function.
         wants: Metrics that the step must compute for it.
-        open: Called once, before the first step.
+        open: Called before the first step, by each stage that it stands in; see :func:`once`.
         end: Called with the last tick, when the stream ends other than by an exception.
-        close: Called once, when a stream that was begun ends, however it ends.
+        close: Called as often as it was opened, when a stream that was begun ends, however it ends.
         answers: What it can be asked for off its schedule, by name; stages downstream find it in ``Steps.answers``.
     """
 
@@ -52,6 +52,25 @@ class Observer:
             "an observer is not a stage, and does not say when it looks: put it into one, ff.every(100, observer), "
             "ff.at((1, 10), observer) or ff.at_end(observer)"
         )
+
+
+def once(observer: Observer) -> Observer:
+    """Let an observer stand in several stages of a stream: the first opens it, and the last closes it."""
+    opens = 0
+
+    def opened(steps: Steps) -> None:
+        nonlocal opens
+        if not opens:
+            observer.open(steps)
+        opens += 1
+
+    def close() -> None:
+        nonlocal opens
+        opens -= 1
+        if not opens:
+            observer.close()
+
+    return attrs.evolve(observer, open=opened, close=close)
 
 
 def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:

@@ -18,11 +18,11 @@ from forgather_fn.checkpoint.rotation import Best, Policy
 from forgather_fn.checkpoint.shards import commit_portions
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
-from forgather_fn.loop import Steps, Tick
+from forgather_fn.loop import Run, Steps, Tick
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.signature import checked
-from forgather_fn.stages import Observer
+from forgather_fn.stages import Observer, once
 from forgather_fn.state import TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World, known_to_all
 
@@ -135,9 +135,8 @@ def saved(
         resumed_from=None if resumed_from is None else _resumed(resumed_from),
     )
     writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
-    return Observer(
-        writer.observe, open=writer.open, end=writer.end, close=writer.close, answers={"save": writer.answer}
-    )
+    answers = {"save": writer.answer}
+    return once(Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close, answers=answers))
 
 
 def _resumed(path: str | Path) -> Path:
@@ -164,11 +163,12 @@ class _Writer:
     thread: threading.Thread | None = None
     errors: list[BaseException] = attrs.field(factory=list)
     last: int | None = None
+    stream: Run | None = None
 
     def open(self, steps: Steps) -> None:
         self.world = steps.world
         self.world.first(self._begin)
-        self.errors, self.last = [], None
+        self.errors, self.last, self.stream = [], None, None
 
     def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -206,6 +206,7 @@ class _Writer:
 
     def _save(self, tick: Tick, done: "Future[Mapping[str, Any]] | None" = None) -> None:
         done = Future() if done is None else done
+        self._check_stream(tick)
         state = tick.state
         self.last = state.step
         raise_if_nonfinite(state)
@@ -243,6 +244,14 @@ class _Writer:
             if thread.ident is None and claim.acquire(blocking=False):
                 self.thread = None  # it does not run, and never will: nobody may wait for it
                 copied.set()
+
+    def _check_stream(self, tick: Tick) -> None:
+        if tick.run is not (self.stream or tick.run):
+            raise ValueError(
+                f"saved({str(self.run)!r}) looks at two streams at a time, whose checkpoints would be of one run: give "
+                "each an observer, and a run directory, of its own"
+            )
+        self.stream = tick.run
 
     def _start(self, thread: threading.Thread, done: "Future[Mapping[str, Any]]") -> None:
         try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -240,6 +241,27 @@ class TestTheEnd:
             trained(program, ff.every(4, saved(tmp_path)))
         assert steps(tmp_path) == [4, 8]
         assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
+
+
+class TestStages:
+    @pytest.mark.parametrize("async_", [True, False])
+    @pytest.mark.parametrize(
+        ("last", "found"), [(ff.at_end, [1, 4, STEPS]), (partial(ff.every, 3), [1, 3, 4, 6, STEPS])]
+    )
+    def test_one_observer_may_stand_in_several(self, program, tmp_path, async_, last, found):
+        saver = saved(tmp_path / "run", async_=async_)
+        trained(program, ff.at(1, saver), last(saver), ff.at(4, saver))
+        assert steps(tmp_path / "run") == found
+        assert_equal(program.restore(tmp_path / "run"), trajectory()[STEPS])
+        trained(program, ff.every(4, saved(tmp_path / "run")))  # the lock was given up
+
+    def test_but_not_in_two_streams_at_a_time(self, program, tmp_path):
+        saver = saved(tmp_path)
+        first, second = (iter(ff.every(1, saver)(program.steps(program.init(0), BATCHES))) for _ in range(2))
+        next(first)
+        with pytest.raises(ValueError, match=r"looks at two streams at a time.*give each an observer, and a run"):
+            next(second)
+        first.close()
 
 
 class TestResults:
