@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,7 +19,7 @@ from forgather_fn.checkpoint.rotation import Best, Policy
 from forgather_fn.checkpoint.shards import commit_portions
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
-from forgather_fn.loop import Run, Steps, Tick
+from forgather_fn.loop import Run, Steps, Tick, tell_unheard
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.signature import checked
@@ -108,7 +109,8 @@ def saved(
     Args:
         run: The run directory; checkpoints lie in its ``checkpoints/``.
         keep: How many of the newest are kept; None for all.
-        best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
+        best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too. A
+            warning at the end of the stream says that there was none of this name, where there were others.
         greater_is_better: Of the numbers compared; False where less is better. Only with ``best``.
         resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
         async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
@@ -164,11 +166,12 @@ class _Writer:
     errors: list[BaseException] = attrs.field(factory=list)
     last: int | None = None
     stream: Run | None = None
+    known: set[str] = attrs.field(factory=set)
 
     def open(self, steps: Steps) -> None:
         self.world = steps.world
         self.world.first(self._begin)
-        self.errors, self.last, self.stream = [], None, None
+        self.errors, self.last, self.stream, self.known = [], None, None, set()
 
     def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -209,6 +212,7 @@ class _Writer:
         self._check_stream(tick)
         state = tick.state
         self.last = state.step
+        self.known.update(tick.results)
         raise_if_nonfinite(state)
         portion = tick.run.program.portion()
         if portion is not None:
@@ -307,6 +311,22 @@ class _Writer:
             self.settle()
         finally:
             self.stack.close()
+        self._tell_of_best()
+
+    def _tell_of_best(self) -> None:
+        """Warn of a result by which no checkpoint of the stream could be the best."""
+        best = self.policy.best.metric if self.policy.best else None
+        if best is None or best in self.known or self.stream is None:
+            return
+        found = self.stream.course.found
+        if best in found:
+            warnings.warn(
+                f"saved(best={best!r}): no checkpoint has this result, which was found at other steps than those that "
+                "were saved, or after them; evaluate in the same stage, before: ff.every(100, ff.evaluated(...), "
+                "ff.saved(...))",
+                stacklevel=2,
+            )
+        tell_unheard("saved", best, found)
 
     def _failed(self, failures: Sequence[str]) -> SaveError:
         newest = catalog.latest(self.run)

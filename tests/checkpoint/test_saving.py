@@ -286,6 +286,25 @@ class TestResults:
         trained(program, ff.every(2, lambda tick: {"score": scores[tick.state.step]}, observer))
         assert steps(tmp_path) == [2, 8]
 
+    def test_a_best_that_is_misspelt_is_named_at_the_end(self, program, tmp_path):
+        look = ff.every(
+            2, lambda tick: {"x": 1.0, "eval_loss": 1.0 / tick.state.step}, saved(tmp_path, best="eval_los")
+        )
+        with pytest.warns(UserWarning, match="'saved' waited for a result named 'eval_los', .* they found 'eval_loss'"):
+            trained(program, look)
+
+    def test_a_best_that_is_found_when_it_is_too_late_is_told_too(self, program, tmp_path):
+        late = ff.every(2, saved(tmp_path, best="eval_loss"), lambda tick: {"eval_loss": 1.0})
+        with pytest.warns(UserWarning, match="no checkpoint has this result, .* evaluate in the same stage, before"):
+            trained(program, late)
+
+    @pytest.mark.parametrize("found", [[{}], [{"x": 1.0, "eval_loss": 1.0}, {"x": 1.0}], [{"eval_loss": math.nan}]])
+    def test_otherwise_there_is_no_warning(self, program, tmp_path, found, recwarn):
+        results = iter(found)
+        look = ff.every(2, lambda tick: next(results, {}), saved(tmp_path, best="eval_loss"))
+        trained(program, look)
+        assert not recwarn.list
+
 
 class TestKeep:
     @pytest.mark.parametrize(("keep", "left"), [(None, [2, 4, 6, 8]), (1, [8]), (2, [6, 8]), (9, [2, 4, 6, 8])])
