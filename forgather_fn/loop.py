@@ -11,7 +11,7 @@ import difflib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -296,13 +296,18 @@ def _heard(course: Course) -> Iterator[None]:
         yield
     finally:
         for control in course.controls:
-            if course.found and control.metric not in course.found:
-                known = difflib.get_close_matches(control.metric, course.found, n=5, cutoff=0.0)
-                warnings.warn(
-                    f"{control.name!r} waited for a result named {control.metric!r}, which no observer found; they "
-                    f"found {', '.join(map(repr, known))}",
-                    stacklevel=2,
-                )
+            tell_unheard(control.name, control.metric, course.found)
+
+
+def tell_unheard(name: str, metric: str, found: Collection[str]) -> None:
+    """Warn that a result never came, where there were others; of those the ones first that are called alike."""
+    if found and metric not in found:
+        known = difflib.get_close_matches(metric, found, n=5, cutoff=0.0)
+        warnings.warn(
+            f"{name!r} waited for a result named {metric!r}, which no observer found; they found "
+            f"{', '.join(map(repr, known))}",
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager

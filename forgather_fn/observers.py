@@ -12,7 +12,7 @@ from forgather_fn.report.row import Row, Sink
 from forgather_fn.report.row import sink as as_sink
 from forgather_fn.report.throughput import Count, throughput
 from forgather_fn.signature import checked, shown
-from forgather_fn.stages import Observer
+from forgather_fn.stages import Observer, once
 from forgather_fn.state import Params, raise_if_nonfinite
 from forgather_fn.wanted import check_wants, is_wanted
 
@@ -80,9 +80,8 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
     check_wants(asked)
     if "gradients" in asked:
         raise ValueError('report: "gradients" are tensors, and a row has numbers: ask for "gradient_norms"')
-    begun = clock()
+    begun = 0.0
     before: Count | None = None
-    streams = 0
 
     def observe(tick: Tick) -> None:
         nonlocal before
@@ -110,20 +109,16 @@ def report(*sinks: Sink | Callable[[Row], None], wants: Iterable[str] = (), cloc
             sink(row)
 
     def opened(steps: Steps) -> None:
-        nonlocal streams
+        nonlocal begun, before
         del steps
-        streams += 1
+        begun, before = clock(), None
 
     def close() -> None:
-        nonlocal streams
-        streams -= 1
-        if streams:  # the same report stands in a stage downstream too
-            return
         with contextlib.ExitStack() as stack:
             for sink in reversed(lifted):
                 stack.callback(sink.close)
 
-    return Observer(observe, wants=asked, open=opened, close=close)
+    return once(Observer(observe, wants=asked, open=opened, close=close))
 
 
 def _scalar(name: str, value: Any) -> float:

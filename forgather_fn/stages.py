@@ -29,9 +29,9 @@ class Observer:
     Attributes:
         observe: The function.
         wants: Metrics that the step must compute for it.
-        open: Called once, before the first step.
+        open: Called before the first step, by each stage that it stands in; see :func:`once`.
         end: Called with the last tick, when the stream ends other than by an exception.
-        close: Called once, when a stream that was begun ends, however it ends.
+        close: Called as often as it was opened, when a stream that was begun ends, however it ends.
         answers: What it can be asked for off its schedule, by name; stages downstream find it in ``Steps.answers``.
     """
 
@@ -52,6 +52,25 @@ class Observer:
             "an observer is not a stage, and does not say when it looks: put it into one, ff.every(100, observer), "
             "ff.at((1, 10), observer) or ff.at_end(observer)"
         )
+
+
+def once(observer: Observer) -> Observer:
+    """Let an observer stand in several stages of a stream: the first opens it, and the last closes it."""
+    opens = 0
+
+    def opened(steps: Steps) -> None:
+        nonlocal opens
+        if not opens:
+            observer.open(steps)
+        opens += 1
+
+    def close() -> None:
+        nonlocal opens
+        opens -= 1
+        if not opens:
+            observer.close()
+
+    return attrs.evolve(observer, open=opened, close=close)
 
 
 def _answering(steps: Steps, observers: Iterable[Observer]) -> Steps:
@@ -89,11 +108,7 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         def opened(demand: Demand) -> Iterator[Tick]:
             ticks = steps.open(demand.wanting(lambda step: names if wants(step) else frozenset()) if names else demand)
             last: Tick | None = None
-            with contextlib.ExitStack() as stack:
-                for observer in lifted:
-                    observer.open(steps)
-                    stack.callback(observer.close)
-                stack.enter_context(closing(ticks))
+            with _all_open(steps, lifted), closing(ticks):
                 try:
                     for tick in ticks:
                         last = tick
@@ -108,6 +123,15 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         return attrs.evolve(_answering(steps, lifted), open=opened)
 
     return stage
+
+
+def _all_open(steps: Steps, observers: Iterable[Observer]) -> contextlib.ExitStack:
+    """Open observers, and give what closes them; if one fails to open, those before it are closed."""
+    with contextlib.ExitStack() as stack:
+        for observer in observers:
+            observer.open(steps)
+            stack.callback(observer.close)
+        return stack.pop_all()
 
 
 def _ended(last: Tick | None, observers: Iterable[Observer]) -> None:
@@ -234,16 +258,15 @@ def at_end(*observers: Observer | Observe) -> Stage:
                 tick = attrs.evolve(tick, results={**tick.results, **(observer.observe(tick) or {})})
         _ended(tick, lifted)
 
-    def opened(steps: Steps) -> None:
-        for observer in lifted:
-            observer.open(steps)
-
-    def close() -> None:
-        with contextlib.ExitStack() as stack:
-            for observer in lifted:
-                stack.callback(observer.close)
-
     wants = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
-    last = Observer(lambda tick: None, wants=wants, open=opened, end=look, close=close)
-    stage = observing(lambda tick: False, lambda step: True, last)
-    return lambda steps: _answering(stage(steps), lifted)
+
+    def stage(steps: Steps) -> Steps:
+        stack = contextlib.ExitStack()
+
+        def opened(steps: Steps) -> None:
+            stack.enter_context(_all_open(steps, lifted))
+
+        last = Observer(lambda tick: None, wants=wants, open=opened, end=look, close=stack.close)
+        return _answering(observing(lambda tick: False, lambda step: True, last)(steps), lifted)
+
+    return stage

@@ -216,7 +216,7 @@ def warmed_up(
         schedule: Such as :func:`~forgather_fn.schedules.cosine`.
         peak: The highest value.
         total: Length of the whole, in optimizer steps.
-        warmup: Share of the steps that rise, from 0 to 1.
+        warmup: Share of the steps that rise, from 0 to 1, rounded to whole steps.
         final_div_factor: The value at the end is the peak divided by this; infinity for 0.
 
     Raises:
@@ -231,7 +231,7 @@ def warmed_up(
         raise ValueError(f"warmup={warmup!r}: expected the share of the steps that rise, from 0 to 1")
     if not final_div_factor >= 1:
         raise ValueError(f"final_div_factor={final_div_factor!r}: expected a number of at least 1, or infinity")
-    return schedule(peak=peak, warmup=int(total * warmup), total=total, final=peak / final_div_factor)
+    return schedule(peak=peak, warmup=round(total * warmup), total=total, final=peak / final_div_factor)
 
 
 def looks(every: int, total: int) -> frozenset[int]:

@@ -57,6 +57,23 @@ class TestReport:
         assert rows[1].values["samples_per_second"] == pytest.approx(12 / elapsed)
         assert rows[1].values["tokens_per_second"] == pytest.approx(9 / elapsed)
 
+    @pytest.mark.parametrize("looks", [1, 2])
+    def test_seconds_are_those_since_the_stream_began(self, looks):
+        """Neither is the time before it, of models and checkpoints, nor that of a stream before."""
+        rows, now = [], [0.0]
+
+        def batches():
+            for batch in labelled_batches(2):
+                now[0] += 1.0
+                yield batch
+
+        report = ff.report(rows.append, clock=lambda: now[0])
+        for _ in range(2):
+            now[0] += 100.0
+            reported(*[ff.every(1, report)] * looks, data=batches(), rows=rows)
+        assert [row.seconds for row in rows] == [second for second in (1, 2, 1, 2) for _ in range(looks)]
+        assert [("samples_per_second" in row.values) for row in rows[::looks]] == [False, True, False, True]
+
     def test_where_a_sample_is_a_token_there_is_one_rate(self):
         rows = []
         reported(ff.every(2, ff.report(rows.append, clock=Ticking())), rows=rows)

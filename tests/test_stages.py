@@ -343,14 +343,24 @@ class TestLife:
             toolz.pipe(steps, ff.every(1, *(life.observer() for life in lives)), ff.until(steps=1), ff.last)
         assert sorted(seen[-3:]) == ["a.close", "b.close", "c.close"]
 
-    def test_one_that_fails_to_open_has_no_step_made(self):
+    @pytest.mark.parametrize(
+        "stage",
+        [
+            lambda *observers: ff.every(1, *observers),
+            lambda *observers: ff.at_end(*observers),
+            lambda *observers: ff.every_seconds(1.0, *observers, clock=Clock()),
+        ],
+        ids=["every", "at_end", "every_seconds"],
+    )
+    def test_one_that_fails_to_open_has_no_step_made_and_the_others_closed(self, stage):
         made, seen = program(classifier()), []
         state = made.init(0)
-        observers = [Life(seen, "a.").observer(), Life(seen, "b.", failing={"open"}).observer()]
+        lives = [Life(seen, "a."), Life(seen, "b."), Life(seen, "c.", failing={"open"}), Life(seen, "d.")]
+        stages = stage(*(life.observer() for life in lives))
         with pytest.raises(RuntimeError, match="open failed"):
-            toolz.pipe(made.steps(state, labelled_batches(2)), ff.every(1, *observers), ff.last)
+            toolz.pipe(made.steps(state, labelled_batches(2)), stages, ff.last)
         assert not state.consumed
-        assert "a.close" in seen
+        assert seen == ["a.open", "b.open", "c.open", "b.close", "a.close"]
 
     def test_the_last_tick_is_told_once(self, steps):
         seen = []

@@ -93,9 +93,22 @@ def test_no_clipping_and_no_evaluation(tmp_path):
     assert all("eval_loss" not in row for row in read(tmp_path / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize(("total", "rise"), [(900, 90), (21, 2), (20, 2), (70, 7), (3, 0)])
-def test_a_warm_up_is_a_share_rounded_down(total, rise):
-    schedule = warmed_up(linear, peak=1.0, total=total, warmup=0.1, final_div_factor=4)
+@pytest.mark.parametrize(
+    ("total", "share", "rise"),
+    [
+        (900, 0.1, 90),
+        (21, 0.1, 2),
+        (20, 0.1, 2),
+        (70, 0.1, 7),
+        (3, 0.1, 0),
+        (100, 0.29, 29),
+        (100, 0.57, 57),
+        (9, 0.3, 3),
+    ],
+)
+def test_a_warm_up_is_a_share_rounded_to_whole_steps(total, share, rise):
+    """``100 * 0.29`` is a little less than 29."""
+    schedule = warmed_up(linear, peak=1.0, total=total, warmup=share, final_div_factor=4)
     assert repr(schedule) == f"linear(peak=1.0, warmup={rise}, total={total}, final=0.25)"
 
 

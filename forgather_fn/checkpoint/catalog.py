@@ -55,8 +55,8 @@ def list_checkpoints(run: str | Path) -> list[Entry]:
     entries = [entry(path) for path in _candidates(root(run)) if matched(path)]
     found = sorted((e for e in entries if e.manifest), key=lambda e: e.manifest.order if e.manifest else 0)
     unread = [e for e in entries if not e.manifest and (e.path / manifests.NAME).exists()]
-    foreign = [e for e in entries if not e.manifest and e not in unread]
-    for other in sorted(foreign, key=lambda e: (_time(e), e.step)):
+    others = [e for e in entries if not e.manifest and e not in unread]
+    for other in sorted(others, key=lambda e: (_time(e), e.step)):
         older = [i for i, e in enumerate(found) if _time(e) <= _time(other)]
         found.insert(max(older, default=-1) + 1, other)
     return found + sorted(unread, key=lambda e: e.step)

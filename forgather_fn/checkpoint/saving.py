@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,10 +19,11 @@ from forgather_fn.checkpoint.rotation import Best, Policy
 from forgather_fn.checkpoint.shards import commit_portions
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
-from forgather_fn.loop import Steps, Tick
+from forgather_fn.loop import Run, Steps, Tick, tell_unheard
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
-from forgather_fn.stages import Observer
+from forgather_fn.signature import checked
+from forgather_fn.stages import Observer, once
 from forgather_fn.state import TrainState, raise_if_nonfinite
 from forgather_fn.world import ALONE, World, known_to_all
 
@@ -87,6 +89,7 @@ def _save_portions(run: Path, state: TrainState, program: Program, portion: Port
         return commit_portions(sessions[0] if sessions else None, state, program, portion, pinned=pinned)
 
 
+@checked
 def saved(
     run: str | Path,
     *,
@@ -106,8 +109,9 @@ def saved(
     Args:
         run: The run directory; checkpoints lie in its ``checkpoints/``.
         keep: How many of the newest are kept; None for all.
-        best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too.
-        greater_is_better: Of the numbers compared; False where less is better.
+        best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too. A
+            warning at the end of the stream says that there was none of this name, where there were others.
+        greater_is_better: Of the numbers compared; False where less is better. Only with ``best``.
         resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
         async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
         failures: How many saves in a row may fail before the run does.
@@ -115,23 +119,26 @@ def saved(
     Raises:
         RunLockedError: When the stream begins: another process writes to the run.
         SaveError: At a later tick or at the end: saves have failed.
-        ValueError: ``keep`` or ``failures`` is less than 1, or ``resumed_from`` is not there.
+        ValueError: ``keep`` or ``failures`` is less than 1; it is told what is better, and not of which result; or
+            ``resumed_from`` is not there.
     """
-    if keep is not None and (type(keep) is not int or keep < 1):
+    if keep is not None and keep < 1:
         raise ValueError(f"saved: keep must be an integer of at least 1, or None to keep all; got {keep!r}")
-    if type(failures) is not int or failures < 1:
+    if failures < 1:
         raise ValueError(f"saved: failures must be an integer of at least 1; got {failures!r}")
-    if best is not None and not isinstance(best, str):
-        raise ValueError(f"saved: best={best!r}: expected the name of a result, such as 'eval_loss', or None")
+    if best == "" or (best is None and greater_is_better):
+        raise ValueError(
+            f"saved: best={best!r}, greater_is_better={greater_is_better}: expected the name of the result that is "
+            "compared, such as best='eval_accuracy'"
+        )
     policy = Policy(
         keep=keep,
-        best=Best(best, greater_is_better=greater_is_better) if best else None,
-        resumed_from=_resumed(resumed_from) if resumed_from else None,
+        best=None if best is None else Best(best, greater_is_better=greater_is_better),
+        resumed_from=None if resumed_from is None else _resumed(resumed_from),
     )
     writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
-    return Observer(
-        writer.observe, open=writer.open, end=writer.end, close=writer.close, answers={"save": writer.answer}
-    )
+    answers = {"save": writer.answer}
+    return once(Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close, answers=answers))
 
 
 def _resumed(path: str | Path) -> Path:
@@ -158,11 +165,13 @@ class _Writer:
     thread: threading.Thread | None = None
     errors: list[BaseException] = attrs.field(factory=list)
     last: int | None = None
+    stream: Run | None = None
+    known: set[str] = attrs.field(factory=set)
 
     def open(self, steps: Steps) -> None:
         self.world = steps.world
         self.world.first(self._begin)
-        self.errors, self.last = [], None
+        self.errors, self.last, self.stream, self.known = [], None, None, set()
 
     def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -200,8 +209,10 @@ class _Writer:
 
     def _save(self, tick: Tick, done: "Future[Mapping[str, Any]] | None" = None) -> None:
         done = Future() if done is None else done
+        self._check_stream(tick)
         state = tick.state
         self.last = state.step
+        self.known.update(tick.results)
         raise_if_nonfinite(state)
         portion = tick.run.program.portion()
         if portion is not None:
@@ -237,6 +248,14 @@ class _Writer:
             if thread.ident is None and claim.acquire(blocking=False):
                 self.thread = None  # it does not run, and never will: nobody may wait for it
                 copied.set()
+
+    def _check_stream(self, tick: Tick) -> None:
+        if tick.run is not (self.stream or tick.run):
+            raise ValueError(
+                f"saved({str(self.run)!r}) looks at two streams at a time, whose checkpoints would be of one run: give "
+                "each an observer, and a run directory, of its own"
+            )
+        self.stream = tick.run
 
     def _start(self, thread: threading.Thread, done: "Future[Mapping[str, Any]]") -> None:
         try:
@@ -292,6 +311,22 @@ class _Writer:
             self.settle()
         finally:
             self.stack.close()
+        self._tell_of_best()
+
+    def _tell_of_best(self) -> None:
+        """Warn of a result by which no checkpoint of the stream could be the best."""
+        best = self.policy.best.metric if self.policy.best else None
+        if best is None or best in self.known or self.stream is None:
+            return
+        found = self.stream.course.found
+        if best in found:
+            warnings.warn(
+                f"saved(best={best!r}): no checkpoint has this result, which was found at other steps than those that "
+                "were saved, or after them; evaluate in the same stage, before: ff.every(100, ff.evaluated(...), "
+                "ff.saved(...))",
+                stacklevel=2,
+            )
+        tell_unheard("saved", best, found)
 
     def _failed(self, failures: Sequence[str]) -> SaveError:
         newest = catalog.latest(self.run)

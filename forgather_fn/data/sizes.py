@@ -1,8 +1,7 @@
 """Batches of several sizes: a schedule of the batch size, and where its batches begin."""
 
 import bisect
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, Protocol, TypeAlias
 
 import attrs
@@ -54,8 +53,9 @@ class Sizes:
     description: str
     least: int | None
     _intervals: list[Interval]
-    _more: Iterator[tuple[int, int]] | None
-    _known: list[int]
+    _function: SizeAt | None = None
+    _asked: list[int] = attrs.field(factory=lambda: [0, 0])
+    """The first step that the function was not asked for, and the position at which it begins."""
 
     def at(self, position: int) -> int:
         """Give the size of the batch that begins at a position.
@@ -88,11 +88,12 @@ class Sizes:
 
     def _grow(self, position: int) -> None:
         """Ask a function on, until the batch that begins at a position is known."""
-        while self._more is not None and self._known[0] <= position:
-            step, size = next(self._more)
+        while self._function is not None and self._asked[1] <= position:
+            step, begins = self._asked
+            size = _checked(self._function(step), step)  # before anything is kept: if it fails, it is asked again
             if not self._intervals or self._intervals[-1].size != size:
-                self._intervals.append(Interval(step, self._known[0], size))
-            self._known[0] += size
+                self._intervals.append(Interval(step, begins, size))
+            self._asked[:] = step + 1, begins + size
 
     def __repr__(self) -> str:
         return self.description
@@ -113,9 +114,7 @@ def sizes(given: Mapping[int, int] | SizeAt) -> Sizes:
         ([2, 2, 2, 4, 4], 5)
     """
     if not isinstance(given, Mapping):
-        function = given
-        asked = ((step, _checked(function(step), step)) for step in itertools.count())
-        return Sizes(describe(function), None, [], asked, [0])
+        return Sizes(describe(given), None, [], given)
     steps = sorted(given)
     if not steps or steps[0] != 0 or not all(isinstance(step, int) for step in steps):
         raise ValueError(
@@ -127,7 +126,7 @@ def sizes(given: Mapping[int, int] | SizeAt) -> Sizes:
         before = intervals[-1]
         begins = before.samples + (step - before.step) * before.size
         intervals.append(Interval(step, begins, _checked(given[step], step)))
-    return Sizes(repr({step: given[step] for step in steps}), min(given.values()), intervals, None, [0])
+    return Sizes(repr({step: given[step] for step in steps}), min(given.values()), intervals)
 
 
 MOST: Final = 100_000

@@ -59,8 +59,8 @@ class Stream(abc.ABC):
             seed: The job's. A ``seed`` given to :func:`~forgather_fn.data.batching.batches` takes its place.
             samples: Samples of this stream that the job has consumed.
             share: Which microbatches this process has: each is collated by itself, and the data of a batch are
-                :class:`~forgather_fn.share.Parts`; its number of samples is that of the whole step. None: all of them,
-                collated at once.
+                :class:`~forgather_fn.share.Microbatches`; its number of samples is that of the whole step. None: all of
+                them, collated at once.
             cursor: That of the last batch, for a stream whose batches have one.
 
         Raises:

@@ -1,9 +1,8 @@
 """The weights of a mixture, and how many samples they give each source up to any position."""
 
 import bisect
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
@@ -68,13 +67,13 @@ class Phases:
 
     description: str
     _phases: list[Phase]
-    _more: Iterator[tuple[int, tuple[int, ...]]] | None
+    _shares_at: Callable[[int], tuple[int, ...]] | None = None
 
     def at(self, position: int) -> tuple[Phase, float]:
         """Find the phase of a position, and where it ends."""
         # Where a phase ends is known when the next begins.
-        while self._more is not None and self._phases[-1].start <= position:
-            self._begin(*next(self._more))
+        while self._shares_at is not None and (begun := self._phases[-1].start) <= position:
+            self._begin(begun + EVERY, self._shares_at(begun + EVERY))
         number = bisect.bisect_right(self._phases, position, key=lambda phase: phase.start) - 1
         end = self._phases[number + 1].start if number + 1 < len(self._phases) else math.inf
         return self._phases[number], end
@@ -100,17 +99,20 @@ def phases(given: Curriculum, names: Sequence[str]) -> Phases:
     none = (0,) * len(names)
     if callable(given):
         function = given
-        asked = ((start, _shares(function(start), names, start)) for start in itertools.count(EVERY, EVERY))
-        return Phases(describe(function), [Phase(0, _shares(function(0), names, 0), none)], asked)
+        return Phases(
+            describe(function),
+            [Phase(0, _shares(function(0), names, 0), none)],
+            lambda start: _shares(function(start), names, start),
+        )
     if not any(isinstance(part, Mapping) for part in given.values()):
-        return Phases(_text(given), [Phase(0, _shares(given, names, 0), none)], None)
+        return Phases(_text(given), [Phase(0, _shares(given, names, 0), none)])
     held: dict[Any, Any] = dict(given)
     if 0 not in held or not all(isinstance(start, int) and start >= 0 for start in held):
         raise ValueError(
             f"weights from positions {list(held)} on: expected integers, with 0 for those that hold from the start"
         )
     text = ", ".join(f"{start}: {_text(held[start])}" for start in sorted(held))
-    found = Phases(f"{{{text}}}", [Phase(0, _shares(held.pop(0), names, 0), none)], None)
+    found = Phases(f"{{{text}}}", [Phase(0, _shares(held.pop(0), names, 0), none)])
     for start in sorted(held):
         found._begin(start, _shares(held[start], names, start))
     return found

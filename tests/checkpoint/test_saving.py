@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -242,6 +243,27 @@ class TestTheEnd:
         assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
 
 
+class TestStages:
+    @pytest.mark.parametrize("async_", [True, False])
+    @pytest.mark.parametrize(
+        ("last", "found"), [(ff.at_end, [1, 4, STEPS]), (partial(ff.every, 3), [1, 3, 4, 6, STEPS])]
+    )
+    def test_one_observer_may_stand_in_several(self, program, tmp_path, async_, last, found):
+        saver = saved(tmp_path / "run", async_=async_)
+        trained(program, ff.at(1, saver), last(saver), ff.at(4, saver))
+        assert steps(tmp_path / "run") == found
+        assert_equal(program.restore(tmp_path / "run"), trajectory()[STEPS])
+        trained(program, ff.every(4, saved(tmp_path / "run")))  # the lock was given up
+
+    def test_but_not_in_two_streams_at_a_time(self, program, tmp_path):
+        saver = saved(tmp_path)
+        first, second = (iter(ff.every(1, saver)(program.steps(program.init(0), BATCHES))) for _ in range(2))
+        next(first)
+        with pytest.raises(ValueError, match=r"looks at two streams at a time.*give each an observer, and a run"):
+            next(second)
+        first.close()
+
+
 class TestResults:
     def test_of_observers_before_it_are_kept_with_it(self, program, tmp_path):
         found = {2: 0.5, 4: math.nan, 6: 0.0}
@@ -263,6 +285,25 @@ class TestResults:
         observer = saved(tmp_path, keep=1, best="score", greater_is_better=True)
         trained(program, ff.every(2, lambda tick: {"score": scores[tick.state.step]}, observer))
         assert steps(tmp_path) == [2, 8]
+
+    def test_a_best_that_is_misspelt_is_named_at_the_end(self, program, tmp_path):
+        look = ff.every(
+            2, lambda tick: {"x": 1.0, "eval_loss": 1.0 / tick.state.step}, saved(tmp_path, best="eval_los")
+        )
+        with pytest.warns(UserWarning, match="'saved' waited for a result named 'eval_los', .* they found 'eval_loss'"):
+            trained(program, look)
+
+    def test_a_best_that_is_found_when_it_is_too_late_is_told_too(self, program, tmp_path):
+        late = ff.every(2, saved(tmp_path, best="eval_loss"), lambda tick: {"eval_loss": 1.0})
+        with pytest.warns(UserWarning, match="no checkpoint has this result, .* evaluate in the same stage, before"):
+            trained(program, late)
+
+    @pytest.mark.parametrize("found", [[{}], [{"x": 1.0, "eval_loss": 1.0}, {"x": 1.0}], [{"eval_loss": math.nan}]])
+    def test_otherwise_there_is_no_warning(self, program, tmp_path, found, recwarn):
+        results = iter(found)
+        look = ff.every(2, lambda tick: next(results, {}), saved(tmp_path, best="eval_loss"))
+        trained(program, look)
+        assert not recwarn.list
 
 
 class TestKeep:

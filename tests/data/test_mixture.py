@@ -132,6 +132,20 @@ def test_a_curriculum_may_be_a_function() -> None:
     assert "test_mixture.ramp" in stream.fingerprint(0)
 
 
+def test_a_function_of_weights_that_fails_is_asked_again_for_the_same_position() -> None:
+    broken = True
+
+    def weights(position: int) -> dict[str, float]:
+        return {"code": 1.0} if broken and position == 2 * EVERY else ramp(position)
+
+    stream = mixed(weights)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"the weights at position {2 * EVERY} are of"):
+            stream.indices(0, 0, 3 * EVERY)
+    broken = False
+    assert np.array_equal(stream.indices(0, 0, 3 * EVERY)[1], mixed(ramp).indices(0, 0, 3 * EVERY)[1])
+
+
 def test_without_weights_shares_are_those_of_the_lengths() -> None:
     assert counts_of(mixed(None), 0, 70 * 1024) == [7 * 1024, 50 * 1024, 13 * 1024]
 

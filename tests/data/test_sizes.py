@@ -130,3 +130,17 @@ def test_a_batch_needs_a_sample_for_each_microbatch() -> None:
         next(ff.batches(lambda: iter(range(11)), batch_size=2, order="sequential").start(0, 0, Share(3)))
     with pytest.raises(ValueError, match="microbatches=3, but the batch has 2 samples"):
         list(program.steps(program.init(0), ff.batches(values(11), batch_size=as_function, epochs=1)))
+
+
+def test_a_function_that_fails_is_asked_again_for_the_same_step() -> None:
+    found: dict[int, Any] = {0: 2, 1: "three"}
+    stream = ff.batches(values(11), batch_size=lambda step: found[step])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="batch_size at step 1 is 'three': expected an integer"):
+            list(stream.start(0, 0))
+    del found[1]
+    with pytest.raises(KeyError):
+        list(stream.start(0, 0))
+    found |= {1: 4, 2: 1}
+    batches = stream.start(0, 0)
+    assert [next(batches).samples for _ in range(3)] == [2, 4, 1]

@@ -45,7 +45,8 @@ PATHS = [None, 3, b"", "", "a\0b", "\ud800", ["runs"]]
 )
 def test_a_path_that_is_none(program, function, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"expected the path of a directory, got|has characters that no path has"):
+    expected = r"expected the path of a directory, got|has characters that no path has|must be a text or a path; got"
+    with pytest.raises(ValueError, match=expected):
         function(path, program)
     assert not os.listdir(tmp_path)
 
@@ -56,7 +57,7 @@ COUNTS = [0, -1, 1.5, math.nan, math.inf, "3", True, [3]]
 @pytest.mark.parametrize("count", COUNTS, ids=repr)
 @pytest.mark.parametrize("name", ["keep", "failures"])
 def test_a_count_that_is_none(name, count):
-    with pytest.raises(ValueError, match=f"saved: {name} must be an integer of at least 1.*; got"):
+    with pytest.raises(ValueError, match=f"saved: {name} must be an integer.*; got"):
         ff.saved("run", **{name: count})
 
 
@@ -79,11 +80,19 @@ OTHERS = {
     "allow None": (lambda p: p.restore("run", allow=None), "allow=None: expected a set of names out of"),
     "allow a number": (lambda p: p.restore("run", allow=[1, "x"]), "expected a set of names out of"),
     "allow a list": (lambda p: p.restore("run", without=[[]]), "expected a set of names out of"),
-    "best": (lambda p: ff.saved("run", best=3), "best=3: expected the name of a result"),
-    "resumed_from": (
-        lambda p: ff.saved("run", resumed_from=3),
-        "resumed_from: expected the path of a directory, got 3",
+    "best": (lambda p: ff.saved("run", best=3), "best must be a text or None; got 3"),
+    "the best of nothing": (lambda p: ff.saved("run", best=""), "best='', .*: expected the name of the result"),
+    "a text for a truth": (
+        lambda p: ff.saved("run", best="eval_loss", greater_is_better="no"),
+        "greater_is_better must be True or False; got 'no'",
     ),
+    "better, of no result": (
+        lambda p: ff.saved("run", greater_is_better=True),
+        "best=None, greater_is_better=True: expected the name of the result that is compared",
+    ),
+    "a text for a background": (lambda p: ff.saved("run", async_="no"), "async_ must be True or False; got 'no'"),
+    "resumed_from": (lambda p: ff.saved("run", resumed_from=3), "resumed_from must be a text or a path or None; got 3"),
+    "resumed from nothing": (lambda p: ff.saved("run", resumed_from=""), "resumed_from: expected the path of a dir"),
     "a step before the first": (lambda p: replay(p, "run", [], step=-1), "step=-1: the first step is 0"),
     "render None": (lambda p: render(None), "a template's text, name or path, got NoneType"),
     "render bytes": (lambda p: render(b"x"), "a template's text, name or path, got bytes"),

@@ -117,6 +117,7 @@ CALLS: Final[dict[str, dict[str, Any]]] = {
     "folded": {"name": "spike", "reducer": ff.reducers.spikes()},
     "report": {},
     "rollback": {"after": 1, "every": 1},
+    "saved": {"run": "run"},
     "stopped_by": {"condition": bool},
     "until": {"steps": 1},
     "lora": {"model": lambda: nn.Linear(2, 2), "match": "*", "rank": 1, "alpha": 1.0},
@@ -139,7 +140,7 @@ BY_POSITION: Final = {
 """What those need besides that take any number of others."""
 
 ELSEWHERE: Final = {
-    **dict.fromkeys(["saved", "serve", "controlled", "memory"], "test_arguments"),
+    **dict.fromkeys(["serve", "controlled", "memory"], "test_arguments"),
     **dict.fromkeys(["single", "accelerated", "pipelined", "joined", "members"], "test_programs"),
     **dict.fromkeys(["difference", "fold", "last", "frozen", "refreshed_statistics"], "test_programs"),
     **dict.fromkeys(["diagnostics.activations"], "test_programs"),
