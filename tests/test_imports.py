@@ -31,6 +31,7 @@ BASE = {
     "state",
     "terminal",
     "tree",
+    "turn",
     "world",
 }
 RECIPE = {
