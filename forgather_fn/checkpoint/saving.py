@@ -1,9 +1,11 @@
 """Saving: now, or beside the training."""
 
 import contextlib
+import difflib
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
@@ -143,6 +145,20 @@ def _resumed(path: str | Path) -> Path:
     return found.path
 
 
+def _tell_of_no_best(metric: str, found: Collection[str]) -> None:
+    """Warn that no checkpoint could be the best, where there were results at all."""
+    if not found:
+        return
+    if metric in found:
+        why = (
+            "no save saw it: write ff.saved(...) after the observer that finds it, and let both look at the same steps"
+        )
+    else:
+        near = difflib.get_close_matches(metric, found, n=5, cutoff=0.0)
+        why = f"no observer found it; they found {', '.join(map(repr, near))}"
+    warnings.warn(f"saved: best={metric!r} kept no checkpoint, since {why}", stacklevel=2)
+
+
 @attrs.define(eq=False)
 class _Writer:
     """At most one save at a time, and what became of the last ones."""
@@ -158,11 +174,12 @@ class _Writer:
     thread: threading.Thread | None = None
     errors: list[BaseException] = attrs.field(factory=list)
     last: int | None = None
+    ranked: bool = False
 
     def open(self, steps: Steps) -> None:
         self.world = steps.world
         self.world.first(self._begin)
-        self.errors, self.last = [], None
+        self.errors, self.last, self.ranked = [], None, False
 
     def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -202,6 +219,7 @@ class _Writer:
         done = Future() if done is None else done
         state = tick.state
         self.last = state.step
+        self.ranked |= self.policy.best is not None and self.policy.best.metric in tick.results
         raise_if_nonfinite(state)
         portion = tick.run.program.portion()
         if portion is not None:
@@ -286,6 +304,8 @@ class _Writer:
             failures = self._failures()
         if failures:
             raise self._failed(failures)
+        if self.policy.best is not None and not self.ranked and self.world.main:
+            _tell_of_no_best(self.policy.best.metric, tick.run.course.found)
 
     def close(self) -> None:
         try:

@@ -264,6 +264,19 @@ class TestResults:
         trained(program, ff.every(2, lambda tick: {"score": scores[tick.state.step]}, observer))
         assert steps(tmp_path) == [2, 8]
 
+    def test_that_never_come_are_told_at_the_end(self, program, tmp_path):
+        found = ff.every(2, lambda tick: {"eval_loss": 1.0}, saved(tmp_path, best="loss"))
+        with pytest.warns(UserWarning, match="best='loss' kept no checkpoint.* they found 'eval_loss'"):
+            trained(program, found)
+
+    def test_that_come_after_it_are_told_at_the_end(self, program, tmp_path):
+        found = ff.every(2, saved(tmp_path, best="score"), lambda tick: {"score": 1.0})
+        with pytest.warns(UserWarning, match="best='score' kept no checkpoint, since no save saw it: write ff.saved"):
+            trained(program, found)
+
+    def test_that_nobody_looks_for_are_not_missed_in_a_run_that_ends_before(self, program, tmp_path):
+        trained(program, ff.every(2, saved(tmp_path, best="eval_loss")))  # warnings are errors
+
 
 class TestKeep:
     @pytest.mark.parametrize(("keep", "left"), [(None, [2, 4, 6, 8]), (1, [8]), (2, [6, 8]), (9, [2, 4, 6, 8])])
