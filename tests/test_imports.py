@@ -21,6 +21,7 @@ BASE = {
     "finite",
     "flat",
     "hyper",
+    "importing",
     "interrupt",
     "layout",
     "mean",
