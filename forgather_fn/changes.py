@@ -9,7 +9,7 @@ import attrs
 
 from forgather_fn.dispatch import closing
 from forgather_fn.joining import MEMBERS
-from forgather_fn.loop import Demand, Stage, Steps, Tick
+from forgather_fn.loop import Demand, Stage, Steps, Tick, as_steps
 from forgather_fn.mean import Mean
 from forgather_fn.reducers import Reducer
 from forgather_fn.reducers.base import kept_of
@@ -60,7 +60,7 @@ def _changes(begin: Callable[[Steps], Callable[[Tick], Tick]], keeps: str | None
     """Make a stage of what changes ticks, made anew for each stream that is opened, and may keep something by name."""
 
     def stage(steps: Steps) -> Steps:
-        if "save" in steps.answers:
+        if "save" in as_steps(steps).answers:
             raise ValueError(
                 "a stage that changes the state is written after one that saves it: a checkpoint would not have the "
                 "change, and a run that goes on from it would be another. Write the change before ff.saved(...)"
@@ -155,6 +155,7 @@ def rollback(*, after: int, every: int, on: str | None = None) -> Stage:
     base = _changes(lambda steps: _Rollback(steps.state.copy(), after, every, on).look, keeps=ROLLBACK)
 
     def stage(steps: Steps) -> Steps:
+        steps = as_steps(steps)
         if on is None and steps.plan is not None and steps.plan.on_nonfinite == "raise":
             raise ValueError(
                 "rollback: the plan raises at the first step that is not finite, so that no step could be bad; use "

@@ -7,7 +7,7 @@ import attrs
 
 from forgather_fn.data import Stream
 from forgather_fn.dispatch import closing
-from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick
+from forgather_fn.loop import Clock, Data, Demand, Stage, Steps, Tick, as_steps
 from forgather_fn.reducers import Control, stale
 from forgather_fn.signature import checked
 from forgather_fn.state import TrainState
@@ -42,7 +42,7 @@ def until(
         raise ValueError(f"until: give at least one end, none of them negative; got {ends or 'none'}")
 
     def stage(upstream: Steps) -> Steps:
-        data = upstream.data
+        data = as_steps(upstream).data
         length = data.epoch_length if isinstance(data, Stream) else None
         if epochs is not None and length is None:
             raise ValueError(
@@ -114,6 +114,8 @@ def early_stopped(
         return control.reducer.result(control.kept(state.controls)) >= patience
 
     def stage(steps: Steps) -> Steps:
+        steps = as_steps(steps)
+
         def opened(demand: Demand) -> Iterator[Tick]:
             if over(steps.state):
                 return
@@ -136,6 +138,8 @@ def stopped_by(condition: Callable[[Tick], bool]) -> Stage:
     """End the stream after the first tick for which a condition holds."""
 
     def stage(steps: Steps) -> Steps:
+        steps = as_steps(steps)
+
         def opened(demand: Demand) -> Iterator[Tick]:
             ticks = steps.open(demand)
             with closing(ticks):

@@ -227,6 +227,27 @@ class Steps(Iterable[Tick]):
 Stage = Callable[[Steps], Steps]
 
 
+def as_steps(given: Any) -> Steps:
+    """Take what a stage, or the end of a pipe, is called with.
+
+    Raises:
+        ValueError: It is no stream of steps.
+    """
+    if isinstance(given, Steps):
+        return given
+    why = "a pipe begins with program.steps(state, data)"
+    if given is None:
+        why = (
+            "what stands before it is no stage, and gave nothing; what looks at ticks stands in one, ff.every(1, print)"
+        )
+    elif isinstance(given, TrainState):
+        why = f"{why}, and ff.last, which gives a state, is its end"
+    elif callable(given):
+        why = f"{why}: toolz.pipe(program.steps(state, data), ff.until(steps=100), ff.last)"
+    kind = type(given).__name__
+    raise ValueError(f"expected steps, got {'an' if kind[0] in 'AEIOU' else 'a'} {kind}: {why}")
+
+
 def open_steps(program: Program, state: TrainState, data: Data) -> Steps:
     """Make the stream of ticks of a program, from a state, over data.
 
@@ -329,7 +350,7 @@ def last(steps: Steps) -> TrainState:
     Raises:
         NonFiniteError: A step was not finite, and the plan does not skip such steps.
     """
-    state = steps.state
+    state = as_steps(steps).state
     for tick in steps:
         state = tick.state
     raise_if_nonfinite(state)

@@ -17,6 +17,7 @@ from forgather_fn.optim import Optimizer
 from forgather_fn.reducers import Control
 from forgather_fn.schedules import Reactive, Schedule
 from forgather_fn.schedules.base import rate
+from forgather_fn.signature import checked_fields, shown
 from forgather_fn.transforms import Transform
 from forgather_fn.workspace import VIEWED_ELEMENTS
 
@@ -31,6 +32,16 @@ def _one_of(*choices: Any) -> Callable[[Any, "attrs.Attribute[Any]", Any], None]
     return check
 
 
+def _is_ours(value: Any, package: str = "") -> bool:
+    """Tell whether a value is a function of this library, which makes what a plan takes."""
+    return inspect.isfunction(value) and value.__module__.startswith(f"forgather_fn.{package}")
+
+
+def _truth(instance: Any, attribute: "attrs.Attribute[bool]", value: bool) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"Plan: {attribute.name} must be True or False, got {shown(value)}")
+
+
 def _at_least_one(instance: Any, attribute: "attrs.Attribute[int]", value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"Plan: {attribute.name} must be an integer of at least 1, got {value!r}")
@@ -42,7 +53,8 @@ def _transforms(value: Iterable[Transform]) -> tuple[Transform, ...]:
     given = tuple(value) if isinstance(value, Iterable) else (value,)
     for one in given:
         if not isinstance(one, Transform):
-            raise ValueError(f"Plan: transforms takes Transforms such as ff.clipped(1.0), got {one!r}")
+            made = "; this makes one, when it is called" if _is_ours(one) else ""
+            raise ValueError(f"Plan: transforms takes Transforms such as ff.clipped(1.0), got {describe(one)}{made}")
     return given
 
 
@@ -55,7 +67,7 @@ def _is_optimizer(instance: Any, attribute: "attrs.Attribute[Optimizer]", value:
 
 
 def _is_loss(instance: Any, attribute: "attrs.Attribute[Loss]", value: Any) -> None:
-    uncalled = inspect.isfunction(value) and value.__module__.startswith("forgather_fn.losses.")
+    uncalled = _is_ours(value, "losses.")
     foreign = isinstance(value, nn.Module) or getattr(value, "__module__", "") == "torch.nn.functional"
     if foreign or not callable(value) or uncalled:
         raise ValueError(
@@ -78,7 +90,8 @@ def _is_schedule(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -
 
 def _is_average(instance: Any, attribute: "attrs.Attribute[Average | None]", value: Any) -> None:
     if not isinstance(value, Average | None):
-        raise ValueError(f"Plan: average takes one such as ff.ema(0.999), got {value!r}")
+        made = "; this makes one, when it is called" if _is_ours(value) else ""
+        raise ValueError(f"Plan: average takes one such as ff.ema(0.999), got {describe(value)}{made}")
 
 
 def _check_compiles(plan: "Plan") -> None:
@@ -126,6 +139,7 @@ def _device(value: str | torch.device) -> torch.device:
     return device
 
 
+@checked_fields
 @attrs.frozen(kw_only=True, eq=False)
 class Plan:
     """Everything that a training run is made of, before it runs. Frozen, and never saved itself: its description is.
@@ -180,7 +194,7 @@ class Plan:
     )
     on_nonfinite: Literal["raise", "skip"] = attrs.field(default="raise", validator=_one_of("raise", "skip"))
     init: Literal["as_built", "by_name"] = attrs.field(default="as_built", validator=_one_of("as_built", "by_name"))
-    donate: bool = True
+    donate: bool = attrs.field(default=True, validator=_truth)
     device: torch.device = attrs.field(default=torch.device("cpu"), converter=_device)
     update: Literal["after_backward", "in_backward"] = attrs.field(
         default="after_backward", validator=_one_of("after_backward", "in_backward")
@@ -188,7 +202,7 @@ class Plan:
     viewed_elements: int = VIEWED_ELEMENTS
     compile: bool | Literal["model"] = attrs.field(default=False, validator=_one_of(False, True, "model"))
     backend: str = "inductor"
-    unroll: bool = False
+    unroll: bool = attrs.field(default=False, validator=_truth)
 
     def __attrs_post_init__(self) -> None:
         _check_couples(self)

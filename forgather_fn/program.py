@@ -1,5 +1,6 @@
 """A program: the functions that a strategy makes of a plan."""
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -194,7 +195,9 @@ class Check(Protocol):
 
 
 def public(**functions: Any) -> None:
-    """Name the functions of a program as its users know them, since Python's own error of a wrong call begins so.
+    """Name the functions of a program as its users know them, and give them the text of their contracts.
+
+    Python's own error of a wrong call begins with the name, and ``help(program.step)`` prints the text.
 
     Example:
         >>> def take(state, batch, /): ...
@@ -204,7 +207,21 @@ def public(**functions: Any) -> None:
         TypeError: Program.step() missing 2 required positional arguments: 'state' and 'batch'
     """
     for name, function in functions.items():
-        function.__qualname__ = f"Program.{name}"
+        contract = _CONTRACTS[name]
+        function.__name__, function.__qualname__ = name, f"Program.{name}"
+        function.__doc__ = f"{inspect.getdoc(contract)}\n\n{inspect.getdoc(contract.__call__)}"
+
+
+_CONTRACTS: Mapping[str, Any] = {
+    "init": Init,
+    "restore": Restore,
+    "step": Step,
+    "gradients": TakeGradients,
+    "update": Update,
+    "evaluate": Evaluate,
+    "apply": Apply,
+    "export": Export,
+}
 
 
 def itself(state: TrainState, /) -> TrainState | None:

@@ -7,6 +7,8 @@ from typing import Final
 import attrs
 import torch
 
+from forgather_fn.turn import turn
+
 _PLAIN: Final = frozenset((int, str))
 
 
@@ -52,7 +54,7 @@ def reseed(value: int, device: torch.device) -> None:
 
 
 def seeded(value: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Run a block under a seed, and put torch's generators back as they were.
+    """Run a block under a seed, and put torch's generators back as they were; other threads wait for their turn.
 
     Args:
         value: A key, as :func:`key` makes it.
@@ -68,8 +70,10 @@ class _Seeded(contextlib.AbstractContextManager[None]):
     value: int
     used: list[torch.Generator]
     _states: list[torch.Tensor] = attrs.field(factory=list)
+    _turn: contextlib.AbstractContextManager[bool] = attrs.field(factory=turn)
 
     def __enter__(self) -> None:
+        self._turn.__enter__()
         for generator in self.used:
             self._states.append(generator.get_state())
             generator.manual_seed(self.value)
@@ -77,3 +81,4 @@ class _Seeded(contextlib.AbstractContextManager[None]):
     def __exit__(self, *raised: object) -> None:
         for generator, state in zip(self.used, self._states, strict=True):
             generator.set_state(state)
+        self._turn.__exit__(None, None, None)

@@ -86,15 +86,39 @@ def bind(factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> inspect.B
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(
-            f"{factory.__name__}: {error}; it takes {_known(signature, kwargs)}{_elsewhere(kwargs)}"
-        ) from None
+        raise _wrong_call(factory.__name__, signature, args, kwargs, error) from None
     bound.apply_defaults()
     for name, one in expected.items():
         bound.arguments[name] = value = plain(bound.arguments[name])
         if not one.takes(value):
             raise ValueError(f"{factory.__name__}: {one.refusal(name, value)}")
     return bound
+
+
+def checked_fields(cls: type[T]) -> type[T]:
+    """Let a record that takes its fields by name say which there are, where an argument is none of them.
+
+    Example:
+        >>> @checked_fields
+        ... @attrs.frozen(kw_only=True)
+        ... class Recipe:
+        ...     rate: float
+        >>> Recipe(rate=1.0, lr=1.0)
+        Traceback (most recent call last):
+        TypeError: Recipe: got an unexpected keyword argument 'lr'; it takes rate, each by its name; the learning ...
+    """
+    init, signature = cls.__init__, inspect.signature(cls)
+
+    @functools.wraps(init)
+    def filled(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise _wrong_call(cls.__name__, signature, args, kwargs, error) from None
+        init(self, *args, **kwargs)
+
+    cls.__init__ = filled  # type: ignore[method-assign]
+    return cls
 
 
 def plain(value: Any) -> Any:
@@ -111,6 +135,21 @@ def shown(value: object) -> str:
     return reprlib.repr(value)
 
 
+def _wrong_call(
+    name: str, signature: inspect.Signature, args: Sequence[Any], given: Mapping[str, Any], error: TypeError
+) -> TypeError:
+    """Say what there is to be given, and where that is which people look for here."""
+    text = f"{name}: {error}; it takes {_known(signature, given)}"
+    if {"lr", "learning_rate"} & {*given}:
+        text += "; the learning rate is " + ("peak" if "peak" in signature.parameters else _RATE)
+    elif args and "weight_decay" in signature.parameters:
+        text += f"; the learning rate is {_RATE}, and parameters are those of its model"
+    return TypeError(text)
+
+
+_RATE: Final = "the plan's: Plan(schedule=1e-3)"
+
+
 def _known(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     """List the names of parameters, those first that are like a name that is none of them."""
     names = list(signature.parameters)
@@ -118,11 +157,6 @@ def _known(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(unknown, names, n=len(names), cutoff=0.0) if unknown else names
     named = names and all(one.kind is one.KEYWORD_ONLY for one in signature.parameters.values())
     return (", ".join(near) or "none") + ", each by its name" * bool(named)
-
-
-def _elsewhere(given: Iterable[str]) -> str:
-    """Say where the argument is that optimizers have everywhere else, and not here."""
-    return "; the learning rate is the plan's: Plan(schedule=1e-3)" if {"lr", "learning_rate"} & {*given} else ""
 
 
 @functools.cache

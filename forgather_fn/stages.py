@@ -10,7 +10,7 @@ import attrs
 
 from forgather_fn import interrupt
 from forgather_fn.dispatch import closing
-from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick
+from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, as_steps
 from forgather_fn.signature import checked, shown
 
 
@@ -103,7 +103,7 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
     names = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))
 
     def stage(steps: Steps) -> Steps:
-        saves = "save" in steps.answers
+        saves = "save" in as_steps(steps).answers
 
         def opened(demand: Demand) -> Iterator[Tick]:
             ticks = steps.open(demand.wanting(lambda step: names if wants(step) else frozenset()) if names else demand)
@@ -225,6 +225,8 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
     lifted = [_as_observer(observer) for observer in observers]
 
     def stage(steps: Steps) -> Steps:
+        steps = as_steps(steps)
+
         def opened(demand: Demand) -> Iterator[Tick]:
             last, looks = clock(), 0
             agreed = steps.world.polled()

@@ -33,6 +33,8 @@ def check_wants(wants: Collection[str]) -> None:
     Raises:
         ValueError: It cannot.
     """
+    if isinstance(wants, str):
+        raise ValueError(f"a step was asked for {wants!r}, which is one name: wants takes a set of them, {{{wants!r}}}")
     unknown = sorted(set(wants) - set(WANTS))
     if unknown:
         near = difflib.get_close_matches(unknown[0], WANTS, n=len(WANTS), cutoff=0.0)

@@ -1,5 +1,8 @@
 """What a user can get wrong has one clear ``ValueError``: what was given, what was expected, where, the fix."""
 
+import pydoc
+
+import attrs
 import pytest
 import toolz
 import torch
@@ -7,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import forgather_fn as ff
+from forgather_fn.report import bar
 from tests.toys import classifier, labelled, labelled_batches, program
 
 
@@ -169,6 +173,42 @@ CASES = {
         lambda: trains(ff.batches(iter([1, 2]), batch_size=1)),
         r"a list_iterator can be read only once.*Give what makes it: ff\.batches\(lambda: read",
     ),
+    "what gives nothing in the place of a stage": (
+        lambda: with_state(lambda made, state: toolz.pipe(made.steps(state, []), lambda steps: None, ff.last)),
+        r"expected steps, got a NoneType: what stands before it is no stage.*ff\.every\(1, print\)",
+    ),
+    "a stage after the end": (
+        lambda: with_state(lambda made, state: toolz.pipe(made.steps(state, []), ff.last, ff.every(1, print))),
+        r"expected steps, got a TrainState: a pipe begins with program\.steps\(state, data\), and ff\.last.*its end",
+    ),
+    "a pipe that begins with data": (
+        lambda: toolz.pipe(ff.batches(labelled(6), batch_size=2), ff.until(steps=1), ff.last),
+        r"expected steps, got an IndexedStream: a pipe begins with program\.steps\(state, data\)",
+    ),
+    "an end within a pipe": (
+        lambda: ff.last(ff.until(steps=1)),
+        r"expected steps, got a function: a pipe begins with program\.steps\(state, data\): toolz\.pipe\(program",
+    ),
+    "one name for the set of those that are wanted": (
+        lambda: with_state(lambda made, state: made.step(state, labelled(6), wants="gradient_norms")),
+        r"asked for 'gradient_norms', which is one name: wants takes a set of them, {'gradient_norms'}",
+    ),
+    "a function that makes a sink": (
+        lambda: ff.report(bar),
+        r"a sink is what bar\(\.\.\.\) gives: write bar\(\.\.\.\), and not bar",
+    ),
+    "a function that makes a transform": (
+        lambda: program(classifier(), transforms=(ff.clipped,)),
+        r"transforms takes Transforms such as ff\.clipped\(1\.0\), got forgather_fn\.transforms.* it is called",
+    ),
+    "a function that makes an average": (
+        lambda: program(classifier(), average=ff.ema),
+        r"average takes one such as ff\.ema\(0\.999\), got forgather_fn\.average\.ema; this makes one",
+    ),
+    "a text in the place of a truth": (
+        lambda: program(classifier(), donate="no"),
+        r"Plan: donate must be True or False, got 'no'",
+    ),
     "epochs of data without a length": (
         lambda: toolz.pipe(
             (made := program(classifier())).steps(made.init(0), labelled_batches(1)), ff.until(epochs=1)
@@ -201,6 +241,22 @@ CALLS = {
         lambda: ff.adamw(lr=1e-3),
         r"^adamw: .* 'lr'; it takes .*, each by its name; the learning rate is the plan's",
     ),
+    "a learning rate of the plan": (
+        lambda: program(classifier(), lr=1e-3),
+        r"^Plan: .* 'lr'; it takes .*schedule.*; the learning rate is the plan's: Plan\(schedule=1e-3\)$",
+    ),
+    "a learning rate of a schedule": (
+        lambda: ff.schedules.cosine(peak=1e-3, lr=1e-3, total=100),
+        r"^cosine: .* 'lr'; it takes .*; the learning rate is peak$",
+    ),
+    "an optimizer that is called as torch's are": (
+        lambda: ff.adamw(classifier().parameters(), weight_decay=0.1),
+        r"^adamw: too many positional arguments; .*; the learning rate is the plan's: .*, and parameters",
+    ),
+    "a field of a plan that there is not": (
+        lambda: attrs.evolve(program(classifier()).plan, schedul=1e-3),
+        r"^Plan: got an unexpected keyword argument 'schedul'; it takes schedule, ",
+    ),
     "a schedule whose arguments have no names": (
         lambda: ff.schedules.cosine(1e-3, 10, 100),
         r"^cosine: too many positional arguments; it takes peak, warmup, total, final, each by its name$",
@@ -229,6 +285,17 @@ def test_a_name_that_there_is_not_is_compared_with_those_that_there_are():
         ff.adam_w  # noqa: B018
     assert error.value.obj is ff  # of which the interpreter looks up the nearest name
     assert error.value.name == "adam_w"
+
+
+def test_help_of_a_function_of_a_program_tells_its_contract():
+    made = program(classifier())
+    told = pydoc.plain(pydoc.render_doc(made.step))
+    assert "Consume a state and a batch; give the next state." in told
+    assert "wants: Metrics beyond the usual ones" in told
+    for name in ("init", "restore", "gradients", "update", "evaluate", "apply", "export"):
+        function = getattr(made, name)
+        assert function.__name__ == name
+        assert len(function.__doc__.splitlines()) > 2
 
 
 def test_errors_have_names_where_they_are_caught_by_name():

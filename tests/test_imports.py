@@ -21,6 +21,7 @@ BASE = {
     "finite",
     "flat",
     "hyper",
+    "importing",
     "interrupt",
     "layout",
     "mean",
@@ -31,6 +32,7 @@ BASE = {
     "state",
     "terminal",
     "tree",
+    "turn",
     "world",
 }
 RECIPE = {

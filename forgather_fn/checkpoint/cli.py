@@ -1,7 +1,6 @@
 """``forgather checkpoint list | verify | show`` and ``forgather replay``."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, veri
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.replaying import Replay, replay
 from forgather_fn.data import Stream
+from forgather_fn.importing import import_named
 from forgather_fn.program import Program
 from forgather_fn.terminal import instant, printable
 
@@ -93,10 +93,10 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
     parser.epilog = "example: forgather replay runs/demo --step 400"
 
     def execute(options: argparse.Namespace) -> int:
+        program, data = _target(options.program or "forgather_fn.demo.train:rebuilt")(options.run)
         newest = max((entry.step for entry in list_checkpoints(options.run) if entry.whole), default=0)
         if options.step > newest:
             print(f"after the newest checkpoint: {options.step - newest:,} steps are executed first", file=sys.stderr)
-        program, data = _target(options.program or "forgather_fn.demo.train:rebuilt")(options.run)
         _tell(replay(program, options.run, data, step=options.step))
         return 0
 
@@ -106,7 +106,7 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
 def _target(name: str) -> Callable[[Path], tuple[Program, Stream]]:
     module, _, function = name.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        found: Any = getattr(import_named(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--program {name}: expected MODULE:FUNCTION that can be imported; {error}") from None
     target: Callable[[Path], tuple[Program, Stream]] = found

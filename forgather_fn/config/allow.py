@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -13,6 +13,7 @@ from forgather_fn.config.builtin import BUILTINS
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import split_target
 from forgather_fn.config.registry import FAMILIES, NAMES, PACKAGES
+from forgather_fn.importing import import_named
 
 _TOO_WIDE: Final = frozenset({"torch", "numpy", "forgather_fn"}) | sys.stdlib_module_names
 
@@ -80,7 +81,8 @@ def resolve(target: str, allow: Collection[str]) -> Any:
     module, name = split_target(target)
     if module is None and name in BUILTINS:
         return BUILTINS[name]
-    holder = _load(module or "builtins", target)
+    named = target in allow or _added(module or "", allow) is not None  # the registry's lie where they are installed
+    holder = _load(module or "builtins", target, import_named if named else importlib.import_module)
     found: Any = holder
     for part in name.split("."):
         try:
@@ -132,17 +134,24 @@ def _package(module: str, allow: Collection[str]) -> str | None:
     for package, without in PACKAGES.items():
         if (module == package or module.startswith(f"{package}.")) and not without & set(module.split(".")):
             return package
+    return _added(module, allow)
+
+
+def _added(module: str, allow: Collection[str]) -> str | None:
+    """Find the package, or file, that the caller admits and a module lies in."""
     for one in allow:
         if ":" not in one and (module == one or module.startswith(f"{one}.")):
             return one
     return None
 
 
-def _load(module: str, target: str) -> ModuleType:
+def _load(module: str, target: str, load: Callable[[str], ModuleType]) -> ModuleType:
     try:
-        return _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        return _load_file(Path(module)) if module.endswith(".py") else load(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{target} cannot be imported: {error}; is it installed, or on the search path?") from error
+        raise ConfigError(
+            f"{target} cannot be imported: {error}; is it installed, or in the current directory?"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{target} cannot be read: {error.strerror}") from error
     except Exception as error:

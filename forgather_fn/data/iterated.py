@@ -20,6 +20,7 @@ from forgather_fn.data.threads import in_threads
 from forgather_fn.describe import describe
 from forgather_fn.random import key
 from forgather_fn.share import Microbatches, Share
+from forgather_fn.turn import turn
 
 FORMAT: Final = 1
 """Of cursors. One of another format is refused."""
@@ -159,7 +160,12 @@ class Reading:
 
     def __getitem__(self, request: Request, /) -> Batch | None:
         """Read the next batch; None after the last."""
-        before = Generators.read() if self.stream.random or request.first else None
+        if not (self.stream.random or request.first):
+            return self._read(request, None)
+        with turn():
+            return self._read(request, Generators.read())
+
+    def _read(self, request: Request, before: Generators | None) -> Batch | None:
         try:
             batch = self._next()
             if batch is not None and request.first:

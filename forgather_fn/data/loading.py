@@ -15,6 +15,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from forgather_fn.data.fetch import Indices, Read
 from forgather_fn.random import key
+from forgather_fn.turn import turn
 
 WORKER_TIMEOUT: Final = 600.0
 """Seconds to wait for one batch of a worker before it is given up as hanging."""
@@ -72,11 +73,12 @@ class Guard(Protocol):
 
 def keyed(read: Read, request: Request, /) -> Any:
     """Read a batch that draws random numbers: reseed before each draw, and put the generators back at the end."""
-    before = Generators.read()
-    try:
-        return read(request.indices, request.reseed)
-    finally:
-        before.restore()
+    with turn():
+        before = Generators.read()
+        try:
+            return read(request.indices, request.reseed)
+        finally:
+            before.restore()
 
 
 def undrawn(read: Read, request: Request, /) -> Any:
@@ -87,12 +89,13 @@ def undrawn(read: Read, request: Request, /) -> Any:
     """
     if not request.first:
         return read(request.indices, _unseeded)
-    before = Generators.read()
-    data = read(request.indices, _unseeded)
-    names = before.advanced()
-    if names:
-        before.restore()
-        raise ValueError(MSG_DRAWN.format(names=", ".join(names)))
+    with turn():
+        before = Generators.read()
+        data = read(request.indices, _unseeded)
+        names = before.advanced()
+        if names:
+            before.restore()
+            raise ValueError(MSG_DRAWN.format(names=", ".join(names)))
     return data
 
 

@@ -1,7 +1,6 @@
 """``forgather pipeline explain``: what a pipeline would be, without starting one."""
 
 import argparse
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from forgather_fn.importing import import_named
 from forgather_fn.pipeline.explain import explain
 from forgather_fn.pipeline.schedules import KINDS, kind_of
 
@@ -91,7 +91,7 @@ def _model(name: str) -> nn.Module:
         if not colon:
             raise ValueError(f"{name!r} is no file, and not module:function")
         try:
-            built = getattr(importlib.import_module(module), function)()
+            built = getattr(import_named(module), function)()
         except (ImportError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{name!r} cannot be built: {error}; expected a function that takes nothing and gives the model"

@@ -1,5 +1,6 @@
 """One row of a report, and the sinks that rows go to."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol, SupportsFloat, TypeVar, runtime_checkable
@@ -116,8 +117,16 @@ def sink(function: Callable[[Row], None]) -> Sink:
         >>> rows[0].samples
         2
     """
+    ours = inspect.isfunction(function) and function.__module__.startswith("forgather_fn.report.")
+    if ours and "<" not in function.__qualname__:  # not within another: it makes a sink
+        name = function.__name__
+        raise ValueError(
+            f"a sink is what {name}(...) gives: write {name}(...), and not {name}, which no row would reach"
+        )
     if not callable(function):
-        raise ValueError(f"a sink is a function of a row, such as ff.report.jsonl(path) gives; got {function!r}")
+        raise ValueError(
+            f"a sink is a function of a row, such as jsonl(path) of forgather_fn.report gives; got {function!r}"
+        )
     return function if isinstance(function, Sink) else _Pair(function, lambda: None)
 
 

@@ -26,6 +26,7 @@ from forgather_fn.share import Share
 from forgather_fn.signature import shown
 from forgather_fn.state import Params, TrainState, as_state
 from forgather_fn.strategy.storage import Agree, Storage, first_state, held_whole
+from forgather_fn.turn import turn
 from forgather_fn.world import ALONE, World
 
 
@@ -94,30 +95,34 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
             raise ValueError(f"init: seed must be an integer, got {shown(seed)}")
         seed = operator.index(seed)
-        module = storage.prepare(plan, seed)
-        machine = held[0][0] if held else storage.build(plan, module)
-        state = first_state(machine, module, seed, storage)
-        if not held:
-            machine = attrs.evolve(machine, slots=frozenset(state.opt))
-            held.append((machine, strategy.execution(machine)))
+        with turn():
+            module = storage.prepare(plan, seed)
+            machine = held[0][0] if held else storage.build(plan, module)
+            state = first_state(machine, module, seed, storage)
+            if not held:
+                machine = attrs.evolve(machine, slots=frozenset(state.opt))
+                held.append((machine, strategy.execution(machine)))
         return state
 
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.restoring import restored  # when used: it reads safetensors
 
-        return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
+        with turn():
+            return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
 
     def step(state: TrainState, batch: Any, /, *, wants: frozenset[str] = frozenset()) -> tuple[TrainState, Metrics]:
         _, execution = running()
         state, batch = as_state(state), as_batch(batch)
-        following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
+        with turn():
+            following, metrics = execution.step(state if plan.donate else state.copy(), batch, wants)
         return following if batch.cursor is None else _at(following, batch.cursor), metrics
 
     def gradients(state: TrainState, batch: Any, /) -> tuple[Gradients, Mapping[str, Any], Metrics]:
         _, execution = running()
         state, batch = as_state(state), as_batch(batch)
-        taken, buffers, means = execution.gradients(state, batch)
-        copied = taken.copy()
+        with turn():
+            taken, buffers, means = execution.gradients(state, batch)
+            copied = taken.copy()
         return copied if batch.cursor is None else attrs.evolve(copied, cursor=batch.cursor), buffers, means
 
     def update(
@@ -142,20 +147,24 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
             taken = gradients.copy()
         else:
             raise ValueError("update: these gradients know which batch they are of; leave batch out")
-        given = state if plan.donate else state.copy()
-        following, metrics = execution.advance(given, taken, buffers, {}, frozenset())
+        with turn():
+            given = state if plan.donate else state.copy()
+            following, metrics = execution.advance(given, taken, buffers, {}, frozenset())
         return _at(following, taken.cursor), metrics
 
     def evaluate(
         state: TrainState, data: Any, /, *, params: Params = "params", metrics: Sequence[Measure] = ()
     ) -> dict[str, float]:
-        return inference.evaluate(built(), as_state(state), data, params, metrics)
+        with turn():
+            return inference.evaluate(built(), as_state(state), data, params, metrics)
 
     def apply(state: TrainState, /, *inputs: Any, params: Params = "params", **named: Any) -> Any:
-        return inference.apply(built(), as_state(state), inputs, named, params)
+        with turn():
+            return inference.apply(built(), as_state(state), inputs, named, params)
 
     def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
-        return storage.export(built(), as_state(state), params)
+        with turn():
+            return storage.export(built(), as_state(state), params)
 
     def batches(state: TrainState, data: Data, /) -> Iterator[Any]:
         if strategy.dispatch:

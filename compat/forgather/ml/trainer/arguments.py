@@ -22,6 +22,7 @@ from forgather.ml.trainer.legacy import Translating, UnknownArgumentError, trans
 from forgather.ml.trainer.process import Place
 from forgather.ml.trainer.refusals import REFUSED, Refusal, refuse_unhonoured
 from forgather.ml.trainer.setters import Setters
+from forgather_fn.signature import shown
 
 
 # A dataclass takes its fields from its bases last to first: Training's come first, as in transformers.
@@ -175,7 +176,8 @@ def arguments_from(given: Any, kind: type[Args] = TrainingArguments) -> Args:  #
         return kind(**given)
     if not is_dataclass(given) or isinstance(given, type) or not hasattr(given, "output_dir"):
         raise ValueError(
-            f"args={given!r}: expected a {kind.__name__}, a dict of its fields, or transformers' own TrainingArguments"
+            f"args={shown(given)}: expected a {kind.__name__}, a dict of its fields, or transformers' own "
+            "TrainingArguments"
         )
     values = {one.name: getattr(given, one.name) for one in fields(given) if one.init}
     own = {one.name for one in fields(kind) if one.init}

@@ -15,7 +15,7 @@ import forgather_fn as ff
 from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
 from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
 from forgather.ml.trainer.callbacks import PrinterCallback, ProgressCallback
-from forgather.ml.trainer.checking import CheckingMixin
+from forgather.ml.trainer.checking import CheckingMixin, optimizer_pair, several
 from forgather.ml.trainer.collators import default_collator
 from forgather.ml.trainer.loop import LoopMixin
 from forgather.ml.trainer.model_settings import constructed
@@ -100,14 +100,14 @@ class BaseTrainer(CheckingMixin, LoopMixin, ExtensibleTrainer):
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.optimizer, self.lr_scheduler = optimizers
+        self.optimizer, self.lr_scheduler = optimizer_pair(optimizers)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.optimizer_factory, self.lr_scheduler_factory = optimizer_factory, lr_scheduler_factory
         self._introspect_model()
         self.label_smoother = self._smoother()
         self._begin()
         self._check_construction()
-        ExtensibleTrainer.__init__(self, [*reporters(self.args.report_to), *(callbacks or ())])
+        ExtensibleTrainer.__init__(self, [*reporters(self.args.report_to), *several(callbacks)])
         self.callback_handler.add_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         for name in ("model", "processing_class", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))

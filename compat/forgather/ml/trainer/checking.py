@@ -1,13 +1,18 @@
 """What does not fit together is refused when a trainer is made, or trains."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 from forgather.ml.trainer.attributes import Attributes
 from forgather.ml.trainer.data import has_length
 from forgather.ml.trainer.microbatches import smoother
 from forgather.ml.trainer.refusals import refuse_unhonoured
+from forgather_fn.data import Stream
+from forgather_fn.signature import shown
 
 _EVENTS_OR_STEP = "override training_step, compute_loss or log, or write a callback"
 NEVER_CALLED = {
@@ -28,6 +33,37 @@ NEVER_CALLED = {
     "_pad_across_processes": "what an evaluation keeps is padded when it ends: override evaluation_loop",
 }
 """Private methods of transformers' Trainer that are not called here, and what to override instead."""
+
+
+def optimizer_pair(given: Any) -> tuple[Any, Any]:
+    """Take ``optimizers=`` apart.
+
+    Raises:
+        ValueError: It is no pair, or its first is no optimizer of torch.
+    """
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(
+            f"optimizers takes a pair, (optimizer, scheduler), either of which may be None; got {shown(given)}"
+        )
+    optimizer, scheduler = given
+    if optimizer is not None and (isinstance(optimizer, type) or not hasattr(optimizer, "param_groups")):
+        raise ValueError(
+            f"optimizers: expected an optimizer of torch, which was made of the model's parameters; got "
+            f"{shown(optimizer)}. A class goes into optimizer_cls_and_kwargs=(torch.optim.AdamW, {{'lr': 1e-3}}), "
+            "one of forgather_fn into a Plan"
+        )
+    return optimizer, scheduler
+
+
+def several(callbacks: Any) -> list[Any]:
+    """Take ``callbacks=``.
+
+    Raises:
+        ValueError: It is one callback, and no list of them.
+    """
+    if callbacks is not None and not isinstance(callbacks, Iterable):
+        raise ValueError(f"callbacks takes a list of them: callbacks=[{shown(callbacks)}]")
+    return list(callbacks or ())
 
 
 class CheckingMixin(Attributes):
@@ -86,10 +122,30 @@ class CheckingMixin(Attributes):
                 "Passing a `model_init` is incompatible with providing the `optimizers` argument. "
                 "You should subclass `Trainer` and override the `create_optimizer_and_scheduler` method."
             )
+        self._check_optimizer()
         self._check_data()
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer that was made of other parameters than the model's: it would train nothing."""
+        if self.optimizer is None:
+            return
+        ours = set(map(id, self.model.parameters()))
+        theirs = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if theirs and ours.isdisjoint(map(id, theirs)):
+            raise ValueError(
+                "optimizers: none of the optimizer's parameters is one of the model's, so that nothing would be "
+                "trained; make it of this model: torch.optim.AdamW(model.parameters(), ...)"
+            )
 
     def _check_data(self) -> None:
 
+        for name in ("train_dataset", "eval_dataset"):
+            given = getattr(self, name)
+            if isinstance(given, DataLoader | Stream):
+                raise ValueError(
+                    f"{name}: a {type(given).__name__} gives batches, and a trainer makes its own; give the dataset "
+                    f"itself, {name}=loader.dataset, or override get_{name.removesuffix('_dataset')}_dataloader()"
+                )
         collator = self.data_collator
         if not callable(collator) and callable(getattr(collator, "collate_batch", None)):
             raise TypeError("The `data_collator` should be a simple callable (function, class with `__call__`).")

@@ -194,8 +194,27 @@ def translated(names: Iterable[str], given: Mapping[str, Any]) -> Values:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """Say that a name is no argument, and which it may have been meant for."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    names = list(known)
+    elsewhere = ELSEWHERE.get(name)
+    near = [elsewhere] if elsewhere in names else difflib.get_close_matches(name, names, n=1)
     return f"there is no argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+
+
+ELSEWHERE: Final[Mapping[str, str]] = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "max_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "gradient_clip_val": "max_grad_norm",
+    "num_workers": "dataloader_num_workers",
+    "warmup": "warmup_steps",
+}
+"""Names that other libraries have for these arguments, which are too unlike to be found by their letters."""
 
 
 class Translating(ABCMeta):

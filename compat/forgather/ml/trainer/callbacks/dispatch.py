@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from forgather.ml.trainer.callbacks.base import EVENTS
 from forgather.ml.trainer.trainer_types import TrainerControl
+from forgather_fn.signature import shown
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,17 @@ class CallbackHandler:
             )
 
     def add_callback(self, callback: Any) -> None:
-        """Add one, or one of a class, as the last."""
+        """Add one, or one of a class, as the last.
+
+        Raises:
+            ValueError: It has no method of any event, and would never be called.
+        """
         made = callback() if isinstance(callback, type) else callback
+        if not any(callable(getattr(made, event, None)) for event in EVENTS):
+            raise ValueError(
+                f"{shown(callback)} is no callback: it has no method of an event, such as on_log or on_step_end; "
+                "derive it from forgather.ml.TrainerCallback"
+            )
         if type(made) in [type(one) for one in self.callbacks]:
             logger.warning(
                 "You are adding a %s to the callbacks of this Trainer, but there is one already. They are:\n%s",
