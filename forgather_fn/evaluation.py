@@ -84,6 +84,8 @@ def evaluate(
         tally = Tally(measuring)
         with evaluating(built, state, params):
             for number, item in pace.batches(own_batches(data, world), world):
+                if world.size == 1:  # several heed a signal together, after a step
+                    interrupt.check()
                 with seeded(key(state.seed, state.step, number or 0, "evaluate"), built.device):
                     reading = built.seen(built.place(as_batch(item).data), measuring)
                 if number is not None:
@@ -93,19 +95,12 @@ def evaluate(
     return combined(pace.told(world, found_here), measuring.aggregates)
 
 
-def own_batches(data: Any, world: World) -> Numbered:
+def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
     """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
     if isinstance(data, Stream):
-        own: Iterator[tuple[int, Any]] = zip(
-            itertools.count(world.rank, world.size), data.one_pass(world.rank, world.size), strict=False
-        )
-    else:
-        check_batches(data)
-        own = itertools.islice(enumerate(data), world.rank, None, world.size)
-    for numbered in own:
-        if world.size == 1:  # several heed a signal together, after a step
-            interrupt.check()
-        yield numbered
+        return zip(itertools.count(world.rank, world.size), data.one_pass(world.rank, world.size), strict=False)
+    check_batches(data)
+    return itertools.islice(enumerate(data), world.rank, None, world.size)
 
 
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params) -> Any:

@@ -299,7 +299,7 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
     run = Run(program, data, state.step, demand.horizon, course)
     batches = program.batches(state, data)
     agreed = program.world.polled()
-    with _telling(program.world), _heard(course), closing(batches), contextlib.suppress(interrupt.Interrupted):
+    with program.world.telling(), _heard(course), closing(batches), contextlib.suppress(interrupt.Interrupted):
         if program.world.size == 1:  # several heed a signal together, after a step
             interrupt.check()
         for batch in batches:
@@ -329,19 +329,6 @@ def tell_unheard(name: str, metric: str, found: Collection[str]) -> None:
             f"{', '.join(map(repr, known))}",
             stacklevel=3,
         )
-
-
-@contextlib.contextmanager
-def _telling(world: World) -> Iterator[None]:
-    """Tell the other processes of a run that it cannot go on here: nothing comes after an error in a stream."""
-    try:
-        yield
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        if not getattr(error, "known_to_all", False):
-            world.fail(error)
-        raise
 
 
 def last(steps: Steps) -> TrainState:

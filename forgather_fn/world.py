@@ -56,6 +56,7 @@ class World:
         local_rank: Which of its machine's processes it is.
         group: Over which tensors on the device are reduced; None where it is alone.
         control: Over which objects are exchanged, on the CPU; None where it is alone.
+        votes: Over which polls are held, beside what else is exchanged; None where that is ``control`` as well.
         watch: Who tells of processes that fail; None where nobody does.
     """
 
@@ -64,6 +65,7 @@ class World:
     local_rank: int = 0
     group: Any = None
     control: Any = None
+    votes: Any = None
     watch: Watch | None = None
 
     @property
@@ -157,6 +159,20 @@ class World:
             self.watch.fail(error)
 
     @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the other processes of an error that leaves the block: they wait for what this one cannot do any more.
+
+        Whoever catches it can go on alone only.
+        """
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """Tell, of a collective that broke, which process failed and why.
 
@@ -191,9 +207,8 @@ class Poll:
                 self._asked.wait()
                 agreed = int(self._number)
             self._number = torch.tensor(number)
-            self._asked = distributed.all_reduce(
-                self._number, distributed.ReduceOp.MAX, group=self.world.control, async_op=True
-            )
+            group = self.world.control if self.world.votes is None else self.world.votes
+            self._asked = distributed.all_reduce(self._number, distributed.ReduceOp.MAX, group=group, async_op=True)
         return agreed
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import toolz
 import torch
@@ -263,17 +264,23 @@ def test_processes_that_have_other_data_are_refused_before_the_first_step(pair, 
     assert untouched
 
 
-def started_elsewhere() -> None:
+def started_elsewhere(at: str) -> None:
     program = ff.accelerated(plan())
-    state = program.init(seed=rank())
+    state = attrs.evolve(program.init(seed=rank() if at == "init" else 0), seed=rank())
     ff.last(ff.until(steps=1)(program.steps(state, data(order="sequential"))))
 
 
-def test_processes_that_have_other_seeds_are_refused(pair):
-    error, text = alike(pair.run(error_of, started_elsewhere))
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("init", "the same seed, and got 0, 1$"),
+        ("the stream", r"rank 0: step 0, sample 0, seed 0(.|\n)*rank 1: step 0, sample 0, seed 1"),
+    ],
+)
+def test_processes_that_have_other_seeds_are_refused(pair, at, said):
+    error, text = alike(pair.run(error_of, started_elsewhere, at))
     assert error == "ValueError"
-    assert "rank 0: step 0, sample 0, seed 0" in text
-    assert "rank 1: step 0, sample 0, seed 1" in text
+    assert re.search(said, text)
 
 
 class Named(Drawn):

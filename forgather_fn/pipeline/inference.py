@@ -3,7 +3,7 @@
 import copy
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
+from forgather_fn.data.batch import digest
 from forgather_fn.evaluation import chosen, evaluating, own_batches
 from forgather_fn.metrics import Measure
 from forgather_fn.pipeline.freeing import Freed, filled
-from forgather_fn.pipeline.machine import Machine
+from forgather_fn.pipeline.machine import Machine, first_sample, signature
 from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Params, TrainState, raise_if_nonfinite
@@ -39,11 +40,12 @@ def evaluate(
     tally = Tally(measuring)
     line = machine.line
     line.world.begin()
-    batches = own_batches(data, World(rank=line.number, size=line.pipelines))
-    with evaluating(built, state, params), seeded(key(state.seed, state.step, "evaluate"), built.device):
-        while window := [(i, built.place(as_batch(item).data)) for i, item in itertools.islice(batches, line.stages)]:
-            microbatches = {i: microbatch for i, microbatch in window if i is not None}
-            _prove(machine, next(iter(microbatches.values())))
+    with (
+        evaluating(built, state, params),
+        seeded(key(state.seed, state.step, "evaluate"), built.device),
+        line.world.telling(),
+    ):
+        for microbatches in _windows(machine, data):
 
             def run(
                 stage: int, number: int, hidden: Tensor | None, microbatches: Mapping[int, Any] = microbatches
@@ -61,6 +63,29 @@ def evaluate(
     return combined(line.world.gather(tally.found()), measuring.aggregates)
 
 
+def _windows(machine: Machine, data: Any) -> Iterator[dict[int, Any]]:
+    """Give as many batches at a time as there are stages, by number, while any pipeline has some; collective.
+
+    Raises:
+        ValueError: The processes of a pipeline have other batches. The content of the first ones is compared too.
+    """
+    line, built = machine.line, machine.built
+    batches = own_batches(data, World(rank=line.number, size=line.pipelines))
+
+    def read(first: bool) -> tuple[dict[int, Any], Any]:
+        window = {number: as_batch(item).data for number, item in itertools.islice(batches, line.stages)}
+        return window, ([*map(signature, window.values())], digest(window)[:16] if first else "")
+
+    for first in itertools.chain([True], itertools.repeat(False)):
+        window, everywhere = line.alike("batches of an evaluation", functools.partial(read, first))
+        if everywhere and not window:
+            return
+        if machine.flow is None:  # a pipeline may have no batch to prove it by, but the first one has
+            example = line.world.broadcast(first_sample(next(iter(window.values()))) if line.world.main else None)
+            line.world.each(functools.partial(machine.prove, built.place(example)))
+        yield {number: built.place(microbatch) for number, microbatch in window.items()}
+
+
 def apply(
     machine: Machine, built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params
 ) -> Any:
@@ -68,7 +93,12 @@ def apply(
     line = machine.line
     line.world.begin()
     args, kwargs = built.place(inputs), built.place(named)
-    with evaluating(built, state, params), seeded(key(state.seed, state.step, "apply"), built.device):
+    line.alike("inputs of apply", lambda: (None, (signature((args, kwargs)), digest((args, kwargs))[:16])))
+    with (
+        evaluating(built, state, params),
+        seeded(key(state.seed, state.step, "apply"), built.device),
+        line.world.telling(),
+    ):
         call = functools.partial(built.module, *args, **kwargs)
         line.world.each(lambda: machine.prove_by(call))
 
@@ -79,11 +109,6 @@ def apply(
         results = forward_only(line, [0], run, built.device)
     told = line.world.gather(results.get(0))
     return told[line.number * line.ranks + line.rank_of(line.stages - 1)]
-
-
-def _prove(machine: Machine, microbatch: Any) -> None:
-    if machine.flow is None:
-        machine.line.world.each(lambda: machine.prove(microbatch))
 
 
 def export(machine: Machine, built: Built, state: TrainState, params: Params) -> nn.Module:

@@ -1,14 +1,17 @@
 """The processes of a pipeline, and of its copies beside it, as one of them sees them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
 from torch import Tensor
 
 from forgather_fn.pipeline.schedules import Kind
-from forgather_fn.world import World
+from forgather_fn.world import World, known_to_all
+
+T = TypeVar("T")
 
 
 @attrs.frozen(eq=False)
@@ -81,27 +84,52 @@ class Line:
                 for tensor in tensors:
                     distributed.broadcast(tensor, group=self.copies, group_src=0)
 
-    def same(self, number: int, tell: Callable[[], str]) -> None:
-        """Make sure that all processes of this pipeline have the same number, before anything else is sent.
+    def alike(self, what: str, read: Callable[[], tuple[T, Any]]) -> tuple[T, bool]:
+        """Read what all processes of a pipeline are to have alike, before anything else is sent. This is collective.
 
         Args:
-            number: An int64.
-            tell: Describes what the number stands for, for the error.
+            what: Which function is called. One process may call another than the others.
+            read: Gives what was read, and what it is compared by: anything that prints alike on all processes.
+
+        Returns:
+            What was read; and whether those of the other pipelines have read the same.
 
         Raises:
-            ValueError: They have not; what each has is shown.
+            ValueError: They have not read the same; what each has is shown. Where it could not be read, the error of
+                that, as it was raised.
         """
+        error: Exception | None = None
+        try:
+            value, sign = read()
+        except Exception as raised:
+            error, sign = raised, f"{type(raised).__name__}: {raised}"
+        text = f"{what}: {sign}"
+        told = self._numbers(-1 if error is not None else number_of(text))
+        pipelines = [told[at : at + self.ranks] for at in range(0, self.world.size, self.ranks)]
+        if -1 in told or any(len(set(one)) > 1 for one in pipelines):
+            texts = self.world.gather((what, text))
+            lines = "".join(f"\n  rank {rank}: {text}" for rank, (_, text) in enumerate(texts))
+            unlike = ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
+            if len({what for what, _ in texts}) > 1:  # they do not stand at one point
+                raise unlike
+            raise known_to_all(error or unlike) from None
+        return value, len(set(told)) == 1
+
+    def _numbers(self, number: int) -> list[int]:
+        """Give every process the int64 of each, by rank."""
         from torch import distributed
 
         mine = torch.tensor([number])
         found = [torch.empty_like(mine) for _ in range(self.world.size)]
         with self.world.explained():
             distributed.all_gather(found, mine, group=self.world.control)
-        first, told = self.number * self.ranks, [int(one) for one in found]
-        if any(len(set(told[at : at + self.ranks])) > 1 for at in range(0, self.world.size, self.ranks)):
-            texts = self.world.gather(tell())[first : first + self.ranks]
-            lines = "".join(f"\n  rank {first + i}: {text}" for i, text in enumerate(texts))
-            raise ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
+        return [int(one) for one in found]
+
+
+def number_of(sign: str) -> int:
+    """Make a number of a text, the same in every process; at least 0."""
+    digest = hashlib.blake2b(sign.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def lined_up(world: World, kind: Kind, stages: int, ranks: int) -> Line:

@@ -1,7 +1,6 @@
 """The stages of one process, ready to run: proved on the first batch, with a schedule for each shape of batch."""
 
 import contextlib
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from forgather_fn.batch import microbatches
 from forgather_fn.built import Built
 from forgather_fn.data import Batch
+from forgather_fn.describe import describe
 from forgather_fn.losses import leading_dimension
 from forgather_fn.model import evaluation_mode
 from forgather_fn.pipeline.cuts import Assignment, SplitError
@@ -230,7 +230,10 @@ def first_sample(microbatch: Any) -> Any:
 
 
 def signature(microbatch: Any) -> Signature:
-    """Describe the form of a microbatch: shapes and data types, and whatever else is in it but fractions."""
+    """Describe the form of a microbatch: shapes and data types, and whatever else is in it but fractions.
+
+    It is the same in every process, and so has no addresses of objects in it.
+    """
     kind = type(microbatch).__name__
     if isinstance(microbatch, Tensor):
         return tuple(microbatch.shape), str(microbatch.dtype)
@@ -238,10 +241,4 @@ def signature(microbatch: Any) -> Signature:
         return (kind, *((str(name), signature(item)) for name, item in microbatch.items()))
     if isinstance(microbatch, tuple | list):
         return (kind, *map(signature, microbatch))
-    return (kind,) if isinstance(microbatch, float) else (kind, repr(microbatch))
-
-
-def number_of(sign: Any) -> int:
-    """Make a number of a signature, the same in every process."""
-    digest = hashlib.blake2b(repr(sign).encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return (kind,) if isinstance(microbatch, float) else (kind, describe(microbatch))

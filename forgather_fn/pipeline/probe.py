@@ -76,7 +76,7 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
     named = {child: name for name, child in model.named_modules()}
     slots = buffer_slots(model)
     buffers = {slot.name: slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.numel()}
-    trace = Trace(owners_of(_stand_ins(model), buffers))
+    trace = Trace(owners_of(stand_ins(model), buffers))
     calls: list[_Call] = []
     passed: list[tuple[Cut, Crossing]] = []
     before = [(slot, None if slot.tensor is None else slot.tensor.clone()) for slot in slots]
@@ -101,7 +101,7 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
     return Flow(assignment, crossings, tuple(_skipped(model, crossings, calls)))
 
 
-def _stand_ins(model: nn.Module) -> dict[str, Tensor]:
+def stand_ins(model: nn.Module) -> dict[str, Tensor]:
     """Give every parameter by name, and what stands in for those that were freed."""
     found: dict[str, Tensor] = {}
     for prefix, child in model.named_modules():
@@ -224,7 +224,7 @@ def _skipped(model: nn.Module, crossings: Sequence[Crossing], calls: Sequence[_C
     yield {}
     names = [call.name for call in calls]
     sizes = {name: sum(1 for _ in child.modules()) for name, child in model.named_modules()}
-    params = list(_stand_ins(model))
+    params = list(stand_ins(model))
     for stage, crossing in enumerate(crossings, 1):
         found: dict[str, Form] = {}
         for call in sorted(calls, key=lambda call: -sizes[call.name]):

@@ -17,7 +17,7 @@ from forgather_fn.gradient import Gradients, Spread
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.line import Line
-from forgather_fn.pipeline.machine import Machine, Signature, Wires, number_of, signature
+from forgather_fn.pipeline.machine import Machine, Signature, Wires, signature
 from forgather_fn.pipeline.ties import Ties
 from forgather_fn.pipeline.wire import Shape, packed, unpacked
 from forgather_fn.program import Metrics
@@ -81,24 +81,25 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     built.bound(arrays)
     numbers, microbatches, forms = _given(pipeline, batch)
     weight = known_weight(built.plan, microbatches) if line.pipelines == 1 else None
-    if not machine.knows(forms):
-        passed(
-            built, state, lambda: machine.shapes(microbatches, forms)
-        )  # which leaves the model's buffers as they are
-    shapes = machine.shapes(microbatches, forms)
-    wires = _wires(line, shapes, built.dtype)
-    run = machine.schedule(wires, len(pipeline.share.block))
-    passes = _Passes(pipeline, state, numbers, microbatches, shapes, wires, weight)
-    _, buffers = passed(built, state, lambda: run(passes.work))
-    gradients = built.workspace.collect(batch.samples, 0.0)
-    try:
-        _learn(pipeline, passes.means, moving=not pipeline.names and not _same(arrays.buffers, buffers))
-        gradients, means = _added(pipeline, gradients, passes.means)
-        if pipeline.moving:
-            line.taken_from_first(buffers.buffers)
-    except BaseException:
-        built.workspace.clear()
-        raise
+    with line.world.telling():
+        if not machine.knows(forms):
+            passed(
+                built, state, lambda: machine.shapes(microbatches, forms)
+            )  # which leaves the model's buffers as they are
+        shapes = machine.shapes(microbatches, forms)
+        wires = _wires(line, shapes, built.dtype)
+        run = machine.schedule(wires, len(pipeline.share.block))
+        passes = _Passes(pipeline, state, numbers, microbatches, shapes, wires, weight)
+        _, buffers = passed(built, state, lambda: run(passes.work))
+        gradients = built.workspace.collect(batch.samples, 0.0)
+        try:
+            _learn(pipeline, passes.means, moving=not pipeline.names and not _same(arrays.buffers, buffers))
+            gradients, means = _added(pipeline, gradients, passes.means)
+            if pipeline.moving:
+                line.taken_from_first(buffers.buffers)
+        except BaseException:
+            built.workspace.clear()
+            raise
     taken = line.pipelines == 1 and (weight is not None or len(microbatches) == 1)
     return divided(built, arrays, gradients, weight=None if taken else gradients.weight), buffers, means
 
@@ -112,29 +113,20 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any], list
         ValueError: They have not, or one of them could not cut the batch.
     """
     machine, line = pipeline.machine, pipeline.line
-    error: Exception | None = None
-    numbers: list[int] = []
-    microbatches: list[Any] = []
-    try:
-        for number, microbatch in owned(batch, pipeline.share):
-            numbers.append(number)
-            microbatches.append(machine.built.place(microbatch))
-        if not microbatches:
+
+    def read() -> tuple[tuple[list[int], list[Any], list[Signature]], Any]:
+        pairs = owned(batch, pipeline.share)
+        if not pairs:
             raise ValueError(f"a batch of {batch.samples} samples has no microbatch for each of {line.pipelines} lines")
-    except Exception as raised:
-        error = raised
-    forms = [signature(microbatch) for microbatch in microbatches] if error is None else []
-    sign: Any = forms if error is None else f"{type(error).__name__}: {error}"
-    first = machine.flow is None
-    if first and error is None:  # once, since it looks at every number: data that were drawn without a common seed
-        sign = f"{forms}, content {digest(microbatches)[:16]}"
-    try:
-        line.same(number_of((sign, pipeline.machine.built.plan.microbatches)), lambda: str(sign))
-    except ValueError as unlike:
-        raise error or unlike from None
-    if error is not None:
-        raise error
-    if first:
+        numbers = [number for number, _ in pairs]
+        microbatches = [machine.built.place(microbatch) for _, microbatch in pairs]
+        forms = [signature(microbatch) for microbatch in microbatches]
+        # The content once, since it looks at every number: data that were drawn without a common seed.
+        content = digest(microbatches)[:16] if not pipeline.names else ""
+        return (numbers, microbatches, forms), (forms, content)
+
+    (numbers, microbatches, forms), _ = line.alike("a step", read)
+    if machine.flow is None:
         line.world.each(lambda: machine.prove(microbatches[0]))
     return numbers, microbatches, forms
 

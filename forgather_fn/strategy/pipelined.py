@@ -5,11 +5,10 @@ from typing import Any, Final, Literal
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from forgather_fn.built import Built
 from forgather_fn.execution import Execution
-from forgather_fn.flat import Layout
 from forgather_fn.losses import Objective
 from forgather_fn.meta import on_meta
 from forgather_fn.metrics import Measure
@@ -21,6 +20,7 @@ from forgather_fn.pipeline.cuts import Assignment, SplitError, SplitSpec, cuts_o
 from forgather_fn.pipeline.line import Line, lined_up
 from forgather_fn.pipeline.machine import Machine
 from forgather_fn.pipeline.preparing import assigned_by, assignment_of, stage_prepared
+from forgather_fn.pipeline.probe import stand_ins
 from forgather_fn.pipeline.running import Pipeline, pipelining
 from forgather_fn.pipeline.schedules import Kind, ScheduleError, arrange, kind_of
 from forgather_fn.pipeline.ties import Ties, ties_of
@@ -181,6 +181,7 @@ class _Standing:
                 if self.example is None
                 else assigned_by(module, cuts, call_arguments(module, plan.loss), self.example)
             )
+        self.agree(module)
         if self.line.ranks == 1:
             return prepared(attrs.evolve(plan, model=module), seed)
         stage_prepared(plan, seed, module, self.line, self.assignment, floating(plan))
@@ -188,7 +189,7 @@ class _Standing:
 
     def storage(self) -> Storage:
         """Hold the parameters of this process's stages."""
-        whole = held_whole(self.agree)
+        whole = held_whole(lambda layout, tensors: None)  # values are made the same before they are freed
         export = self.export if self.line.ranks > 1 else whole.export
         return attrs.evolve(whole, prepare=self.prepare, export=export)
 
@@ -233,13 +234,17 @@ class _Standing:
             buffers=frozenset(name for name, rank in first.items() if rank == self.line.rank),
         )
 
-    def agree(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        """Make sure that all processes have the same plan and cuts; values are made the same before they are freed."""
-        del layout, tensors
+    def agree(self, module: nn.Module) -> None:
+        """Make sure that all processes have the same plan, cuts and model, before values are sent from one to others.
+
+        Raises:
+            ValueError: They have not.
+        """
         mine = {
             **self.plan.describe(),
             "split_spec": str(self.assignment and self.assignment.cuts),
-            "schedule": self.line.kind.name,
+            "pipelined(schedule)": self.line.kind.name,
+            "parameters": ", ".join(f"{name} {tuple(p.shape)}" for name, p in stand_ins(module).items()),
         }
         mine.pop("device")
         for rank, other in enumerate(self.line.world.gather(mine)):

@@ -61,6 +61,7 @@ def joined(local_rank: int) -> World:
     if group not in _known:
         rest_at_exit()
         control = group if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
-        world = World(distributed.get_rank(), distributed.get_world_size(), local_rank, group, control)
+        votes = distributed.new_group(backend="gloo")  # else a vote would be taken for an answer to one who asks alone
+        world = World(distributed.get_rank(), distributed.get_world_size(), local_rank, group, control, votes)
         _known[group] = attrs.evolve(world, watch=watching(world))
     return _known[group]
