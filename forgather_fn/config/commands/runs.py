@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import attrs
 
@@ -149,6 +150,9 @@ def _recorded(variables: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in variables.items() if name != "output_dir"}
 
 
+_CHANGED: Final[Mapping[object, str]] = {True: " (changed)", None: " (perhaps changed)"}
+
+
 def show(record: Record, part: str) -> list[str]:
     """Write a part of a record in lines."""
     if part == "arguments":
@@ -167,7 +171,7 @@ def show(record: Record, part: str) -> list[str]:
         "hash": record.hash,
         "command": " ".join(record.command),
         "templates": ", ".join(record.templates),
-        "git": f"{git['revision']}{' (changed)' if git['dirty'] else ''}" if git else "none",
+        "git": f"{git['revision']}{_CHANGED.get(git['dirty'], '')}" if git else "none",
         "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
         "secrets": "taken out" if record.redacted else "none",
     }
