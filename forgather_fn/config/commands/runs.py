@@ -13,6 +13,7 @@ import attrs
 from forgather_fn.checkpoint import latest
 from forgather_fn.config import record as records
 from forgather_fn.config.arguments import arguments, differences
+from forgather_fn.config.commands.common import add_allow_folders
 from forgather_fn.config.emit import inline
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.load import load
@@ -118,6 +119,7 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
         default="summary",
         help="what to show (default: %(default)s)",
     )
+    add_allow_folders(parser)
     parser.epilog = (
         "diff of one run compares it with its configuration as it is now; the exit code is 1 where they differ\n\n"
         "examples:\n  forgather config show runs/a --part graph\n  forgather config diff runs/a runs/b"
@@ -128,7 +130,7 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
             for run in options.runs:
                 print("\n".join(map(printable, show(records.read(run), options.part))))
             return 0
-        changed = _compared(options.runs)
+        changed = _compared(options.runs, options.allow)
         for path, before, after in changed:
             print(printable(f"{path}: {before} -> {after}"))
         return 1 if changed else 0
@@ -136,13 +138,13 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
     return execute
 
 
-def _compared(runs: Sequence[Path]) -> list[tuple[str, str, str]]:
+def _compared(runs: Sequence[Path], allow: Sequence[str]) -> list[tuple[str, str, str]]:
     if len(runs) > 2:
         raise ConfigError(f"config diff compares one or two runs, got {len(runs)}; forgather runs compares more")
     old = records.read(runs[0])
     if len(runs) == 2:
         return differences(old.arguments, records.read(runs[1]).arguments)
-    now = load(old.config, {**old.overrides}, defaults=old.variables)
+    now = load(old.config, {**old.overrides}, defaults=old.variables, allow=allow)
     return differences(old.arguments, arguments(now.graph, old.target, _recorded(now.variables)))
 
 

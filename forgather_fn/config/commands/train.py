@@ -66,7 +66,7 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
 
 def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
     if options.source is None:
-        return load(named(options), given, project_dir=options.project_dir)
+        return load(named(options), given, project_dir=options.project_dir, allow=options.allow)
     if options.config or options.template:
         raise ConfigError("--from takes the configuration from the record: do not name another")
     record = records.read(options.source)
