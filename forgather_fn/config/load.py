@@ -52,7 +52,7 @@ class Loaded:
         """Build a target of it."""
         if self.project is not None:
             projects.extend_system_path(self.project, allow)
-        return build(self.graph, target, self.variables, allow=[one for one in allow if one != projects.SYSTEM_PATH])
+        return build(self.graph, target, self.variables, allow=set(allow) - projects.ALLOWANCES)
 
     def record(self, target: str, command: Sequence[str]) -> Record:
         """Put together the record of a run of it."""
@@ -74,6 +74,7 @@ def load(
     *,
     project_dir: Path | None = None,
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    allow: Collection[str] = (),
 ) -> Loaded:
     """Render and parse a configuration.
 
@@ -82,11 +83,12 @@ def load(
         settings: Values as text: of variables by their names, of arguments by their paths (which have a dot).
         project_dir: Where the project is looked for; None for the configuration's folder, or the current one.
         defaults: Values of variables that need not be used by the configuration.
+        allow: What the user trusts its project with, as :func:`forgather_fn.config.project.load` takes it.
 
     Raises:
         ConfigError: It cannot be read, or a setting is not one that it has.
     """
-    file, project = _located(config, project_dir)
+    file, project = _located(config, project_dir, allow)
     overrides = {name: text for name, text in settings.items() if "." in name or "[" in name}
     given = {name: plain_text(name, text) for name, text in settings.items() if name not in overrides}
     variables = {OUTPUT: str(Path("runs") / Path(config).stem), **defaults, **given}
@@ -137,11 +139,11 @@ def again(record: Record, settings: Mapping[str, str], output: str) -> Loaded:
     return Loaded(config=record.config, text=text, graph=graph, variables=variables, overrides=overrides)
 
 
-def _located(config: str, project_dir: Path | None) -> tuple[Path | str, Project | None]:
+def _located(config: str, project_dir: Path | None, allow: Collection[str]) -> tuple[Path | str, Project | None]:
     file = Path(config)
     if file.is_file() and project_dir is None:
-        return file, projects.find(file.parent)
-    project = projects.find(project_dir or Path.cwd())
+        return file, projects.find(file.parent, allow)
+    project = projects.find(project_dir or Path.cwd(), allow)
     if project is not None:
         name = config or project.default or ""
         for candidate in (name, f"{project.configs}/{name}", f"{project.configs}/{name}.yaml"):

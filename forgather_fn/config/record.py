@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from forgather_fn.config.arguments import arguments
 from forgather_fn.config.dump import dump
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.functions import versions
+from forgather_fn.config.git import git_state
 from forgather_fn.config.graph import Graph
 from forgather_fn.config.parse import parse
 from forgather_fn.config.redact import REDACTED, redacted_command, redacted_graph, redacted_text, secrets_in, without
@@ -48,7 +48,7 @@ class Record:
         arguments: The values in it, by their paths.
         hash: Of the graph, sha256.
         versions: Of Python, the libraries, the platform, and how many threads torch had.
-        git: The revision and whether the tree was dirty; None outside of a repository.
+        git: The revision and whether the tree was dirty, None where that cannot be told; None outside of a repository.
         command: The command line.
         redacted: Whether a secret was taken out.
     """
@@ -132,28 +132,6 @@ def surroundings() -> dict[str, str]:
     found = {**versions(), "platform": platform.platform(), "machine": platform.machine()}
     torch = sys.modules.get("torch")
     return found if torch is None else {**found, "threads": str(torch.get_num_threads())}
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Tell the revision of the repository that a folder is in, and whether anything in it was changed."""
-    try:
-        revision = _git(folder, "rev-parse", "HEAD").strip()
-        return {"revision": revision, "dirty": bool(_git(folder, "status", "--porcelain").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=20,
-        env=environment,
-    )
-    return done.stdout
 
 
 def write(run: Path, record: Record) -> Path:

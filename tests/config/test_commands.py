@@ -15,6 +15,7 @@ from forgather_fn.checkpoint.lock import locked
 from forgather_fn.cli import COMMANDS, main
 from forgather_fn.completion import script
 from forgather_fn.config import record as records
+from forgather_fn.config.commands import train
 from forgather_fn.demo import Settings
 from forgather_fn.demo.train import train as train_demo
 
@@ -354,6 +355,37 @@ def test_a_grid_goes_on_after_a_run_that_failed(run):
     assert code == 1
     assert "1 of 2 runs failed: max_steps=0" in err
     assert "step 3\n" in out
+
+
+MODELS = """
+import torch
+from forgather_fn.demo.model import Transformer
+class Exhausting(Transformer):
+    def forward(self, *args, **kwargs): raise torch.OutOfMemoryError("out of memory")
+def small(fails: bool): return (Exhausting if fails else Transformer)(width=8, layers=1, heads=1)
+"""
+
+
+def test_a_grid_goes_on_after_a_run_that_ran_out_of_memory(run, folder, monkeypatch):
+    Path("models_that_fail.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(folder)
+    model = ("--set", "main.model=!partial:models_that_fail:small {fails: false}", "--allow", "models_that_fail:small")
+    code, out, err = run("train", "mine.yaml", *FLAGS, *model, "--grid", "main.model.fails=true,false")
+    assert code == 1
+    assert "Traceback" in err
+    assert "OutOfMemoryError: out of memory" in err
+    assert "1 of 2 runs failed: fails=true" in err
+    assert "step 12\n" in out
+
+
+def test_a_grid_of_several_processes_ends_where_one_of_them_fails(run, monkeypatch):
+    def failing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("one process alone")
+
+    monkeypatch.setattr(train, "start", failing)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="one process alone"):
+        run("train", "mine.yaml", *FLAGS, "--grid", "main.seed=1,2")
 
 
 def test_records_are_shown_and_compared(run):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from forgather_fn.cli import main
 from forgather_fn.config import ConfigError
 from forgather_fn.config.load import load
 from forgather_fn.config.project import find
@@ -77,6 +78,76 @@ def test_a_search_path_for_python_has_to_be_allowed(project, monkeypatch):
         loaded.build("main", ["own_module_of_a_project:make"])
     assert str(project / "lib") not in sys.path
     assert loaded.build("main", ["system_path", "own_module_of_a_project:make"]) == 3
+
+
+@pytest.fixture
+def outside(project):
+    """Put a file beside the workspace; the project's templates refer to it by name."""
+    elsewhere = project.parents[2] / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "private.txt").write_text("a secret\n")
+    (project / "templates/configs/d.yaml").write_text("main: {% include 'private.txt' %}\n")
+    return elsewhere
+
+
+@pytest.mark.parametrize(
+    "searchdir", ["[/]", "[templates, ../../../elsewhere]", "[link]", "['{{ project_dir }}/../../..']"]
+)
+def test_a_search_path_outside_of_the_workspace_has_to_be_allowed(project, outside, searchdir):
+    (project / "link").symlink_to(outside)
+    (project / "meta.yaml").write_text(f"searchdir: {searchdir}\n")
+    with pytest.raises(ConfigError, match=r"outside of the project and its workspace.*add --allow searchdir"):
+        load("d", project_dir=project)
+    found = find(project, ["searchdir"])
+    assert found is not None
+    assert len(found.search_path) > 1
+
+
+def test_a_template_outside_is_found_where_that_is_allowed(project, outside):
+    (project / "meta.yaml").write_text("searchdir: [templates, ../../../elsewhere]\n")
+    loaded = load("d", project_dir=project, allow=["searchdir"])
+    assert loaded.build("main", ["searchdir"]) == "a secret"
+
+
+def test_a_workspace_that_is_a_link_does_not_lead_out(tmp_path, outside):
+    evil = tmp_path / "unpacked/evil"
+    (evil / "templates").mkdir(parents=True)
+    (tmp_path / "unpacked/forgather_workspace").symlink_to(outside)
+    (evil / "meta.yaml").write_text("name: {% include 'private.txt' %}\n")
+    with pytest.raises(ConfigError, match=r"elsewhere, outside of the project.*add --allow searchdir"):
+        find(evil)
+    found = find(evil, ["searchdir"])
+    assert found is not None
+    assert found.name == "a secret"
+
+
+@pytest.mark.parametrize("name", ["config_prefix", "default_config"])
+@pytest.mark.parametrize("place", ["{outside}", "{outside}/private.txt", "../../../elsewhere"])
+def test_a_project_names_configurations_in_its_search_path_only(project, outside, name, place):
+    (project / "meta.yaml").write_text(f"{name}: {place.format(outside=outside)}\n")
+    with pytest.raises(ConfigError, match=f"{name} is '.*': expected a path below a folder of searchdir"):
+        load("", project_dir=project)
+
+
+def test_commands_that_look_take_the_folders_that_are_allowed(project, outside, capsys):
+    (project / "meta.yaml").write_text("searchdir: [templates, ../../../elsewhere]\n")
+    named = ["-p", str(project), "pp", "d"]
+    assert main(named) == 2
+    assert "--allow searchdir" in capsys.readouterr().err
+    assert main([*named, "--allow", "searchdir"]) == 0
+    assert "a secret" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*named, "--allow", "torch:load"])  # which would do nothing there
+
+
+def test_a_project_that_cannot_be_used_does_not_end_a_list(project, outside, capsys):
+    (project / "meta.yaml").write_text("searchdir: [/]\n")
+    (project.parent / "two").mkdir()
+    (project.parent / "two/meta.yaml").write_text("name: Second\n")
+    assert main(["ls", "-r", "-p", str(project.parent)]) == 0
+    out = capsys.readouterr().out
+    assert f"{project}: cannot be read: {project}/meta.yaml: templates are looked for in /, outside" in out
+    assert "two: Second" in out
 
 
 def test_output_dir_is_always_there(tmp_path):

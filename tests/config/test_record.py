@@ -1,7 +1,6 @@
 """Records: complete, read back, and without secrets; arguments by their paths."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import attrs
@@ -12,7 +11,7 @@ from forgather_fn.config import ConfigError, parse, render
 from forgather_fn.config import record as records
 from forgather_fn.config.arguments import arguments, differences, replaced
 from forgather_fn.config.load import again
-from forgather_fn.config.record import Record, content_hash, git_state, record_of
+from forgather_fn.config.record import Record, content_hash, record_of
 from forgather_fn.config.redact import REDACTED, redacted_command, redacted_text
 from tests.config.graphs import graphs
 
@@ -144,21 +143,6 @@ def test_what_is_no_record_is_refused(tmp_path, text):
         records.read(tmp_path)
     with pytest.raises(ConfigError, match="expected a run of forgather train"):
         records.read(tmp_path / "nowhere")
-
-
-def test_the_state_of_the_repository(tmp_path):
-    assert git_state(tmp_path) is None
-    for command in (
-        ["init", "-q"],
-        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"],
-    ):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    clean = git_state(tmp_path)
-    assert clean is not None
-    assert len(clean["revision"]) == 40
-    assert clean["dirty"] is False
-    (tmp_path / "new").touch()
-    assert git_state(tmp_path)["dirty"] is True  # type: ignore[index]
 
 
 @given(graphs())

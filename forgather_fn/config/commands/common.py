@@ -8,6 +8,7 @@ from typing import Any
 from forgather_fn.config.dynamic import add_options, declared, settings_of
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.load import Loaded, load
+from forgather_fn.config.project import SEARCHDIR
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,20 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="let the configuration build package.module:Name, or whatever is defined in a package",
+        help="let the configuration build package.module:Name, or whatever is defined in a package; searchdir and "
+        "system_path let its project look for templates and modules elsewhere",
+    )
+
+
+def add_allow_folders(parser: argparse.ArgumentParser) -> None:
+    """Add the option that admits folders of templates, for commands that build nothing."""
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=[SEARCHDIR],
+        help="let the project look for templates outside of it and its workspace",
     )
 
 
@@ -63,7 +77,7 @@ def all_settings(options: argparse.Namespace) -> dict[str, str]:
 
 def loaded(options: argparse.Namespace) -> Loaded:
     """Load the configuration that a command line names."""
-    return load(named(options), all_settings(options), project_dir=options.project_dir)
+    return load(named(options), all_settings(options), project_dir=options.project_dir, allow=options.allow)
 
 
 def named(options: argparse.Namespace) -> str:
@@ -97,6 +111,7 @@ def _declare(parser: argparse.ArgumentParser, options: argparse.Namespace, unkno
         {name: value for name, value in settings(options.settings).items() if "." not in name and "[" not in name},
         project_dir=options.project_dir,
         defaults=guessed,
+        allow=options.allow,
     )
     found = declared(first.graph)
     if found:

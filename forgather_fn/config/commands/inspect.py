@@ -5,7 +5,7 @@ import json
 import pprint
 from collections.abc import Callable
 
-from forgather_fn.config.commands.common import add_allow, add_source, loaded
+from forgather_fn.config.commands.common import add_allow, add_allow_folders, add_source, loaded
 from forgather_fn.config.dump import dump
 from forgather_fn.config.python import to_python
 from forgather_fn.config.text import Text
@@ -16,6 +16,7 @@ Execute = Callable[[argparse.Namespace], int]
 def pp(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather pp``; give what prints a rendered configuration."""
     add_source(parser)
+    add_allow_folders(parser)
     parser.add_argument("--origins", action="store_true", help="show for each line where it came from")
     parser.epilog = "example: forgather pp projects/demo.yaml"
 
@@ -36,6 +37,7 @@ def pp(parser: argparse.ArgumentParser, /) -> Execute:
 def graph(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather graph``; give what prints the graph of a configuration."""
     add_source(parser)
+    add_allow_folders(parser)
     parser.add_argument(
         "--format",
         choices=("yaml", "python", "repr", "none"),
@@ -62,6 +64,7 @@ def graph(parser: argparse.ArgumentParser, /) -> Execute:
 def targets(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather targets``; give what lists what can be built."""
     add_source(parser)
+    add_allow_folders(parser)
     parser.epilog = "example: forgather targets projects/demo.yaml"
 
     def execute(options: argparse.Namespace) -> int:
@@ -74,6 +77,7 @@ def targets(parser: argparse.ArgumentParser, /) -> Execute:
 def code(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather code``; give what prints a target as Python source."""
     add_source(parser)
+    add_allow_folders(parser)
     parser.add_argument(
         "--target", default="main", metavar="TARGET", help="which (forgather targets lists them; default: %(default)s)"
     )
@@ -107,6 +111,7 @@ def construct(parser: argparse.ArgumentParser, /) -> Execute:
 def trefs(parser: argparse.ArgumentParser, /) -> Execute:
     """Add the arguments of ``forgather trefs``; give what lists the templates that a configuration uses."""
     add_source(parser)
+    add_allow_folders(parser)
     formats = {"files": files, "md": markdown, "tree": tree, "dot": dot}
     parser.add_argument(
         "--format",

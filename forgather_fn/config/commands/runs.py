@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import attrs
 
 from forgather_fn.checkpoint import latest
 from forgather_fn.config import record as records
 from forgather_fn.config.arguments import arguments, differences
+from forgather_fn.config.commands.common import add_allow_folders
 from forgather_fn.config.emit import inline
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.load import load
@@ -117,6 +119,7 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
         default="summary",
         help="what to show (default: %(default)s)",
     )
+    add_allow_folders(parser)
     parser.epilog = (
         "diff of one run compares it with its configuration as it is now; the exit code is 1 where they differ\n\n"
         "examples:\n  forgather config show runs/a --part graph\n  forgather config diff runs/a runs/b"
@@ -127,7 +130,7 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
             for run in options.runs:
                 print("\n".join(map(printable, show(records.read(run), options.part))))
             return 0
-        changed = _compared(options.runs)
+        changed = _compared(options.runs, options.allow)
         for path, before, after in changed:
             print(printable(f"{path}: {before} -> {after}"))
         return 1 if changed else 0
@@ -135,18 +138,21 @@ def config(parser: argparse.ArgumentParser, /) -> Execute:
     return execute
 
 
-def _compared(runs: Sequence[Path]) -> list[tuple[str, str, str]]:
+def _compared(runs: Sequence[Path], allow: Sequence[str]) -> list[tuple[str, str, str]]:
     if len(runs) > 2:
         raise ConfigError(f"config diff compares one or two runs, got {len(runs)}; forgather runs compares more")
     old = records.read(runs[0])
     if len(runs) == 2:
         return differences(old.arguments, records.read(runs[1]).arguments)
-    now = load(old.config, {**old.overrides}, defaults=old.variables)
+    now = load(old.config, {**old.overrides}, defaults=old.variables, allow=allow)
     return differences(old.arguments, arguments(now.graph, old.target, _recorded(now.variables)))
 
 
 def _recorded(variables: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in variables.items() if name != "output_dir"}
+
+
+_CHANGED: Final[Mapping[object, str]] = {True: " (changed)", None: " (perhaps changed)"}
 
 
 def show(record: Record, part: str) -> list[str]:
@@ -167,7 +173,7 @@ def show(record: Record, part: str) -> list[str]:
         "hash": record.hash,
         "command": " ".join(record.command),
         "templates": ", ".join(record.templates),
-        "git": f"{git['revision']}{' (changed)' if git['dirty'] else ''}" if git else "none",
+        "git": f"{git['revision']}{_CHANGED.get(git['dirty'], '')}" if git else "none",
         "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
         "secrets": "taken out" if record.redacted else "none",
     }

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +14,8 @@ from forgather_fn.config.commands.common import add_allow, add_source, all_setti
 from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.grid import points
 from forgather_fn.config.load import OUTPUT, Loaded, again, load
+from forgather_fn.distributed.launched import number_in
+from forgather_fn.terminal import lines_of
 
 _ONE_PROCESS = "!partial:forgather_fn:single"
 _EXAMPLES = """examples:
@@ -63,7 +66,7 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
 
 def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
     if options.source is None:
-        return load(named(options), given, project_dir=options.project_dir)
+        return load(named(options), given, project_dir=options.project_dir, allow=options.allow)
     if options.config or options.template:
         raise ConfigError("--from takes the configuration from the record: do not name another")
     record = records.read(options.source)
@@ -165,7 +168,7 @@ def _free(path: str) -> str:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Make one run after the other; the exit code is 1 if any failed."""
+    """Make one run after the other, also after one that failed, whatever by; the exit code is 1 if any did."""
     if options.resume and isinstance(options.resume, str):
         raise ConfigError("--resume of a grid goes on with each run that is there: it takes no path")
     failed: list[str] = []
@@ -177,9 +180,13 @@ def _sweep(options: argparse.Namespace) -> int:
         print(f"\n{number}/{len(grid)}  {name}", flush=True)
         try:
             _run(_loaded(options, {**all_settings(options), **point, OUTPUT: str(base / name)}), options)
-        except ValueError as error:
+        except Exception as error:
+            is_told = isinstance(error, ValueError | OSError) and not options.debug
+            if not isinstance(error, ValueError) and number_in(os.environ, "WORLD_SIZE", 1, least=1) > 1:
+                raise  # the other processes are in the middle of this run, and would wait for this one
             failed.append(name)
-            print(f"forgather: error: {error}", file=sys.stderr, flush=True)
+            message = lines_of(f"forgather: error: {error}") if is_told else traceback.format_exc()
+            print(message, file=sys.stderr, flush=True)
     if failed:
         print(f"\n{len(failed)} of {len(grid)} runs failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
