@@ -328,6 +328,41 @@ def test_arguments_of_transformers_are_read_at_each_training(tmp_path):
     assert made.train().global_step == 2
 
 
+def test_a_written_accumulation_counts(tmp_path):
+    class Writes(BASE):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 2 if state.global_step < 3 else 1
+
+    def prepare(made):
+        made.train_dataset = rows("regression", 24)
+
+    made = alike(tmp_path, Writes, prepare=prepare, max_steps=7)
+    assert made.current_gradient_accumulation_steps == 1
+
+
+def test_an_accumulation_written_between_steps_counts_from_the_next_one(tmp_path):
+    class Writes(ours.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 3
+            self.seen = [*getattr(self, "seen", ()), made.current_gradient_accumulation_steps]
+
+    writes = Writes()
+    made = trainer(ours, tmp_path, callbacks=[writes], **{**PLAIN, "max_steps": 2})
+    made.train()
+    assert writes.seen == [1, 3]
+
+
+def test_a_written_norm_counts(tmp_path):
+    class Writes(BASE):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.max_grad_norm = {1: 1e-3, 3: 0.0}.get(state.global_step, args.max_grad_norm)
+
+    def prepare(made):
+        made.optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+
+    alike(tmp_path, Writes, prepare=prepare)
+
+
 def test_a_callback_that_comes_later_is_watched_as_well(tmp_path):
     class Extends(ours.TrainerCallback):
         def on_step_end(self, args, state, control, model, optimizer, **kwargs):
