@@ -215,13 +215,17 @@ def test_metrics_that_are_no_dict_are_refused(tmp_path):
 
 
 def test_evaluation_leaves_the_training_mode_of_parts(tmp_path):
+    seen = []
+
     class Freezes(ours.TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **kwargs):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            assert (model.training, model.hidden.training) == (True, True)
             model.hidden.eval()
 
-        def on_step_end(self, args, state, control, model, **kwargs):
-            assert (model.training, model.hidden.training) == (True, False)
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            seen.append((model.training, model.hidden.training))
 
     made = trainer(ours, tmp_path, "regression", eval_strategy="steps", eval_steps=1, max_steps=3)
     made.add_callback(Freezes())
     made.train()
+    assert seen == [(True, False)] * 3

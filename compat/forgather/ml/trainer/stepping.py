@@ -193,7 +193,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         assert engine is not None
         if self._watched or self._settings() != engine.settings:
             engine = self._refresh_engine()
-        if not self.model.training:
+        if not engine.halves or not self.model.training:  # else training_step does it, or an override decides
             self.model.train()
         unknown = self._uses_items is None and window.count > 1 and isinstance(window.items, Tensor)
         if self.args.torch_compile and unknown and window.batches:
