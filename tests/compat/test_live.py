@@ -210,6 +210,46 @@ def test_an_optimizer_of_the_users_own(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+def test_an_optimizer_with_modes_is_put_into_each_in_time(looks, tmp_path):
+    """One without a schedule: it steps on points between which and their mean it goes back and forth."""
+
+    class Averaging(torch.optim.SGD):
+        training = False
+
+        def _exchange(self, training):
+            if self.training != training:
+                for p in self.param_groups[0]["params"]:
+                    other = self.state[p].setdefault("other", p.detach().clone())
+                    kept = p.detach().clone()
+                    p.data.copy_(other)
+                    other.copy_(kept)
+            self.training = training
+
+        def train(self):
+            self._exchange(True)
+
+        def eval(self):
+            self._exchange(False)
+
+        def step(self, closure=None):
+            assert self.training, "the optimizer was not in train mode"
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["other"].lerp_(p.detach(), 0.5)
+
+    class Looks(BASE):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            pass
+
+    def prepare(made):
+        made.optimizer = Averaging(made.model.parameters(), lr=0.1)
+        made.eval_dataset = rows("regression", 8)
+
+    made = alike(tmp_path, Looks if looks else None, prepare=prepare, eval_strategy="steps", eval_steps=2)
+    assert not made.optimizer.training
+
+
 def test_groups_with_rates_of_their_own(tmp_path):
     def prepare(made):
         model = made.model

@@ -86,7 +86,7 @@ class ObjectiveMixin(Attributes):
         Override it to do otherwise; what the parameters' ``grad`` holds after all microbatches is what the optimizer
         gets.
         """
-        model.train()
+        self._enter_training(model)
         inputs = self._prepare_inputs(inputs)
         items = num_items_in_batch
         self._called = True
@@ -105,6 +105,12 @@ class ObjectiveMixin(Attributes):
             loss = shared(loss, self._share)
         self._backward(loss)
         return loss.detach()
+
+    def _enter_training(self, model: nn.Module) -> None:
+        """Put the model into training mode, and an optimizer that has modes, as those without a schedule have."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
 
     def _is_scaled(self, items: Any) -> bool:
         """Tell whether a loss is a part of the step's mean already, or the mean over its microbatch."""

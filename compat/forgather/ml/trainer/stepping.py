@@ -194,7 +194,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         if self._watched or self._settings() != engine.settings:
             engine = self._refresh_engine()
         if not engine.halves or not self.model.training:  # else training_step does it, or an override decides
-            self.model.train()
+            self._enter_training(self.model)
         unknown = self._uses_items is None and window.count > 1 and isinstance(window.items, Tensor)
         if self.args.torch_compile and unknown and window.batches:
             self._find_use_of_items(window.batches[0], window.items)
