@@ -385,6 +385,21 @@ def test_the_number_of_items_is_that_of_the_whole_step(tmp_path):
     assert seen[3:] == [10.0] * 3
 
 
+@pytest.mark.parametrize("takes_items", [False, True])
+def test_a_loss_may_be_a_module(takes_items, tmp_path):
+    class Own(nn.Module):
+        def forward(self, outputs, labels, num_items_in_batch=None):
+            return nn.functional.mse_loss(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    found = []
+    for loss in (None, Own() if takes_items else nn.MSELoss()):
+        made = trainer(ours, tmp_path, gradient_accumulation_steps=2, **PLAIN)
+        made.compute_loss_func = loss
+        made.train()
+        found.append(losses(made))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_a_search_is_refused_with_the_loop_to_write(tmp_path):
     with pytest.raises(ValueError, match="for learning_rate in"):
         trainer(ours, tmp_path).hyperparameter_search()
