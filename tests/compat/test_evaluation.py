@@ -214,14 +214,34 @@ def test_metrics_that_are_no_dict_are_refused(tmp_path):
         trainer(ours, tmp_path, metrics=lambda prediction: 1.0).evaluate()
 
 
+def test_an_override_that_takes_any_keyword_gets_the_number_of_items(tmp_path):
+    def make(base):
+        class Own(base):
+            def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+                self.seen = float(kwargs["num_items_in_batch"])
+                return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+        return Own
+
+    data, found = rows("gpt2", 8, seed=2, ragged=False), []
+    for library in (ours, transformers):
+        made = trainer(library, tmp_path, "gpt2", cls=make(library.Trainer), evaluated=data)
+        found.append((made.evaluate()["eval_loss"], made.seen))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_evaluation_leaves_the_training_mode_of_parts(tmp_path):
+    seen = []
+
     class Freezes(ours.TrainerCallback):
-        def on_train_begin(self, args, state, control, model, **kwargs):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            assert (model.training, model.hidden.training) == (True, True)
             model.hidden.eval()
 
-        def on_step_end(self, args, state, control, model, **kwargs):
-            assert (model.training, model.hidden.training) == (True, False)
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            seen.append((model.training, model.hidden.training))
 
     made = trainer(ours, tmp_path, "regression", eval_strategy="steps", eval_steps=1, max_steps=3)
     made.add_callback(Freezes())
     made.train()
+    assert seen == [(True, False)] * 3

@@ -56,3 +56,16 @@ def test_a_gradient_that_overflows_halves_the_scale_and_waits_with_the_schedule(
     ]
     assert scales == [2.0**119, 2.0**118, 2.0**117, 2.0**116]
     assert [log["learning_rate"] for log in made.state.log_history if "loss" in log] == [1e-3] * 4
+
+
+def test_an_overflow_right_after_a_setting_was_changed_waits_with_the_schedule(tmp_path):
+    class Changes(ours.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                args.max_grad_norm = 0.3
+                made._engine.state.loss_scale["scale"].fill_(2.0**120)
+
+    made = trainer(ours, tmp_path, callbacks=[Changes()], **{**OPTIONS, "max_steps": 4, "save_strategy": "no"})
+    starting_at(2.0**10, made).train()
+    rates = [log["learning_rate"] for log in made.state.log_history if "loss" in log]
+    assert rates[0] > rates[1] > rates[2] == rates[3]

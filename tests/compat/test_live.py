@@ -210,6 +210,46 @@ def test_an_optimizer_of_the_users_own(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+def test_an_optimizer_with_modes_is_put_into_each_in_time(looks, tmp_path):
+    """One without a schedule: it steps on points between which and their mean it goes back and forth."""
+
+    class Averaging(torch.optim.SGD):
+        training = False
+
+        def _exchange(self, training):
+            if self.training != training:
+                for p in self.param_groups[0]["params"]:
+                    other = self.state[p].setdefault("other", p.detach().clone())
+                    kept = p.detach().clone()
+                    p.data.copy_(other)
+                    other.copy_(kept)
+            self.training = training
+
+        def train(self):
+            self._exchange(True)
+
+        def eval(self):
+            self._exchange(False)
+
+        def step(self, closure=None):
+            assert self.training, "the optimizer was not in train mode"
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["other"].lerp_(p.detach(), 0.5)
+
+    class Looks(BASE):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            pass
+
+    def prepare(made):
+        made.optimizer = Averaging(made.model.parameters(), lr=0.1)
+        made.eval_dataset = rows("regression", 8)
+
+    made = alike(tmp_path, Looks if looks else None, prepare=prepare, eval_strategy="steps", eval_steps=2)
+    assert not made.optimizer.training
+
+
 def test_groups_with_rates_of_their_own(tmp_path):
     def prepare(made):
         model = made.model
@@ -326,6 +366,41 @@ def test_arguments_of_transformers_are_read_at_each_training(tmp_path):
     assert made.train().global_step == 5
     made.args.max_steps = 2
     assert made.train().global_step == 2
+
+
+def test_a_written_accumulation_counts(tmp_path):
+    class Writes(BASE):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 2 if state.global_step < 3 else 1
+
+    def prepare(made):
+        made.train_dataset = rows("regression", 24)
+
+    made = alike(tmp_path, Writes, prepare=prepare, max_steps=7)
+    assert made.current_gradient_accumulation_steps == 1
+
+
+def test_an_accumulation_written_between_steps_counts_from_the_next_one(tmp_path):
+    class Writes(ours.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.gradient_accumulation_steps = 3
+            self.seen = [*getattr(self, "seen", ()), made.current_gradient_accumulation_steps]
+
+    writes = Writes()
+    made = trainer(ours, tmp_path, callbacks=[writes], **{**PLAIN, "max_steps": 2})
+    made.train()
+    assert writes.seen == [1, 3]
+
+
+def test_a_written_norm_counts(tmp_path):
+    class Writes(BASE):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.max_grad_norm = {1: 1e-3, 3: 0.0}.get(state.global_step, args.max_grad_norm)
+
+    def prepare(made):
+        made.optimizer = torch.optim.SGD(made.model.parameters(), lr=0.1)
+
+    alike(tmp_path, Writes, prepare=prepare)
 
 
 def test_a_callback_that_comes_later_is_watched_as_well(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 import forgather.ml as ours
 from forgather_fn.state import NonFiniteError
 from tests.compat.test_checkpoints import trainer
-from tests.compat.tiny import Regression, rows
+from tests.compat.tiny import Regression, gpt2, rows
 
 BOTH = (ours, transformers)
 PLAIN = {"save_strategy": "no"}
@@ -161,6 +161,25 @@ def test_a_step_without_labels_moves_nothing(tmp_path):
 def test_label_smoothing_is_that_of_transformers(tmp_path):
     same_logs(tmp_path, "llama", label_smoothing_factor=0.1)
     same_logs(tmp_path / "more", "bert", label_smoothing_factor=0.2)
+    same_logs(
+        tmp_path / "gpt2", "gpt2", label_smoothing_factor=0.1
+    )  # no kind of loss is named, and labels are shifted all the same
+
+
+def test_a_subclass_of_a_language_model_is_smoothed_as_one(tmp_path):
+    """transformers looks at the name of the class alone, and trains one with a name of its own to copy its input."""
+
+    class Own(transformers.GPT2LMHeadModel):
+        pass
+
+    found = []
+    for kind in (transformers.GPT2LMHeadModel, Own):
+        made = trainer(ours, tmp_path, model=kind(gpt2().config), label_smoothing_factor=0.1, **PLAIN)
+        made.model.load_state_dict(gpt2().state_dict())
+        made.train_dataset = rows("gpt2")
+        made.train()
+        found.append([log["loss"] for log in made.state.log_history if "loss" in log])
+    assert found[0] == found[1]
 
 
 def test_label_smoothing_accumulates_exactly(tmp_path):

@@ -111,6 +111,42 @@ def test_the_halved_step_has_the_bits_of_the_whole_one(tmp_path):
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("keeps", [False, True], ids=["plain", "own train"])
+def test_every_step_puts_the_whole_model_into_training_mode(keeps, looks, tmp_path):
+    """A part that was put into evaluation mode from outside is trained; what an override of train() says holds."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.out, self.calls = nn.BatchNorm1d(3), nn.Linear(3, 1), 0
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.calls += mode
+            self.norm.train(mode and not keeps)
+            return self
+
+        def forward(self, x, labels=None):
+            return {"loss": nn.functional.mse_loss(self.out(self.norm(x))[:, 0], labels)}
+
+    class Looks(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            pass
+
+    found = []
+    for library in BOTH:
+        torch.manual_seed(0)
+        model = Normed()
+        model.norm.eval()
+        before = model.calls
+        made = trainer(library, tmp_path, model=model, callbacks=[Looks()] if looks else None, **PLAIN)
+        made.train()
+        found.append((losses(made), model.norm.training, model.calls - before, model.norm.running_mean))
+    assert found[0][:3] == (pytest.approx(found[1][0], rel=1e-5), *found[1][1:3])
+    torch.testing.assert_close(found[0][3], found[1][3])
+
+
 def test_training_step_fills_gradients(tmp_path):
     def make(base):
         class Mine(base):
@@ -347,6 +383,21 @@ def test_the_number_of_items_is_that_of_the_whole_step(tmp_path):
     made.train()
     assert seen[:3] == [12.0] * 3
     assert seen[3:] == [10.0] * 3
+
+
+@pytest.mark.parametrize("takes_items", [False, True])
+def test_a_loss_may_be_a_module(takes_items, tmp_path):
+    class Own(nn.Module):
+        def forward(self, outputs, labels, num_items_in_batch=None):
+            return nn.functional.mse_loss(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    found = []
+    for loss in (None, Own() if takes_items else nn.MSELoss()):
+        made = trainer(ours, tmp_path, gradient_accumulation_steps=2, **PLAIN)
+        made.compute_loss_func = loss
+        made.train()
+        found.append(losses(made))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_a_search_is_refused_with_the_loop_to_write(tmp_path):

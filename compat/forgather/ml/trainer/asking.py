@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Tell whether a function can be given a keyword."""
-    parameters = inspect.signature(function).parameters
+    """Tell whether a function can be given a keyword; a module passes what it is called with on to its forward."""
+    parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 

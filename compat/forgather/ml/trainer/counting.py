@@ -53,6 +53,17 @@ def shifts_labels(model: nn.Module) -> bool:
     return module.LOSS_MAPPING.get(kind) is module.ForCausalLMLoss and not encoder_decoder
 
 
+def predicts_next_labels(model: nn.Module) -> bool:
+    """Tell whether a model's outputs at a label are a prediction of the next one, so that smoothing has to shift them.
+
+    They are where its own loss shifts labels, and where transformers lists its class, or one that it is made of, among
+    causal language models: ``GPT2LMHeadModel`` and seven others name no kind of loss.
+    """
+    module = sys.modules.get("transformers.models.auto.modeling_auto")  # a model of transformers has loaded it
+    listed = set() if module is None else set(module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return shifts_labels(model) or any(kind.__name__ in listed for kind in type(model).__mro__)
+
+
 class Count(Tensor):
     """A number of items that knows whether it was used.
 

@@ -198,8 +198,9 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
         rest = run.lengths.batches_per_epoch % accumulate or accumulate
         with closing(batches):
             for update in range(skip // accumulate, per_epoch):
-                count = accumulate if update != per_epoch - 1 else rest
-                window = self._window(*self.get_batch_samples(batches, min(count, self._own_accumulation), device))
+                own = self._own_accumulation  # a callback may have changed it
+                count = own if update != per_epoch - 1 else min(rest, own)
+                window = self._window(*self.get_batch_samples(batches, count, device))
                 if window.count:
                     seen += window.count
                     self._make_step(run, epoch, seen, window)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from forgather.ml.trainer.asking import accepts_loss_kwargs, returned_loss, takes, unwrapped
 from forgather.ml.trainer.attributes import Attributes
-from forgather.ml.trainer.counting import Count, counted_labels, shifts_labels
+from forgather.ml.trainer.counting import Count, counted_labels, predicts_next_labels, shifts_labels
 from forgather.ml.trainer.loss_scaling import LossScaler
 from forgather.ml.trainer.microbatches import INPUTS, ITEMS, LABELS, SHARE, WATCHED, WEIGHT, shared
 from forgather_fn.losses import Objective, logits_of
@@ -23,6 +23,7 @@ class ObjectiveMixin(Attributes):
     """The part of a trainer that computes the loss."""
 
     _loss_shifts_labels: bool
+    _predicts_next_labels: bool
     _share: float
     _in_parts: bool
     _called: bool
@@ -73,7 +74,7 @@ class ObjectiveMixin(Attributes):
             else:  # a plain loss, of logits and targets
                 loss = function(logits_of(outputs), labels)
         elif self.label_smoother is not None and labels is not None:
-            loss = self.label_smoother(outputs, labels, self._loss_shifts_labels, items)
+            loss = self.label_smoother(outputs, labels, self._predicts_next_labels, items)
         else:
             loss = returned_loss(outputs, inputs)
         found: Tensor = loss if loss.dim() == 0 else loss.mean()
@@ -85,7 +86,7 @@ class ObjectiveMixin(Attributes):
         Override it to do otherwise; what the parameters' ``grad`` holds after all microbatches is what the optimizer
         gets.
         """
-        model.train()
+        self._enter_training(model)
         inputs = self._prepare_inputs(inputs)
         items = num_items_in_batch
         self._called = True
@@ -104,6 +105,12 @@ class ObjectiveMixin(Attributes):
             loss = shared(loss, self._share)
         self._backward(loss)
         return loss.detach()
+
+    def _enter_training(self, model: nn.Module) -> None:
+        """Put the model into training mode, and an optimizer that has modes, as those without a schedule have."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
 
     def _is_scaled(self, items: Any) -> bool:
         """Tell whether a loss is a part of the step's mean already, or the mean over its microbatch."""
@@ -217,6 +224,7 @@ class ObjectiveMixin(Attributes):
         self.label_names = found if self.args.label_names is None else list(self.args.label_names)
         self.can_return_loss = "return_loss" in names and names["return_loss"].default is True
         self._loss_shifts_labels = shifts_labels(model)
+        self._predicts_next_labels = predicts_next_labels(model)
         self._signature_columns = None
 
     def _objective(self) -> Objective:

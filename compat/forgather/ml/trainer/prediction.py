@@ -1,12 +1,12 @@
 """The model on one batch, without gradients: its loss, its outputs, and the labels."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from forgather.ml.trainer.asking import takes
 from forgather.ml.trainer.nested import detached
 from forgather.ml.trainer.objective import ObjectiveMixin
 
@@ -52,7 +52,7 @@ class PredictionMixin(ObjectiveMixin):
         return loss, logits, labels
 
     def _evaluated_loss(self, model: nn.Module, inputs: Any, items: Any) -> tuple[Tensor, Any]:
-        named = {"num_items_in_batch": items} if "num_items_in_batch" in _parameters(self.compute_loss) else {}
+        named = {"num_items_in_batch": items} if takes(self.compute_loss, "num_items_in_batch") else {}
         loss, outputs = self.compute_loss(model, inputs, return_outputs=True, **named)
         return loss, outputs
 
@@ -68,10 +68,6 @@ class PredictionMixin(ObjectiveMixin):
             return None
         labels = detached(tuple(inputs.get(name) for name in self.label_names))
         return labels[0] if len(labels) == 1 else labels
-
-
-def _parameters(function: Any) -> Any:
-    return inspect.signature(function).parameters
 
 
 def _values(outputs: Mapping[str, Any], ignored: list[str]) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ class Engine:
         held: The optimizer's side.
         halves: Whether steps are made in two halves, so that the plan does not clip.
         looks: What the layout was made of: see :meth:`SteppingMixin._look`.
+        settings: What arguments said when the plan was made: see :meth:`SteppingMixin._settings`.
     """
 
     program: Program
@@ -48,6 +49,7 @@ class Engine:
     held: Adopted | Called
     halves: bool
     looks: tuple[Any, ...]
+    settings: tuple[Any, ...]
 
 
 class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
@@ -84,7 +86,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         plan = self._plan(held, halves)
         program = self._strategy(plan)
         state = attrs.evolve(program.init(self.args.seed), step=step)
-        self._engine = Engine(program, state, held, halves, self._look())
+        self._engine = Engine(program, state, held, halves, self._look(), self._settings())
 
     def _plan(self, held: Adopted | Called, halves: bool) -> ff.Plan:
         """Translate arguments to a plan."""
@@ -137,6 +139,10 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         groups = tuple(tuple(id(p) for p in group["params"]) for group in self.optimizer.param_groups)
         return sites, asked, groups, id(self.optimizer)
 
+    def _settings(self) -> tuple[Any, ...]:
+        """Give what a plan is made of and callbacks may change in the arguments."""
+        return self._microbatches, self._max_norm()
+
     def _refresh_engine(self) -> Engine:
         """Find what user's code changed since the last step, and lay out the state anew where that is needed.
 
@@ -147,7 +153,8 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         assert engine is not None
         halves = self._in_halves()
         fits = isinstance(engine.held, Called) or type(engine.held.optimizer) is type(self.optimizer)
-        if fits and halves == engine.halves and engine.held.is_whole(engine.state.opt) and self._look() == engine.looks:
+        same = halves == engine.halves and self._settings() == engine.settings
+        if fits and same and engine.held.is_whole(engine.state.opt) and self._look() == engine.looks:
             return engine
         self._check_replaced(engine)
         unbind(self.model)
@@ -155,6 +162,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         assert self._engine is not None
         for name, held in self._engine.state.loss_scale.items():
             held.copy_(engine.state.loss_scale[name])
+        self._engine.state.updates.copy_(engine.state.updates)
         return self._engine
 
     def _check_replaced(self, engine: Engine) -> None:
@@ -181,17 +189,21 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         """
         if self._peers.size == 1 and len(self.callback_handler.callbacks) != self._callbacks_seen:
             self._callbacks_seen, self._watched = len(self.callback_handler.callbacks), self._is_watched()
-        engine = self._refresh_engine() if self._watched else self._engine
+        engine = self._engine
         assert engine is not None
-        if not self.model.training:
-            self.model.train()
+        if self._watched or self._settings() != engine.settings:
+            engine = self._refresh_engine()
+        if not engine.halves or not self.model.training:  # else training_step does it, or an override decides
+            self._enter_training(self.model)
         unknown = self._uses_items is None and window.count > 1 and isinstance(window.items, Tensor)
         if self.args.torch_compile and unknown and window.batches:
             self._find_use_of_items(window.batches[0], window.items)
         if engine.halves:
             return self._step_in_halves(engine, window)
         parts = microbatches(window, watch=self._uses_items is None)
-        data = Microbatches(tuple(parts), window.first) if engine.program.plan.microbatches > 1 else parts[0]
+        several = engine.program.plan.microbatches > 1
+        assert several or len(parts) == 1, "the plan is for one microbatch, and the step has more"
+        data = Microbatches(tuple(parts), window.first) if several else parts[0]
         state, metrics = engine.program.step(engine.state, ff.Batch(data, int(window.all.samples), None))
         engine.state = state
         return metrics["loss"], metrics["grad_norm"]
