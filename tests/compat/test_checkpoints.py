@@ -229,6 +229,31 @@ def test_a_module_whose_state_is_no_tensor_is_refused_by_name(tmp_path):
         made.save_model()
 
 
+class Part(Regression):
+    """Has a method of the name that models of transformers have, which writes something else."""
+
+    def save_pretrained(self, folder):
+        raise AssertionError("nobody asked for it")
+
+
+@pytest.mark.parametrize("library", [ours, transformers])
+def test_a_module_that_has_a_save_pretrained_of_its_own_is_saved_as_any_other(library, tmp_path):
+    made = trainer(library, tmp_path, model=Part())
+    made.train()
+    written = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert {name: tuple(p.shape) for name, p in made.model.state_dict().items()} == {
+        name: tuple(p.shape) for name, p in written.items()
+    }
+
+
+def test_a_model_of_transformers_that_is_compiled_opens_with_from_pretrained(tmp_path):
+    made = trainer(ours, tmp_path, "llama")
+    made.model = torch.compile(made.model, backend="eager")
+    made.save_model()
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(opened.lm_head.weight, made.model.lm_head.weight)
+
+
 CALLS = ("make_directory", "create", "write", "sync", "close", "sync_directory", "rename", "unlink", "remove_directory")
 
 

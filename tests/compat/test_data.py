@@ -1,5 +1,6 @@
 """Data come in the order of transformers, are collated as there, and are what the model takes."""
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -210,3 +211,18 @@ def test_a_data_set_of_columns_loses_those_that_are_unused(tmp_path):
     made.train_dataset = Columns([{"text": "some"}] * 8)
     with pytest.raises(ValueError, match="No columns in the dataset match the model's forward method signature"):
         made.train()
+
+
+def test_a_stream_that_does_not_know_its_columns_is_read_as_in_transformers(tmp_path):
+    def samples():
+        for row in rows("regression"):
+            yield {"x": row["x"].tolist(), "labels": float(row["labels"]), "text": "some"}
+
+    losses = []
+    for library in BOTH:
+        made = trainer(library, tmp_path / library.__name__, logging_steps=1, **PLAIN)
+        made.train_dataset = datasets.IterableDataset.from_generator(samples)
+        assert made.train_dataset.column_names is None
+        made.train()
+        losses.append([log["loss"] for log in made.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

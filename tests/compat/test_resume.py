@@ -1,5 +1,6 @@
 """A run that goes on is the run that was not stopped, whoever began it."""
 
+import math
 import random
 import shutil
 
@@ -10,8 +11,9 @@ import transformers
 from torch.utils.data import DataLoader
 
 import forgather.ml as ours
+from forgather.ml.trainer.collators import default_data_collator
 from tests.compat.test_checkpoints import trainer
-from tests.compat.tiny import rows
+from tests.compat.tiny import Regression, rows
 
 LONG = {"max_steps": 14, "save_steps": 5, "warmup_steps": 2, "weight_decay": 0.1}
 
@@ -157,6 +159,73 @@ def test_a_loader_of_the_user_goes_on_where_it_was(tmp_path):
     other = trainer(ours, tmp_path / "b", cls=Mine, **LONG)
     other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     same(weights(whole), weights(other))
+
+
+class Loader(DataLoader):
+    """A loader whose class is a user's."""
+
+
+class Shuffled:
+    """What can only be iterated, in an order that it draws each time."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        order = list(range(len(self.samples)))
+        random.shuffle(order)
+        for first in range(0, len(order), 4):
+            yield default_data_collator([self.samples[i] for i in order[first : first + 4]])
+
+    def __len__(self):
+        return math.ceil(len(self.samples) / 4)
+
+
+LOADERS = {
+    "prepared": lambda made: made.accelerator.prepare(DataLoader(made.train_dataset, batch_size=4, shuffle=True)),
+    "subclass": lambda made: Loader(made.train_dataset, batch_size=4, shuffle=True),
+    "iterable": lambda made: Shuffled(made.train_dataset),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LOADERS))
+def test_whatever_loader_is_given_goes_on_where_it_was(kind, tmp_path):
+    class Mine(ours.Trainer):
+        def get_train_dataloader(self):
+            return LOADERS[kind](self)
+
+    def made(folder):
+        t = trainer(ours, folder, cls=Mine, **LONG)
+        t.train_dataset = Random()
+        return t
+
+    whole = made(tmp_path / "a")
+    whole.train()
+    for step in (5, 10):
+        other = made(tmp_path / "b")
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        same(weights(whole), weights(other))
+
+
+@pytest.mark.parametrize("library", [ours, transformers])
+def test_a_run_that_goes_on_with_a_prepared_loader_sees_each_sample_once_an_epoch(library, tmp_path):
+    class Sees(Regression):
+        def forward(self, x, labels=None):
+            self.seen = [*getattr(self, "seen", []), *x[:, 0].tolist()]
+            return super().forward(x, labels)
+
+    class Mine(library.Trainer):
+        def get_train_dataloader(self):
+            return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=4, shuffle=True))
+
+    def made():
+        return trainer(library, tmp_path, cls=Mine, model=Sees(), max_steps=6, save_steps=3)
+
+    first, rest = made(), made()
+    first.train()
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    seen = [*first.model.seen[:12], *rest.model.seen]  # 3 batches of 4 before
+    assert sorted(seen) == sorted(float(row["x"][0]) for row in rows("regression"))
 
 
 def test_an_iterable_dataset_goes_on_where_it_was(tmp_path):

@@ -15,6 +15,7 @@ import forgather_fn as ff
 from forgather.ml.trainer.abstract import AbstractBaseTrainer as AbstractBaseTrainer
 from forgather.ml.trainer.abstract import ExtensibleTrainer as ExtensibleTrainer
 from forgather.ml.trainer.callbacks import PrinterCallback, ProgressCallback
+from forgather.ml.trainer.card import CardMixin
 from forgather.ml.trainer.checking import CheckingMixin, optimizer_pair, several
 from forgather.ml.trainer.collators import default_collator
 from forgather.ml.trainer.loop import LoopMixin
@@ -26,7 +27,7 @@ from forgather_fn.program import Program
 from forgather_fn.world import ALONE, World
 
 
-class BaseTrainer(CheckingMixin, LoopMixin, ExtensibleTrainer):
+class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
     """The work that all trainers share: everything but the strategy by which a plan becomes a program.
 
     A drop-in for ``transformers.Trainer``. Positional arguments are in its order; those of Forgather's trainers are
@@ -251,10 +252,6 @@ class BaseTrainer(CheckingMixin, LoopMixin, ExtensibleTrainer):
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse, and show what to write instead."""
         raise ValueError("push_to_hub is not supported: trainer.save_model(), then trainer.model.push_to_hub(name)")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, and show what to write instead."""
-        raise ValueError("create_model_card is not supported: write README.md beside what save_model() wrote")
 
     def end(self) -> None:
         """End the trackers and the process group, where Accelerate began them."""

@@ -97,7 +97,8 @@ class DataMixin(Attributes):
         is_training: bool = False,
     ) -> Any:
         args = self.args
-        if hasattr(dataset, "remove_columns") and hasattr(dataset, "column_names"):
+        # A stream of the datasets library may not know its columns: then samples lose them one by one.
+        if hasattr(dataset, "remove_columns") and getattr(dataset, "column_names", None) is not None:
             dataset, collate = self._remove_unused_columns(dataset, description), self.data_collator
         else:
             collate = self._get_collator_with_removed_columns(self.data_collator, description)

@@ -1,5 +1,6 @@
 """Iterating a loader epoch by epoch, from any batch on, so that a run that goes on sees what it would have seen."""
 
+import collections
 import contextlib
 import itertools
 import random
@@ -123,7 +124,7 @@ def feed(loader: Any, seed: int, sharing: Sharing | None = None) -> Feed:
         sharing: Which batches this process has; None where there are no others. With it, what a batch draws at random
             while it is fetched depends on its number alone.
     """
-    loader = loader if sharing is None or sharing.world.size == 1 else whole(loader)
+    loader = whole(loader, 1 if sharing is None else sharing.world.size)
     if not _is_plain(loader) or (sharing is not None and sharing.dispatch):
         return Feed(loader, lambda epoch, skip: _read(loader, seed, sharing or Sharing(), epoch, skip))
     rest, mine = _rest(loader, seed, sharing or Sharing())
@@ -150,7 +151,7 @@ def own_batches(loader: Any, seed: int, sharing: Sharing, stop: int | None) -> t
     Returns:
         A loader of them, for those who look at it, and its iterator.
     """
-    loader = loader if sharing.world.size == 1 else whole(loader)
+    loader = whole(loader, sharing.world.size)
     if not _is_plain(loader) or sharing.dispatch:
         return loader, sharing.own(itertools.islice(_opened(loader), stop), by_first=sharing.dispatch is not False)
     rest, mine = _rest(loader, seed, sharing)
@@ -187,25 +188,47 @@ def _rest(loader: Any, seed: int, sharing: Sharing) -> tuple[Rest, DataLoader[An
 def _drawn(batches: Iterator[Any], numbers: Iterator[int], seed: int, epoch: int) -> Generator[Any, None, None]:
     """Fetch each batch under a key of its number, and leave the global generators as they are."""
     for number in numbers:
-        before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-        _reseed(seed, "batch", epoch, number)
-        try:
-            batch = next(batches)
-        except StopIteration:
+        with _drawing(seed, "batch", epoch, number):
+            fetched = list(itertools.islice(batches, 1))
+        if not fetched:
             return
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.default_generator.set_state(before[2])
-        yield batch
+        yield fetched[0]
 
 
-def _read(loader: Any, seed: int, sharing: Sharing, epoch: int, skip: int) -> Generator[Any, None, None]:
+@contextlib.contextmanager
+def _drawing(seed: int, stream: str, epoch: int, number: int) -> Iterator[None]:
+    """Run a block under a key of its own, and leave the global generators as they are."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    _reseed(seed, stream, epoch, number)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
+
+
+def _read(loader: Any, seed: int, sharing: Sharing, epoch: int, skip: int) -> Iterator[Any]:
     set_epoch(loader, epoch)
     if getattr(loader, "worker_init_fn", None) is seed_worker:  # a loader of ours: its workers draw by epoch
         loader.generator.manual_seed(key(seed, "workers", epoch))
-    rest = itertools.islice(_opened(loader), skip, None)
-    yield from sharing.own(rest, by_first=sharing.dispatch is not False)
+    batches, by_first = _in_order(loader, seed, epoch), sharing.dispatch is not False
+
+    def passed_over() -> None:
+        collections.deque(itertools.islice(batches, skip), maxlen=0)
+
+    # At once: what is skipped may draw, and whoever goes on puts the generators back before the next batch.
+    sharing.world.first(passed_over) if by_first else passed_over()
+    return sharing.own(batches, by_first=by_first)
+
+
+def _in_order(loader: Any, seed: int, epoch: int) -> Generator[Any, None, None]:
+    """Iterate a loader whose order, which it draws before its first batch, depends on seed and epoch alone."""
+    with _drawing(seed, "order", epoch, 0):
+        batches = iter(loader)
+        first = list(itertools.islice(batches, 1))
+    yield from first
+    yield from batches
 
 
 def _opened(loader: Any) -> Iterator[Any]:

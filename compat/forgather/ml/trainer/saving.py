@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from forgather.ml.trainer.logs import LogMixin
-from forgather.ml.trainer.weights import write_weights
+from forgather.ml.trainer.weights import is_pretrained, write_weights
 from forgather_fn import scaling
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, discard, seal, staged, sweep
@@ -93,11 +93,11 @@ class SavingMixin(LogMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = str(self.args.output_dir if output_dir is None else output_dir)
         os.makedirs(folder, exist_ok=True)
-        model: Any = self.model
-        if hasattr(model, "save_pretrained"):
+        model: Any = getattr(self.model, "_orig_mod", self.model)  # what torch.compile has wrapped
+        if is_pretrained(model):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
-            write_weights(model, Path(folder), state_dict)
+            write_weights(self.model, Path(folder), state_dict)
         processing = self.processing_class
         if processing is None:
             processing = getattr(self.data_collator, "tokenizer", None)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import attrs
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from forgather_fn.share import Share
 from forgather_fn.world import ALONE, World
@@ -58,25 +58,34 @@ def _read(source: Iterator[T], size: int) -> list[T]:
     return list(itertools.islice(source, size))
 
 
-def whole(loader: Any) -> Any:
-    """Take a loader of a user, as it is on one process, where Accelerate has shared it out already.
+def whole(loader: Any, size: int) -> Any:
+    """Take a loader of a user, as it is on one process, where Accelerate has shared it out, or wrapped it, already.
+
+    Args:
+        loader: Of all batches, or what ``accelerator.prepare`` made of it.
+        size: How many processes there are. One keeps a loader that is not of batches of indices as it is.
 
     Raises:
         ValueError: It gives each process batches of its own, and what it would give one process is not to be had.
     """
     sampler: Any = getattr(loader, "batch_sampler", None)
     inner = getattr(sampler, "sampler", None)
-    if isinstance(inner, DistributedSampler) or isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    distributed = isinstance(inner, DistributedSampler) or isinstance(
+        getattr(loader, "sampler", None), DistributedSampler
+    )
+    if distributed and size > 1:
         raise ValueError(
             "the loader has a DistributedSampler, and the trainer shares batches out itself, so that each process "
             "would see a part of its part. Leave the sampler out: DataLoader(dataset, batch_size=..., shuffle=True)"
         )
     if not type(loader).__module__.startswith("accelerate."):
         return loader
-    if type(sampler).__name__ == "BatchSamplerShard":
+    shared = type(sampler).__name__ == "BatchSamplerShard"
+    wrapped = type(loader).__name__ == "DataLoaderShard" and not isinstance(loader.dataset, IterableDataset)
+    if shared or (size == 1 and wrapped and sampler is not None):
         return DataLoader(
             loader.dataset,
-            batch_sampler=sampler.batch_sampler,
+            batch_sampler=sampler.batch_sampler if shared else sampler,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
@@ -84,6 +93,8 @@ def whole(loader: Any) -> Any:
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )
+    if size == 1:
+        return loader
     raise ValueError(
         f"Accelerate has made a {type(loader).__name__} of the loader, which gives each process batches of its own, "
         "and the trainer shares batches out itself: return the DataLoader without accelerator.prepare(...)"

@@ -20,6 +20,12 @@ WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "
 OLD_WEIGHTS, OLD_INDEX, OLD_ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Tell whether a model saves itself: one of transformers or PEFT; others may mean another thing by the method."""
+    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(model).__mro__}
+    return bool(kinds & {("transformers", "PreTrainedModel"), ("peft", "PeftModel")})
+
+
 def write_weights(model: nn.Module, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write the weights of a plain module as ``model.safetensors``; tied ones once, under their first name."""
     import safetensors.torch
