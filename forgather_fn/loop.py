@@ -39,12 +39,12 @@ class Course:
     Attributes:
         state: What the next step consumes.
         controls: What is made of results as they are found; see :class:`~forgather_fn.reducers.Control`.
-        found: The names of all results so far.
+        found: The names of all results so far, and what found each the last time.
     """
 
     state: TrainState
     controls: tuple[Control, ...]
-    found: set[str] = attrs.field(factory=set)
+    found: dict[str, object] = attrs.field(factory=dict)
 
 
 @attrs.frozen(eq=False)
@@ -117,11 +117,21 @@ class Tick:
         course.state = state
         return attrs.evolve(self, state=state)
 
-    def found(self, results: Mapping[str, float]) -> "Tick":
-        """Add results, and let what reacts to them do so: schedules of the plan, and stages downstream."""
-        tick = attrs.evolve(self, results={**self.results, **results})
+    def found(self, results: Mapping[str, float], by: object = None) -> "Tick":
+        """Add results, and let what reacts to them do so: schedules of the plan, and stages downstream.
+
+        Args:
+            results: By name.
+            by: What found them. It may look at a tick again, and find other values.
+
+        Raises:
+            ValueError: A name is that of a metric of the step, or of another result of this tick with another value.
+        """
         course = self.run.course
-        course.found.update(results)
+        own = [name for name in results if by is not None and course.found.get(name) is by]
+        check_found(results, self, {name: value for name, value in self.results.items() if name not in own})
+        tick = attrs.evolve(self, results={**self.results, **results})
+        course.found |= dict.fromkeys(results, by)
         for control in course.controls:
             if control.metric in results:
                 number = float(self.run.program.world.broadcast(float(results[control.metric])))
@@ -129,6 +139,31 @@ class Tick:
                 kept = control.reducer.add(control.kept(controls), number)
                 tick = tick.changed(tick.state.controlled({**controls, control.name: kept}))
         return tick
+
+
+def check_found(results: Mapping[str, float], tick: Tick, others: Mapping[str, float]) -> None:
+    """Make sure that no result takes the place of another number of its tick, which nobody would see.
+
+    Args:
+        results: What an observer has just found.
+        tick: Where.
+        others: What others found there.
+
+    Raises:
+        ValueError: A name is that of a metric of the step, or of another result with another value.
+    """
+    for name, value in results.items():
+        if name in tick.metrics:
+            raise ValueError(
+                f"an observer found {name!r} at step {tick.state.step}, which is the name of a metric of the step; "
+                "give it another name: ff.evaluated(..., name='other') begins its results with one"
+            )
+        before = others.get(name, value)
+        if before != value and not (before != before and value != value):
+            raise ValueError(
+                f"two observers found {name!r} at step {tick.state.step}: {before} and {value}; give one of them "
+                "another name: ff.evaluated(..., name='other') begins its results with one"
+            )
 
 
 def _position(state: TrainState) -> tuple[Any, ...]:

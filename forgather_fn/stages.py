@@ -10,7 +10,7 @@ import attrs
 
 from forgather_fn import interrupt
 from forgather_fn.dispatch import closing
-from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, as_steps
+from forgather_fn.loop import Answer, Clock, Demand, Stage, Steps, Tick, as_steps, check_found
 from forgather_fn.signature import checked, shown
 
 
@@ -155,7 +155,7 @@ def _observed(tick: Tick, observers: Iterable[Observer], saves: bool) -> Tick:
         if found and saves:
             _check_order(tick, found)
         if found:
-            tick = tick.found(found)
+            tick = tick.found(found, by=observer.observe)
         saves = saves or "save" in observer.answers
     return tick
 
@@ -255,9 +255,13 @@ def at_end(*observers: Observer | Observe) -> Stage:
     lifted = [_as_observer(observer) for observer in observers]
 
     def look(tick: Tick) -> None:
+        found: dict[str, float] = {}
         for observer in lifted:
             with contextlib.suppress(interrupt.Interrupted):
-                tick = attrs.evolve(tick, results={**tick.results, **(observer.observe(tick) or {})})
+                results = observer.observe(tick) or {}
+                check_found(results, tick, found)
+                found |= results
+                tick = attrs.evolve(tick, results={**tick.results, **found})
         _ended(tick, lifted)
 
     wants = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))

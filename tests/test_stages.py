@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import attrs
 import pytest
@@ -168,13 +169,40 @@ class TestComposition:
         toolz.pipe(
             steps,
             ff.every(1, note),
-            ff.every(2, give(x=1.0, y=2.0), give(y=3.0), note),
+            ff.every(2, give(x=1.0, z=math.nan), give(y=3.0), give(x=1.0), note),
             ff.every(1, lambda tick: None, lambda tick: {}, note),
             ff.until(steps=3),
             ff.last,
         )
-        whole = {"x": 1.0, "y": 3.0}
+        whole = {"x": 1.0, "z": math.nan, "y": 3.0}
         assert seen == [(1, {}), (1, {}), (2, {}), (2, whole), (2, whole), (3, {}), (3, {})]
+
+    @pytest.mark.parametrize("stage", [lambda *looks: ff.every(2, *looks), lambda *looks: ff.at_end(*looks)])
+    def test_two_observers_of_one_name_are_refused(self, steps, stage):
+        looks = [ff.evaluated([labelled(5, seed=seed)]) for seed in (1, 2)]
+        with pytest.raises(ValueError, match=r"two observers found 'eval_loss' at step 2: .* and .*name='other'\)"):
+            toolz.pipe(steps, stage(*looks), ff.until(steps=2), ff.last)
+
+    @pytest.mark.parametrize("stage", [lambda look: ff.every(2, look), lambda look: ff.at_end(look)])
+    def test_a_result_that_is_called_as_a_metric_of_the_step_is_refused(self, steps, stage):
+        with pytest.raises(ValueError, match="found 'loss' at step 2, which is the name of a metric of the step"):
+            toolz.pipe(steps, stage(lambda tick: {"loss": 0.5}), ff.until(steps=2), ff.last)
+
+    def test_one_observer_may_find_something_else_where_it_looks_again(self, steps):
+        seen, values = [], itertools.count()
+
+        def look(tick):
+            return {"x": float(next(values))}
+
+        def nan(tick):
+            return {"y": math.nan}
+
+        def note(tick):
+            seen.append((tick.results["x"], tick.results["y"]))
+
+        again = ff.at_end(look, nan, note)
+        toolz.pipe(steps, ff.every(1, look, nan), ff.at(2, look, nan, note), again, ff.until(steps=2), ff.last)
+        assert [x for x, _ in seen] == [2.0, 3.0]
 
     def test_observers_do_not_change_the_run(self):
         made = program(classifier(), average=ff.ema(0.9))

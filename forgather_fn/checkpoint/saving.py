@@ -188,7 +188,8 @@ class _Writer:
         if not self.background:
             self.settle()
             failures = self._failures()
-        return {"save_failures": float(len(failures))} if failures else {}
+        told = "save_failures" in tick.results  # by another one, or by this one in a stage upstream
+        return {"save_failures": float(len(failures))} if failures and not told else {}
 
     def _failures(self) -> list[str]:
         """Give what has gone wrong since the last save that succeeded, which all processes know alike."""

@@ -255,6 +255,17 @@ class TestStages:
         assert_equal(program.restore(tmp_path / "run"), trajectory()[STEPS])
         trained(program, ff.every(4, saved(tmp_path / "run")))  # the lock was given up
 
+    def test_two_of_them_tell_of_their_failures_together(self, program, tmp_path):
+        seen = []
+        a, b = (saved(tmp_path / name, failures=9, async_=False) for name in "ab")
+        note = ff.every(1, lambda tick: seen.append(tick.results["save_failures"]))
+        with (
+            Calls(lambda number: full).watched(),
+            pytest.raises(SaveError, match=r"9 saves to .*a in a row have failed"),
+        ):
+            trained(program, ff.every(1, a), ff.every(2, b, a), note)
+        assert seen == [1, 2, 4, 5, 7, 8]
+
     def test_but_not_in_two_streams_at_a_time(self, program, tmp_path):
         saver = saved(tmp_path)
         first, second = (iter(ff.every(1, saver)(program.steps(program.init(0), BATCHES))) for _ in range(2))
