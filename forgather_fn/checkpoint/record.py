@@ -1,7 +1,7 @@
 """Trees as data: a JSON structure that refers to named tensors, and back. No pickle."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -69,7 +69,29 @@ def decode(structure: Any, tensors: Mapping[str, Tensor], like: Any, device: tor
         raise CheckpointError(f"{path}: its description cannot be read: {type(error).__name__}: {error}") from None
 
 
+_KINDS: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
+    "tensor": ((Tensor,), "a tensor"),
+    "flat": ((Flat,), "a tensor for each parameter"),
+    "mapping": ((Mapping,), "a mapping"),
+    "sequence": ((tuple, list), "a sequence"),
+}
+"""What :func:`encode` calls the nodes of a tree that are no plain values, in the order in which it looks."""
+
+
+def _check_kind(structure: Any, like: Any, path: str) -> None:
+    """Make sure that a node is of the kind that a fresh state has there; plain values may come to be anything."""
+    expected = next((kind for kind, (types, _) in _KINDS.items() if isinstance(like, types)), None)
+    if expected is None or expected in structure:
+        return
+    found = next((text for kind, (_, text) in _KINDS.items() if kind in structure), repr(structure.get("value")))
+    raise CheckpointError(
+        f"{path}: expected {_KINDS[expected][1]}, the checkpoint has {found}: it was saved by another plan; restore "
+        "without this part, which begins afresh then: without={...}"
+    )
+
+
 def _decode(structure: Any, tensors: Mapping[str, Tensor], like: Any, device: torch.device, path: str) -> Any:
+    _check_kind(structure, like, path)
     if "tensor" in structure:
         return _tensor(tensors, structure, like, device, path)
     if "flat" in structure:

@@ -414,6 +414,35 @@ class TestWithout:
         state = clipping.restore(tmp_path, allow={"transforms"}, without={"transforms"})
         assert run_to(3, clipping, state, data).step == 3
 
+    @pytest.mark.parametrize(
+        ("before", "after", "message"),
+        [
+            (
+                None,
+                lambda params: {"sum": torch.zeros(())},
+                "transforms/0: expected a mapping, the checkpoint has None",
+            ),
+            ({}, lambda params: (torch.zeros(()),), "expected a sequence, the checkpoint has a mapping"),
+            (
+                {"sum": {}},
+                lambda params: {"sum": torch.zeros(())},
+                "0/sum: expected a tensor, the checkpoint has a map",
+            ),
+            (3, lambda params: params.map(torch.zeros_like), "expected a tensor for each parameter, the .* has 3"),
+            (torch.ones(2), lambda params: params.map(torch.zeros_like), "each parameter, the checkpoint has a tensor"),
+        ],
+    )
+    def test_another_kind_of_state_is_refused_unless_it_starts_fresh(self, tmp_path, before, after, message):
+        def keeping(init):
+            return small(transforms=(ff.Transform(init, lambda g, s, **_: (g, s)),))
+
+        first, second = keeping(lambda params: before), keeping(after)
+        save(first, first.init(0), tmp_path)
+        with pytest.raises(CheckpointError, match=rf"{message}.*another plan; .*without=\{{"):
+            second.restore(tmp_path, allow={"transforms"})
+        state = second.restore(tmp_path, allow={"transforms"}, without={"transforms"})
+        assert_equal(second.step(state, BATCHES[0])[0], second.step(second.init(0), BATCHES[0])[0])
+
     def test_the_average_starts_from_the_weights(self, program, run):
         state = program.restore(run, without={"ema"})
         assert torch.equal(state.ema["body.weight"], trajectory()[4].params["body.weight"])
