@@ -47,6 +47,18 @@ def _at_least_one(instance: Any, attribute: "attrs.Attribute[int]", value: int) 
         raise ValueError(f"Plan: {attribute.name} must be an integer of at least 1, got {value!r}")
 
 
+def _is_count(instance: Any, attribute: "attrs.Attribute[int]", value: int) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"Plan: {attribute.name} must be an integer of at least 0, got {value!r}")
+
+
+def _is_backend(instance: Any, attribute: "attrs.Attribute[str]", value: Any) -> None:
+    if not (isinstance(value, str) or callable(value)):
+        raise ValueError(
+            f"Plan: backend takes the name of a compiler, such as 'inductor', or a function; got {value!r}"
+        )
+
+
 def _transforms(value: Iterable[Transform]) -> tuple[Transform, ...]:
     if isinstance(value, Transform):
         raise ValueError(f"Plan: transforms takes a sequence of them: transforms=({value!r},)")
@@ -199,9 +211,9 @@ class Plan:
     update: Literal["after_backward", "in_backward"] = attrs.field(
         default="after_backward", validator=_one_of("after_backward", "in_backward")
     )
-    viewed_elements: int = VIEWED_ELEMENTS
+    viewed_elements: int = attrs.field(default=VIEWED_ELEMENTS, validator=_is_count)
     compile: bool | Literal["model"] = attrs.field(default=False, validator=_one_of(False, True, "model"))
-    backend: str = "inductor"
+    backend: str = attrs.field(default="inductor", validator=_is_backend)
     unroll: bool = attrs.field(default=False, validator=_truth)
 
     def __attrs_post_init__(self) -> None:
