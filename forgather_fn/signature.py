@@ -4,6 +4,7 @@ A recipe is made of many small calls, some of them written in a configuration, w
 truth. What is of the wrong type would fail steps later, in an operation on tensors, or not at all: every text is true.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -161,10 +162,21 @@ def _known(signature: inspect.Signature, given: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _signature(factory: Callable[..., Any]) -> tuple[inspect.Signature, Mapping[str, Expected]]:
-    signature, hints = inspect.signature(factory), get_type_hints(factory)
+    signature, hints = inspect.signature(factory), _hints(factory)
     single = (p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     found = {name: expected(hints[name]) for name in single if hints.get(name, Any) is not Any}
     return signature, {name: one for name, one in found.items() if one is not None}
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Read annotations; those that name what is imported for type checking alone are left out."""
+    found: dict[str, Any] = {}
+    names = getattr(inspect.unwrap(factory), "__globals__", {})
+    for name, hint in inspect.get_annotations(factory).items():
+        alone = types.SimpleNamespace(__annotations__={name: hint})
+        with contextlib.suppress(NameError):
+            found |= get_type_hints(alone, names)
+    return found
 
 
 def expected(hint: Any) -> Expected | None:

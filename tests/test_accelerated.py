@@ -474,8 +474,14 @@ def test_a_checkpoint_that_is_not_there_is_missed_by_all(pair, tmp_path):
         ({}, {"accelerator_args": {"log_with": "all"}}, "ff.report"),
         ({}, {"accelerator_args": {"gradient_accumulation_steps": 3}}, "microbatches=4 over 1 processes"),
         ({}, {"reduction": "mean"}, "reduction='mean' is not one of 'sum', 'tree'"),
-        ({}, {"dispatch": "first"}, "dispatch='first' is not one of 'each', 'rank0'"),
+        ({}, {"dispatch": "first"}, "dispatch='first' is not one of 'rank0', 'each'"),
         ({}, {"sync_batch_norm": True}, "no SyncBatchNorm for CPUs"),
+        ({}, {"sync_batch_norm": "no"}, "sync_batch_norm must be True or False; got 'no'"),
+        ({}, {"overlap_bytes": "64MB"}, "overlap_bytes must be an integer or None; got '64MB'"),
+        ({}, {"overlap_bytes": -1}, "overlap_bytes must be at least 0, or None; got -1"),
+        ({}, {"sharded": "blocks.*"}, r"sharded must be True or False or a sequence, each a text; got 'blocks\.\*'"),
+        ({}, {"sharded": [3]}, r"sharded must be .* a sequence, each a text; got \[3\]"),
+        ({}, {"accelerator_args": ["cpu"]}, "accelerator_args must be a mapping of a text to anything or None"),
     ],
 )
 def test_what_is_not_done_is_refused(changes, given, message):

@@ -18,6 +18,7 @@ from forgather_fn.program import Program
 from forgather_fn.reduction import Reduction, all_reduced, doubled
 from forgather_fn.replicated import replicated
 from forgather_fn.share import Share
+from forgather_fn.signature import checked
 from forgather_fn.strategy.processes import world_of
 from forgather_fn.strategy.program import Strategy, assembled
 from forgather_fn.strategy.sharding import Sharding, check_shards
@@ -32,6 +33,7 @@ ALL_VIEWED: Final = 1 << 62
 PRECISIONS: Final[Mapping[str, Precision]] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+@checked
 def accelerated(
     plan: Plan,
     accelerator: "Accelerator | None" = None,
@@ -72,9 +74,8 @@ def accelerated(
         ValueError: The microbatches cannot be shared out evenly; the plan or the accelerator asks for what this
             strategy does not do; or a launcher started several processes, and this one believes that it is alone.
     """
-    for name, given, known in (("reduction", reduction, ("sum", "tree")), ("dispatch", dispatch, ("each", "rank0"))):
-        if given not in known:
-            raise ValueError(f"accelerated: {name}={given!r} is not one of {', '.join(map(repr, known))}")
+    if overlap_bytes is not None and overlap_bytes < 0:
+        raise ValueError(f"accelerated: overlap_bytes must be at least 0, or None; got {overlap_bytes}")
     found = accelerator_from(accelerator, accelerator_args)
     _check_unsharded(found)
     world = world_of(found)
