@@ -140,7 +140,7 @@ PLANS = {
     "a loss of torch": ({"loss": nn.CrossEntropyLoss()}, "is not a function of"),
     "an optimizer's maker": ({"optimizer": ff.adamw}, "is not one of this library's"),
     "a schedule's maker": ({"schedule": ff.schedules.cosine}, "is no function of a step"),
-    "a schedule of torch": ({"schedule": torch.optim.lr_scheduler.StepLR}, "is no function of a step"),
+    "a schedule of torch": ({"schedule": torch.optim.lr_scheduler.StepLR}, "is not a function of the step that gives"),
     "a schedule of nothing": ({"schedule": lambda: 0.1}, "is no function of a step"),
 }
 
