@@ -1,7 +1,10 @@
 """Hashes of files, in pieces: the one of a large file would keep one core busy while the others wait for it."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -65,6 +68,39 @@ def hashes(path: Path, written: Written, mapped: Mapped) -> Iterable[bytes]:
     """
     starts, piece = written.starts, written.piece
     return mapped(lambda start: _hashed(path, start, None if start == starts[-1] else piece), starts)
+
+
+@contextlib.contextmanager
+def comparing(directory: Path, files: Mapping[str, Written]) -> Iterator[Callable[[], list[str]]]:
+    """Hash files on all cores, while something else is done with them.
+
+    Args:
+        directory: Where they lie.
+        files: What each was when it was written, by name.
+
+    Yields:
+        A function that waits for the hashes, and names the files whose content is another, or cannot be read.
+    """
+
+    def faults() -> list[str]:
+        wrong = {name: _fault(pieces, files[name]) for name, pieces in found.items()}
+        return [f"{name}{why}" for name, why in wrong.items() if why]
+
+    with ThreadPoolExecutor(max_workers=_cores(), thread_name_prefix="checkpoint") as pool:
+        found = {name: hashes(directory / name, written, pool.map) for name, written in files.items()}
+        yield faults
+
+
+def _fault(pieces: Iterable[bytes], written: Written) -> str:
+    try:
+        return "" if joined(pieces) == written.sha256 else ": its content was changed (sha256 differs)"
+    except OSError as error:
+        return f" cannot be read: {error.strerror}"
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def joined(pieces: Iterable[bytes]) -> str:

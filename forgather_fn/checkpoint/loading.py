@@ -2,18 +2,16 @@
 
 import functools
 import logging
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import attrs
 from torch import Tensor
 
 from forgather_fn.checkpoint import catalog, state_file
 from forgather_fn.checkpoint import manifest as manifests
-from forgather_fn.checkpoint.hashing import hashes, joined, sha256
+from forgather_fn.checkpoint.hashing import comparing
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.reading import UNREADABLE, read_tensors, rows_of
 from forgather_fn.checkpoint.snapshot import STATE
@@ -72,37 +70,29 @@ def _load(path: Path, rows: Rows | None) -> Loaded:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-_CHANGED: Final = "{path} is damaged: the content of {files} was changed (sha256 differs)"
-
-
-def _cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _read(path: Path, rows: Rows | None) -> Loaded:
     manifest = manifests.read(path)
     if manifest is None:
         raise CheckpointError(
             f"{path} has no {manifests.NAME}: another tool wrote it, its save did not end, or it is not there"
         )
-    faults = manifests.faults(path, manifest)
-    if faults:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
+    _refuse(path, manifests.faults(path, manifest))
     if STATE not in manifest.files:
         raise CheckpointError(f"{path}: its manifest names no {STATE}")
-    if sha256(path / STATE, manifest.files[STATE]) != manifest.files[STATE].sha256:
-        raise CheckpointError(_CHANGED.format(path=path, files=STATE))
+    with comparing(path, {STATE: manifest.files[STATE]}) as wrong:
+        _refuse(path, wrong())
     record = state_file.read(path)
     tensors: dict[str, dict[str, Tensor]] = {"model": {}}
-    with ThreadPoolExecutor(max_workers=_cores(), thread_name_prefix="checkpoint") as pool:
-        found = {name: hashes(path / name, written, pool.map) for name, written in manifest.files.items()}
+    with comparing(path, manifest.files) as wrong:
         for name in manifest.files:
             if name.endswith(".safetensors"):
                 kind = name.split(".")[0].split("-")[0]
                 held = tensors.setdefault(kind, {})
                 held.update(read_tensors(path / name, functools.partial(rows_of, rows, record, kind)))
-        changed = [name for name, pieces in found.items() if joined(pieces) != manifest.files[name].sha256]
-    if changed:
-        raise CheckpointError(_CHANGED.format(path=path, files=", ".join(changed)))
+        _refuse(path, wrong())
     return Loaded(path, record, tensors)
+
+
+def _refuse(path: Path, faults: Sequence[str]) -> None:
+    if faults:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")

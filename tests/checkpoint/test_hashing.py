@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import attrs
@@ -98,6 +99,21 @@ def test_damage_in_any_piece_is_found(home, at):
     assert verify(home) == ["model.safetensors: its content was changed (sha256 differs)"]
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(home)
+
+
+@pytest.mark.parametrize("read", [verify, load])
+def test_pieces_are_hashed_side_by_side(home, read, monkeypatch):
+    met, hash_one = threading.Barrier(2), hashing._hashed
+
+    def meeting(path, start, length):
+        if path.name == "model.safetensors" and start in (0, 100):
+            met.wait(30)  # for the other piece, which another thread has begun
+        return hash_one(path, start, length)
+
+    monkeypatch.setattr(hashing, "_hashed", meeting)
+    monkeypatch.setattr(hashing, "_cores", lambda: 2)
+    assert manifest.read(home).files["model.safetensors"].size > 100
+    read(home)
 
 
 def rewritten(home, version, change):
