@@ -85,8 +85,8 @@ class Tick:
 
     state: TrainState
     metrics: Metrics
-    batch: Any
-    run: Run
+    batch: Any = attrs.field(repr=lambda batch: f"<{type(batch).__name__}>")
+    run: Run = attrs.field(repr=False)
     results: Mapping[str, float] = attrs.field(factory=dict)
 
     def changed(self, state: TrainState) -> "Tick":

@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from forgather_fn.describe import describe
 from forgather_fn.losses import Loss, Objective
 from forgather_fn.losses.calling import call_arguments as call_arguments
 from forgather_fn.losses.calling import is_hugging_face
@@ -183,17 +184,35 @@ def build(model: nn.Module | ModelFactory, seed: int) -> nn.Module:
     """Give the module itself, or build one from its factory under a key of the seed.
 
     Raises:
-        ValueError: It is neither a module nor a function that returns one.
+        ValueError: It is neither a module nor a function that returns one, or a compiled one of TorchScript.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose parameters TorchScript keeps to itself: give the module that it "
+            "was made of, and compile with Plan(compile=True)"
+        )
     if isinstance(model, nn.Module):
         return model
     if callable(model):
-        with seeded(key(seed, "init"), torch.device("cpu")):
+        with seeded(key(seed, "init"), torch.device("cpu")), _called_without_arguments(model):
             built = model()
         if isinstance(built, nn.Module):
             return built
         raise ValueError(f"the model factory returned {type(built).__name__}; expected a torch.nn.Module")
     raise ValueError(f"model must be a torch.nn.Module or a function that builds one, got {type(model).__name__}")
+
+
+@contextlib.contextmanager
+def _called_without_arguments(model: ModelFactory) -> Iterator[None]:
+    """Say of a model that wants arguments who calls it."""
+    try:
+        yield
+    except TypeError as error:
+        error.add_note(
+            f"while building the plan's model: {describe(model)} is called without arguments; where it takes some, "
+            "give Plan(model=lambda: Model(...)), or the module itself"
+        )
+        raise
 
 
 def initialise_by_name(module: nn.Module, seed: int, among: Collection[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What a user can get wrong has one clear ``ValueError``: what was given, what was expected, where, the fix."""
 
 import pydoc
+import warnings
 
 import attrs
 import pytest
@@ -47,6 +48,12 @@ def consumed():
     state = made.init(0)
     made.step(state, labelled(6))
     made.step(state, labelled(6))
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        return torch.jit.script(nn.Linear(5, 3))
 
 
 def with_state(call):
@@ -209,6 +216,22 @@ CASES = {
         lambda: program(classifier(), donate="no"),
         r"Plan: donate must be True or False, got 'no'",
     ),
+    "one label a sample in a language model's loss": (
+        lambda: trains(loss=ff.losses.causal_lm),
+        r"logits of shape \(6, 3\) do not fit labels of shape \(6,\): .*one label, use ff\.losses\.cross_entropy",
+    ),
+    "a model of TorchScript": (
+        lambda: trains(model=scripted()),
+        r"model is a \w*Script\w*, .*give the module that it was made of, and compile with Plan\(compile=True\)",
+    ),
+    "a run that there is not": (
+        lambda: program(classifier()).restore("no/such/run"),
+        r"no/such/run has no checkpoint that can be loaded: it does not exist; expected a run directory",
+    ),
+    "weights of another tool": (
+        lambda: program(classifier()).restore(__file__),
+        r"test_errors\.py has no checkpoint that can be loaded: it is a file; expected a run directory",
+    ),
     "epochs of data without a length": (
         lambda: toolz.pipe(
             (made := program(classifier())).steps(made.init(0), labelled_batches(1)), ff.until(epochs=1)
@@ -296,6 +319,21 @@ def test_help_of_a_function_of_a_program_tells_its_contract():
         function = getattr(made, name)
         assert function.__name__ == name
         assert len(function.__doc__.splitlines()) > 2
+
+
+def test_a_model_that_wants_arguments_says_who_called_it():
+    with pytest.raises(TypeError, match="in_features") as error:
+        program(nn.Linear).init(0)
+    assert "while building the plan's model: torch.nn" in error.value.__notes__[0]
+    assert "give Plan(model=lambda: Model(...))" in error.value.__notes__[0]
+
+
+def test_a_tick_prints_on_a_line_or_two():
+    made = program(classifier())
+    (tick,) = made.steps(made.init(0), labelled_batches(1))
+    assert repr(tick).startswith("Tick(state=TrainState(step=1, ")
+    assert "batch=<tuple>" in repr(tick)
+    assert len(repr(tick)) < 500
 
 
 def test_errors_have_names_where_they_are_caught_by_name():

@@ -50,6 +50,11 @@ def load(path: str | Path, rows: Rows | None = None) -> Loaded:
     path = path_of(path, "load")
     if (path / manifests.NAME).exists() or (catalog.matched(path) and not (path / catalog.DIRECTORY).exists()):
         return _load(path, rows)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} has no checkpoint that can be loaded: it {'is a file' if path.exists() else 'does not exist'}; "
+            "expected a run directory, or a checkpoint-<step> in one"
+        )
     problems = []
     for entry in reversed(catalog.list_checkpoints(path)):
         try:

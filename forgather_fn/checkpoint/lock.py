@@ -64,6 +64,9 @@ def _holder(file: io.FileIO) -> str:
     try:
         record = json.loads(os.pread(file.fileno(), 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(record["since"])))
-        return f"process {int(record['pid'])} on {record['host']} since {since}"
+        holder = f"process {int(record['pid'])} on {record['host']} since {since}"
+        if (record["pid"], record["host"]) != (os.getpid(), socket.gethostname()):
+            return holder
+        return f"{holder}, which is this one: a stream that saves there is open, or another ff.saved stands in this one"
     except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):  # it says something else
         return "another process"

@@ -78,10 +78,11 @@ def next_tokens(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         ValueError: They do not fit, or labels are no integers.
     """
     logits, labels = logits_of(outputs), _token_labels(batch)
-    if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
+    if logits.dim() < 3 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}: "
             "expected [batch, time, words] against [batch, time]"
+            + ("; where a sample has one label, use ff.losses.cross_entropy" if labels.dim() < 2 else "")
         )
     return logits[..., :-1, :], labels[..., 1:]
 

@@ -43,6 +43,7 @@ class TestTwoWriters:
         assert re.search(pattern, said)
         assert str(tmp_path) in said
         assert "use another run directory" in said
+        assert "this one" not in said
 
     def test_the_first_is_not_disturbed(self, made, tmp_path):
         program, state = made
@@ -58,7 +59,7 @@ class TestTwoWriters:
         program, state = made
         with (
             locked(tmp_path),
-            pytest.raises(RunLockedError, match=f"process {os.getpid()} "),
+            pytest.raises(RunLockedError, match=f"process {os.getpid()} .* is this one: a stream .*ff\\.saved"),
         ):
             ff.last(ff.every(1, saved(tmp_path))(program.steps(state, BATCHES)))
         assert not state.consumed  # it failed before the first step

@@ -346,6 +346,8 @@ def test_a_grid_makes_a_run_for_each_combination_and_a_table_compares_them(run):
     losses = [float(line.split()[2]) for line in lines[1:]]
     assert losses == sorted(losses)
     backwards = run("runs", "runs/grid", "--greater")[1].splitlines()
+    code, _, err = run("runs", "runs/grid", "--metric", "eval_los")
+    assert (code, err.partition(", ")[0]) == (0, "no run has a metric 'eval_los'; they have 'eval_loss'")
     assert backwards[1:] == lines[:0:-1]
     assert run("train", "mine.yaml", *FLAGS, *grid, "--set", "output_dir=runs/grid", "--resume")[0] == 0
 

@@ -1,10 +1,11 @@
 """``forgather runs``, ``forgather config`` and ``forgather tb``: what was run, and how the runs differ."""
 
 import argparse
+import difflib
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,12 +35,14 @@ class Run:
         record: How it was made.
         step: Of its last report or checkpoint.
         metric: The last value; None where there is none.
+        known: The names of all that it has.
     """
 
     name: str
     record: Record
     step: int
     metric: float | None
+    known: frozenset[str] = frozenset()
 
 
 def command(parser: argparse.ArgumentParser, /) -> Execute:
@@ -53,11 +56,20 @@ def command(parser: argparse.ArgumentParser, /) -> Execute:
         found = [_run(path.parent, options) for path in sorted(options.directory.rglob(records.NAME)) if _is_run(path)]
         if not found:
             raise ConfigError(f"{options.directory} has no runs of forgather train")
+        if all(run.metric is None for run in found):
+            _tell_of_metrics(options.metric, {name for run in found for name in run.known})
         for line in table(sorted(found, key=lambda run: _rank(run, options.greater)), options.metric):
             print(printable(line))
         return 0
 
     return execute
+
+
+def _tell_of_metrics(metric: str, known: Collection[str]) -> None:
+    """Say which metrics there are, where no run has the one that was asked for."""
+    near = difflib.get_close_matches(metric, known, n=5, cutoff=0.0)
+    listed = f"; they have {', '.join(map(repr, near))}" if near else ""
+    print(printable(f"no run has a metric {metric!r}{listed}"), file=sys.stderr)
 
 
 def _is_run(path: Path) -> bool:
@@ -72,7 +84,10 @@ def _run(path: Path, options: argparse.Namespace) -> Run:
         known = [value for name, value in entry.manifest.metrics.items() if name == options.metric]
     step = max([int(row["step"]) for row in rows[-1:]] + ([entry.step] if entry else []), default=0)
     name = path.relative_to(options.directory).as_posix()
-    return Run(path.name if name == "." else name, records.read(path), step, known[-1] if known else None)
+    names = frozenset(name for row in rows for name in row)
+    if entry is not None and entry.manifest is not None:
+        names |= entry.manifest.metrics.keys()
+    return Run(path.name if name == "." else name, records.read(path), step, known[-1] if known else None, names)
 
 
 def _rank(run: Run, greater: bool) -> tuple[bool, float]:
