@@ -72,7 +72,8 @@ def pipelining(pipeline: Pipeline) -> Execution:
         advanced, metrics = advance(built, state, gradients, buffers, means, wants)
         return advanced, _everywhere(pipeline, metrics) if wants else metrics
 
-    return composed(built, functools.partial(take_gradients, pipeline), apply)
+    execution = composed(built, functools.partial(take_gradients, pipeline), apply)
+    return attrs.evolve(execution, spread=over(pipeline.line, pipeline.ties.foreign))
 
 
 def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:

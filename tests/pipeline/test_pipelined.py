@@ -228,6 +228,23 @@ def test_outputs_the_model_and_norms_are_on_every_process(two: Processes) -> Non
         assert same
 
 
+def moved_by_hand(pipelined: bool) -> tuple[dict[str, Tensor], float]:
+    """By gradients that somebody else has taken, of which each process has those of its stages."""
+    plan = runs.plan_of(MODELS["plain_tied"])
+    program = ff.pipelined(plan, CUT) if pipelined else ff.single(plan)
+    state = program.init(seed=3)
+    gradients = {name: torch.ones_like(p) for name, p in state.params.items()}
+    state, metrics = program.update(state, gradients, batch=words())
+    return {name: p.clone() for name, p in state.params.items()}, float(metrics["grad_norm"])
+
+
+def test_gradients_of_ones_own_are_clipped_by_the_norm_over_all_stages(two: Processes) -> None:
+    params, norm = moved_by_hand(False)
+    for own, found in two.run(moved_by_hand, True):
+        assert found == pytest.approx(norm, rel=1e-6)
+        torch.testing.assert_close(own, {name: params[name] for name in own}, rtol=0, atol=1e-6)
+
+
 def streamed(pipelined: bool, pipelines: int = 1) -> list[float]:
     """Over the seam of epochs, where a batch has fewer samples than there are microbatches."""
     plan = runs.plan_of(ONE, transforms=())
