@@ -7,7 +7,7 @@ have many states; a module is bound to one at a time, and binding it to another 
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Protocol
 
 import attrs
@@ -110,16 +110,16 @@ class Binding:
         self.buffers = buffers
 
     def _buffer_of(self, slot: Slot, buffers: Flat) -> Tensor | None:
-        name = self._buffer_name(slot, buffers.layout)
+        name = self._buffer_name(slot, buffers.layout.index)
         return buffers.alias(name) if name in buffers.layout.index else None
 
-    def _buffer_name(self, slot: Slot, layout: Layout) -> str:
-        return slot.name if slot.name in layout.index else self._tied_buffers.get(slot.name, slot.name)
+    def _buffer_name(self, slot: Slot, held: Container[str]) -> str:
+        return slot.name if slot.name in held else self._tied_buffers.get(slot.name, slot.name)
 
-    def buffer_places(self, layout: Layout) -> dict[str, str]:
-        """Give the places of buffers in the module that hold one, each with the name of what it holds."""
-        named = {slot.name: self._buffer_name(slot, layout) for slot in self.buffer_slots}
-        return {place: name for place, name in named.items() if name in layout.index}
+    def buffer_places(self, held: Container[str]) -> dict[str, str]:
+        """Give the places in the module that hold one of these buffers, each with the name of what it holds."""
+        named = {slot.name: self._buffer_name(slot, held) for slot in self.buffer_slots}
+        return {place: name for place, name in named.items() if name in held}
 
     def placed(
         self, params: Mapping[str, Tensor], frozen: Mapping[str, Tensor], buffers: Mapping[str, Tensor], layout: Layout
@@ -127,7 +127,7 @@ class Binding:
         """Give every tensor of the module by its place, tied ones at each: for ``functional_call``."""
         places = {site.name: params[name] for site, name in self.trainable}
         places |= {site.name: frozen[name] for site, name in self.still}
-        return places | {place: buffers[name] for place, name in self.buffer_places(layout).items()}
+        return places | {place: buffers[name] for place, name in self.buffer_places(layout.index).items()}
 
     def _intact(self) -> bool:
         for held, attribute, parameter, pointer in self._pointers:
@@ -200,9 +200,17 @@ class Binding:
             for slot in self.buffer_slots
             if slot.tensor is not None and names[slot.name] == slot.name
         }
-        device = next((value.device for value in values.values()), torch.device("cpu"))
-        same = _kinds(values) == _kinds(buffers)
-        return flat_storage.filled(buffers.layout if same else layout_of(values), values, device)
+        return _stored(values, buffers)
+
+    def store_buffers(self, values: Mapping[str, Tensor], like: Flat) -> None:
+        """Point the module's buffers at copies of these, in storage that is laid out as this one where it can be."""
+        self.bind_buffers(_stored(values, like))
+
+
+def _stored(values: Mapping[str, Tensor], like: Flat) -> Flat:
+    device = next((value.device for value in values.values()), torch.device("cpu"))
+    same = _kinds(values) == _kinds(like)
+    return flat_storage.filled(like.layout if same else layout_of(values), values, device)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -7,7 +7,7 @@ import attrs
 
 from forgather_fn.data import Batch
 from forgather_fn.flat import Flat
-from forgather_fn.gradient import Gradients
+from forgather_fn.gradient import Gradients, Spread
 from forgather_fn.mean import Mean
 from forgather_fn.program import Metrics
 from forgather_fn.state import TrainState
@@ -53,8 +53,10 @@ class Execution:
         step: The whole step.
         gradients: Its first half.
         advance: Its second half.
+        spread: How gradients that somebody else has taken are spread over processes; None where each has all of them.
     """
 
     step: TakeStep
     gradients: TakeGradients
     advance: Advance
+    spread: Spread | None = None

@@ -106,7 +106,7 @@ def differentiation(built: Built, buffers: Layout, opaque: Opaque) -> Differenti
         opaque: Marks what the compiler runs instead of reading it.
     """
     binding, plan, module, layout = built.binding, built.plan, built.module, built.binding.layout
-    buffer_names = tuple(binding.buffer_places(buffers))
+    buffer_names = tuple(binding.buffer_places(buffers.index))
     lowered, device_type = built.lowered, plan.device.type
 
     @opaque

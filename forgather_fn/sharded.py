@@ -68,7 +68,8 @@ def on_shards(built: Built, fsdp: Fsdp, world: World, share: Share) -> Execution
         share: Which microbatches are this one's.
     """
     take = functools.partial(take_gradients, Holder(built, fsdp, world, share))
-    return composed(built, take, functools.partial(advance, built))
+    execution = composed(built, take, functools.partial(advance, built))
+    return attrs.evolve(execution, spread=Spread(added(world), shards=True))
 
 
 def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Summed) -> Workspace:

@@ -470,3 +470,19 @@ def test_another_version_of_torch_is_refused():
     fsdp.check_version(torch.__version__)
     with pytest.raises(RuntimeError, match=r"torch is 2\.14\.0, and its fully_shard is known here as of 2\.13 only"):
         fsdp.check_version("2.14.0")
+
+
+def moved_by_hand(sharded: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    given = plan(transforms=(ff.clipped(0.5),))
+    program = ff.accelerated(given, sharded=True) if sharded else ff.single(given)
+    state = program.init(seed=1)
+    gradients = {name: torch.ones_like(rows) for name, rows in state.params.items()}
+    state, metrics = program.update(state, gradients, batch=torch.zeros(4, 2))
+    return float(metrics["grad_norm"]), dict(program.export(state).named_parameters())
+
+
+def test_gradients_of_ones_own_are_clipped_by_the_norm_of_all_shards(pools):
+    norm, params = moved_by_hand(False)
+    for found, whole in pools[2](moved_by_hand, True):
+        assert found == pytest.approx(norm, rel=1e-12)
+        torch.testing.assert_close(whole, params, rtol=0, atol=1e-12)

@@ -41,4 +41,4 @@ def proved(machine: Machine, share: Share) -> Execution:
             machine.built.workspace.clear()
             raise
 
-    return Execution(step, gradients, base.advance)
+    return Execution(step, gradients, base.advance, spread)

@@ -130,8 +130,9 @@ def registered(model: nn.Module, cuts: Sequence[Cut]) -> Assignment:
         places[site.name] = name
     slots = buffer_slots(model)
     buffers: dict[str, set[int]] = {}
-    for place, name in buffer_names(slots).items():
-        buffers.setdefault(name, set()).add(stage(place))
+    names = buffer_names(slots)
+    for slot in slots:  # those without a value too: the first pass may make one
+        buffers.setdefault(names.get(slot.name, slot.name), set()).add(stage(slot.name))
     return Assignment(
         tuple(cuts),
         {name: frozenset(stages) for name, stages in params.items()},

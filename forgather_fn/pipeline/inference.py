@@ -113,10 +113,11 @@ def apply(
 
 def export(machine: Machine, built: Built, state: TrainState, params: Params) -> nn.Module:
     """Give the whole module, with the parameters of all stages, on every process."""
-    arrays = state.read()
+    line, arrays = machine.line, state.read()
     built.bound(arrays)
     used = chosen(built.plan, arrays, params)
     whole = gathered(machine, {**used, **arrays.frozen})
+    kept = gathered(machine, {name: t for name, t in arrays.buffers.items() if machine.keeper(name) in line.own})
     if used is not arrays.params:
         built.binding.bind(used, arrays.frozen, arrays.buffers)
     try:
@@ -134,11 +135,15 @@ def export(machine: Machine, built: Built, state: TrainState, params: Params) ->
         return made[name]
 
     filled(exported, value)
+    held = {name: tensor.to(built.device) for name, tensor in kept.items()}
+    for place, name in built.binding.buffer_places(held).items():
+        prefix, _, attribute = place.rpartition(".")
+        exported.get_submodule(prefix)._buffers[attribute] = held[name]
     return exported
 
 
 def gathered(machine: Machine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give every process the parameters of all stages, in the CPU's memory."""
+    """Give every process the tensors of all stages, in the CPU's memory."""
     line = machine.line
     own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     told: dict[str, Tensor] = {}

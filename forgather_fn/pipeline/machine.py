@@ -74,11 +74,22 @@ class Machine:
         self.flow = flow
         self.stages = {number: cut_stage(model, flow, number) for number in self.line.own}
 
+    def keeper(self, buffer: str) -> int:
+        """Tell which stage keeps a buffer: the last that uses it. What others make of it is for themselves."""
+        known = {**self.assignment.buffers, **(self.flow.assignment.buffers if self.flow is not None else {})}
+        return max(known.get(buffer, {0}))
+
     def run(self, stage: int, microbatch: Any, hidden: Tensor | None) -> Any:
         """Run one stage on a microbatch, in the precision of the plan."""
         args, kwargs = self.built.arguments(microbatch)
         with self.built.autocast():
             return self.stages[stage].run(hidden, lambda: self.built.module(*args, **kwargs))
+
+    @property
+    def reused(self) -> frozenset[int]:
+        """The stages that use a parameter several times."""
+        assert self.flow is not None
+        return self.flow.reused
 
     def knows(self, signatures: Sequence[Signature]) -> bool:
         """Tell whether microbatches of these forms have been run before."""
@@ -150,7 +161,8 @@ def scheduled(machine: Machine, wires: Mapping[int, Wires], number: int) -> Call
     """Make torch's schedule over this process's stages.
 
     Everything that is sent is known beforehand, so that no pass is needed to find it out. Gradients are not scaled:
-    torch would divide what has been added up already.
+    torch would divide what has been added up already. Where a stage uses a parameter several times, the gradients of
+    its parameters are not put off: torch 2.13 goes through some part of such a graph twice, which frees it.
     """
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import get_schedule_class
@@ -166,6 +178,7 @@ def scheduled(machine: Machine, wires: Mapping[int, Wires], number: int) -> Call
             input_args=_like(wires[module.stage].taken, wires[module.stage].taken_dtype),
             output_args=_like(wires[module.stage].given, wires[module.stage].given_dtype),
             group=line.group,
+            dw_builder=_nothing_left if module.stage in machine.reused else None,
         )
         for module in modules
     ]
@@ -186,6 +199,11 @@ def scheduled(machine: Machine, wires: Mapping[int, Wires], number: int) -> Call
                 module.work = None
 
     return run
+
+
+def _nothing_left() -> Callable[[], None]:
+    """Put nothing off: torch takes all gradients at once, and calls what this gives in the place of the rest."""
+    return lambda: None
 
 
 def _like(elements: int, dtype: str) -> Tensor:

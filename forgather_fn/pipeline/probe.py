@@ -17,7 +17,7 @@ from forgather_fn.model import buffer_slots, evaluation_mode
 from forgather_fn.pipeline.cuts import Assignment, Cut, SplitError
 from forgather_fn.pipeline.forms import Form, form_of
 from forgather_fn.pipeline.freeing import freed
-from forgather_fn.pipeline.trace import Following, Origin, Trace, owners_of
+from forgather_fn.pipeline.trace import Following, Trace, owners_of
 from forgather_fn.random import seeded
 
 
@@ -28,10 +28,12 @@ class Crossing:
     Attributes:
         cut: At which module.
         form: Of the module's output at its end, of its ``(args, kwargs)`` at its beginning.
+        written: Whether the next stage writes into the hidden state, which is a leaf of autograd there.
     """
 
     cut: Cut
     form: Form
+    written: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -44,11 +46,13 @@ class Flow:
             another as it is, is the end of that.
         skipped: For each stage, modules that need not be run before it begins, since they only lead from one hidden
             state to the next; by name, with the form of their outputs.
+        reused: Stages that use a parameter several times.
     """
 
     assignment: Assignment
     crossings: tuple[Crossing, ...]
     skipped: tuple[Mapping[str, Form], ...]
+    reused: frozenset[int] = frozenset()
 
 
 @attrs.define(eq=False)
@@ -78,7 +82,7 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
     buffers = {slot.name: slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.numel()}
     trace = Trace(owners_of(stand_ins(model), buffers))
     calls: list[_Call] = []
-    passed: list[tuple[Cut, Crossing]] = []
+    passed: list[tuple[Crossing, _Call | None]] = []
     before = [(slot, None if slot.tensor is None else slot.tensor.clone()) for slot in slots]
     modes = evaluation_mode(model)
     try:
@@ -95,10 +99,11 @@ def probe(model: nn.Module, cuts: Sequence[Cut], call: Callable[[], Any]) -> Flo
             for slot, value in before:
                 if slot.tensor is not None and value is not None and slot.tensor.shape == value.shape:
                     slot.tensor.copy_(value)
-    _check_passed(cuts, passed)
-    assignment = _assigned(cuts, trace)
-    crossings = tuple(crossing for _, crossing in passed)
-    return Flow(assignment, crossings, tuple(_skipped(model, crossings, calls)))
+    _check_passed(cuts, [crossing.cut for crossing, _ in passed])
+    assignment = _assigned(cuts, trace, {slot.name: slot.name.rpartition(".")[0] for slot in slots}, calls)
+    crossings = tuple(_crossings(passed, trace, calls))
+    reused = frozenset(stage for (stage, _), times in trace.uses.items() if times > 1)
+    return Flow(assignment, crossings, tuple(_skipped(model, crossings, calls)), reused)
 
 
 def stand_ins(model: nn.Module) -> dict[str, Tensor]:
@@ -141,7 +146,7 @@ def _watching(named: Mapping[nn.Module, str], trace: Trace, calls: list[_Call]) 
 
 @contextmanager
 def _cutting(
-    model: nn.Module, cuts: Sequence[Cut], trace: Trace, passed: list[tuple[Cut, Crossing]], calls: list[_Call]
+    model: nn.Module, cuts: Sequence[Cut], trace: Trace, passed: list[tuple[Crossing, _Call | None]], calls: list[_Call]
 ) -> Iterator[None]:
     """At each cut, go on to the next stage with a hidden state of that stage."""
 
@@ -154,10 +159,8 @@ def _cutting(
         if origin is None or origin.stage != trace.stage or origin.module is None:
             raise SplitError(f"split_spec: at {cut} the stage before it has done nothing; its cuts lie side by side")
         fresh = hidden.clone()
-        passed.append((cut, _crossing(cut, form, hidden, calls)))
-        trace.stage += 1
-        trace.held.append(fresh.untyped_storage())
-        trace.origins[fresh.untyped_storage()._cdata] = Origin(trace.stage, None)
+        passed.append((Crossing(cut, form), _giver(cut, hidden, calls)))
+        trace.cross(fresh)
         return form.holding(fresh, within=value)
 
     with ExitStack() as stack:
@@ -178,33 +181,53 @@ def _cutting(
         yield
 
 
-def _crossing(cut: Cut, form: Form, hidden: Tensor, calls: Sequence[_Call]) -> Crossing:
-    """Take the beginning of a module that is given what another gave, for the end of that.
+def _giver(cut: Cut, hidden: Tensor, calls: Sequence[_Call]) -> _Call | None:
+    """Find the call that gave what a module is given at its beginning, as it is."""
+    ended = [call for call in calls if call.ended >= 0 and call.given is not None and call.given[1] is hidden]
+    return ended[-1] if ended and cut.side == "beginning" else None
+
+
+def _crossings(
+    passed: Sequence[tuple[Crossing, _Call | None]], trace: Trace, calls: Sequence[_Call]
+) -> Iterator[Crossing]:
+    """Take the beginning of a module that is given what another gave, for the end of that, if it is called once.
 
     What lies before a module's beginning is run again where the module is recomputed for its gradient; a module's end
     is not.
     """
-    if cut.side == "beginning":
-        for call in reversed(calls):
-            if call.ended >= 0 and call.given is not None and call.given[1] is hidden:
-                return Crossing(Cut(call.name, "end"), call.given[0])
-    return Crossing(cut, form)
+    names = [call.name for call in calls]
+    for stage, (crossing, giver) in enumerate(passed, 1):
+        written = stage in trace.written
+        if giver is not None and giver.given is not None and names.count(giver.name) == 1:
+            yield Crossing(Cut(giver.name, "end"), giver.given[0], written)
+        else:
+            yield attrs.evolve(crossing, written=written)
 
 
-def _check_passed(cuts: Sequence[Cut], passed: Sequence[tuple[Cut, Crossing]]) -> None:
-    order = [cut for cut, _ in passed]
+def _check_passed(cuts: Sequence[Cut], order: Sequence[Cut]) -> None:
     for cut in cuts:
         if order.count(cut) != 1:
             times = f"{order.count(cut)} times" if cut in order else "not at all"
             raise SplitError(f"split_spec: {cut} was passed {times} in one run of the model; a cut is passed once")
-    if order != list(cuts):
+    if list(order) != list(cuts):
         raise SplitError(
             f"split_spec: the model runs its modules in another order than they were registered: {cuts[0]} comes "
             f"{order.index(cuts[0]) + 1}. of {len(order)} cuts; write the stages by hand: pipeline.Stages"
         )
 
 
-def _assigned(cuts: Sequence[Cut], trace: Trace) -> Assignment:
+def _assigned(cuts: Sequence[Cut], trace: Trace, slots: Mapping[str, str], calls: Sequence[_Call]) -> Assignment:
+    """Tell which stages use what.
+
+    Buffers that are not read in evaluation mode (how many batches there were) are of the stage in which their module
+    ends.
+
+    Args:
+        cuts: In order.
+        trace: Of the run.
+        slots: Every place for a buffer, with the module that it is of.
+        calls: Of modules, in order.
+    """
     owners = [owner for held in trace.owners.values() for owner in held]
     params = {owner.name: frozenset(owner.stages) for owner in owners if not owner.buffer}
     for stage in range(len(cuts) + 1):
@@ -213,7 +236,10 @@ def _assigned(cuts: Sequence[Cut], trace: Trace) -> Assignment:
                 f"split_spec: stage {stage} of {len(cuts) + 1} has no parameter; its cuts are among "
                 f"{', '.join(map(str, cuts))}"
             )
-    return Assignment(tuple(cuts), params, {o.name: frozenset(o.stages) for o in owners if o.buffer})
+    ended = {call.name: frozenset({call.ended}) for call in calls}
+    buffers = {name: ended[module] for name, module in slots.items() if module in ended}
+    buffers |= {owner.name: frozenset(owner.stages) for owner in owners if owner.buffer and owner.stages}
+    return Assignment(tuple(cuts), params, buffers)
 
 
 def _skipped(model: nn.Module, crossings: Sequence[Crossing], calls: Sequence[_Call]) -> Iterator[Mapping[str, Form]]:

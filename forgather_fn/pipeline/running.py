@@ -1,7 +1,8 @@
 """The step on a pipeline: a schedule of torch runs the microbatches, sums cross the processes, each updates its own."""
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -17,8 +18,9 @@ from forgather_fn.gradient import Gradients, Spread
 from forgather_fn.losses import named_means
 from forgather_fn.mean import Mean
 from forgather_fn.pipeline.line import Line
-from forgather_fn.pipeline.machine import Machine, Signature, Wires, signature
+from forgather_fn.pipeline.machine import Machine, Signature, Wires, Work, signature
 from forgather_fn.pipeline.ties import Ties
+from forgather_fn.pipeline.versions import Versions
 from forgather_fn.pipeline.wire import Shape, packed, unpacked
 from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed
@@ -70,7 +72,8 @@ def pipelining(pipeline: Pipeline) -> Execution:
         advanced, metrics = advance(built, state, gradients, buffers, means, wants)
         return advanced, _everywhere(pipeline, metrics) if wants else metrics
 
-    return composed(built, functools.partial(take_gradients, pipeline), apply)
+    execution = composed(built, functools.partial(take_gradients, pipeline), apply)
+    return attrs.evolve(execution, spread=over(pipeline.line, pipeline.ties.foreign))
 
 
 def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
@@ -89,8 +92,10 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
         shapes = machine.shapes(microbatches, forms)
         wires = _wires(line, shapes, built.dtype)
         run = machine.schedule(wires, len(pipeline.share.block))
-        passes = _Passes(pipeline, state, numbers, microbatches, shapes, wires, weight)
-        _, buffers = passed(built, state, lambda: run(passes.work))
+        moving = built.binding.buffer_slots and (pipeline.moving or not pipeline.names)
+        versions = Versions(machine, arrays.buffers) if moving else None
+        passes = _Passes(pipeline, state, numbers, microbatches, shapes, wires, weight, versions=versions)
+        _, buffers = passed(built, state, lambda: passes.through(run))
         gradients = built.workspace.collect(batch.samples, 0.0)
         try:
             _learn(pipeline, passes.means, moving=not pipeline.names and not _same(arrays.buffers, buffers))
@@ -160,6 +165,13 @@ class _Passes:
     wires: Mapping[int, Wires]
     weight: Tensor | float | None
     means: list[dict[str, Mean]] = attrs.field(factory=list)
+    versions: Versions | None = None
+
+    def through(self, run: Callable[[Work], None]) -> None:
+        """Run all stages on all microbatches."""
+        run(self.work)
+        if self.versions is not None:
+            self.versions.settle()
 
     def work(self, stage: int, index: int, wire: Tensor | None) -> Tensor:
         """Run one stage on one microbatch; see :data:`~forgather_fn.pipeline.machine.Work`.
@@ -175,7 +187,8 @@ class _Passes:
         reseed(key(self.state.seed, self.state.step, number, *path), machine.built.device)
         taken, given = self.shapes[at][stage]
         hidden = None if wire is None or taken is None else unpacked(wire, taken)
-        result = machine.run(stage, self.microbatches[at], hidden)
+        with self.versions.of(stage, counts) if self.versions is not None else contextlib.nullcontext():
+            result = machine.run(stage, self.microbatches[at], hidden)
         if stage == machine.line.stages - 1:
             return self._loss(result, self.microbatches[at], counts)
         if given is None or (tuple(result.shape), result.dtype) != (given.sizes, given.dtype):

@@ -58,7 +58,8 @@ class Stage:
         assert (hidden is None) == (self.begins is None)
         with ExitStack() as stack:
             if self.begins is not None and hidden is not None:
-                stack.enter_context(_entered(self.model, self.begins, hidden))
+                own = hidden.clone() if self.begins.written else hidden
+                stack.enter_context(_entered(self.model, self.begins, own))
             for module, form in self.skipped:
                 stack.enter_context(_forward_of(module, _passing(form)))
             if self.ends is not None:

@@ -1,7 +1,8 @@
 """Where each tensor of a run comes from: of which stage it is, and which module has made it."""
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -54,19 +55,71 @@ def owners_of(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> di
 
 @attrs.define(eq=False)
 class Trace:
-    """What is known while the model runs."""
+    """What is known while the model runs.
+
+    Attributes:
+        owners: Parameters and buffers, by their storage.
+        stage: Which one runs.
+        modules: The names of those that run, outer ones first.
+        origins: Where what has been made comes from, by its storage.
+        crossed: The storages of hidden states that have crossed a cut, with the stage that takes each.
+        written: Stages that write into the hidden state that they take.
+        weights: Which parameters a tensor was made of, where it was made of nothing else; by its storage.
+        uses: How often a stage brings a parameter together with a hidden state.
+        held: Storages, so that no other tensor comes to lie there.
+    """
 
     owners: Mapping[int, Sequence[Owner]]
     stage: int = 0
     modules: list[str] = attrs.field(factory=list)
     origins: dict[int, Origin] = attrs.field(factory=dict)
+    crossed: dict[int, int] = attrs.field(factory=dict)
+    written: set[int] = attrs.field(factory=set)
+    weights: dict[int, frozenset[str]] = attrs.field(factory=dict)
+    uses: "Counter[tuple[int, str]]" = attrs.field(factory=Counter)
     held: list[Any] = attrs.field(factory=list)
+
+    def cross(self, hidden: Tensor) -> None:
+        """Go on to the next stage, which takes this hidden state."""
+        self.stage += 1
+        storage = hidden.untyped_storage()
+        self.held.append(storage)
+        self.origins[storage._cdata] = Origin(self.stage, None)
+        self.crossed[storage._cdata] = self.stage
+        self.weights.pop(storage._cdata, None)  # the first stage makes it of nothing but parameters and the batch
+
+    def write(self, tensor: Tensor) -> None:
+        """Note that a tensor is written to."""
+        stage = self.crossed.get(tensor.untyped_storage()._cdata)
+        if stage is not None:
+            self.written.add(stage)
 
     def mark(self, tensor: Tensor) -> None:
         """Note that a tensor was made in this stage; its memory is held, so that no other is taken for it."""
         storage = tensor.untyped_storage()
         self.held.append(storage)
         self.origins[storage._cdata] = Origin(self.stage, self.modules[-1] if self.modules else "")
+
+    def owner(self, tensor: Tensor) -> Owner:
+        """Tell which parameter or buffer a tensor is a view of."""
+        own = self.owners[tensor.untyped_storage()._cdata]
+        return own[max(0, bisect.bisect_right(own, tensor.data_ptr(), key=lambda owner: owner.start) - 1)]
+
+    def use(self, given: Sequence[Tensor]) -> frozenset[str]:
+        """Note which parameters an operation brings together with a hidden state; else give those that it is made of.
+
+        Args:
+            given: Those of its arguments that are of some stage.
+        """
+        names, alone = frozenset[str](), True
+        for tensor in given:
+            place = tensor.untyped_storage()._cdata
+            made = frozenset({self.owner(tensor).name}) if place in self.owners else self.weights.get(place)
+            names, alone = names | (made or frozenset()), alone and made is not None
+        if alone:
+            return names
+        self.uses.update((self.stage, name) for name in names)
+        return frozenset()
 
     def read(self, tensor: Tensor) -> bool:
         """Note that a tensor is read, and tell whether it is of any stage.
@@ -76,8 +129,7 @@ class Trace:
         """
         place = tensor.untyped_storage()._cdata
         if place in self.owners:
-            own = self.owners[place]
-            owner = own[max(0, bisect.bisect_right(own, tensor.data_ptr(), key=lambda owner: owner.start) - 1)]
+            owner = self.owner(tensor)
             owner.stages.add(self.stage)
             return not owner.buffer
         origin = self.origins.get(place)
@@ -110,10 +162,25 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         name = func._overloadpacket.__name__
         if name in _SHAPES_ONLY:
             return func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
+            for tensor in _written(func._schema, args, kwargs or {}):
+                self.trace.write(tensor)
         staged = [self.trace.read(tensor) for tensor in given]  # all of them are noted
         result = func(*args, **(kwargs or {}))
         if any(staged):
+            made = self.trace.use([tensor for tensor, one in zip(given, staged, strict=True) if one])
             for leaf in tree_flatten(result)[0]:
                 if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.trace.owners:
                     self.trace.mark(leaf)
+                    if made:
+                        self.trace.weights[leaf.untyped_storage()._cdata] = made
         return result
+
+
+def _written(schema: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Give the tensors that an operation writes to."""
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            leaves = tree_flatten(given.get(argument.name))[0]
+            yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))

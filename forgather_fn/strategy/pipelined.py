@@ -33,7 +33,7 @@ from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import launched_on
 from forgather_fn.strategy.program import Inference, Strategy, assembled
 from forgather_fn.strategy.storage import Storage, floating, held_whole, prepared
-from forgather_fn.world import World
+from forgather_fn.world import World, known_to_all
 
 
 def pipelined(
@@ -185,6 +185,14 @@ class _Standing:
         if self.line.ranks == 1:
             return prepared(attrs.evolve(plan, model=module), seed)
         stage_prepared(plan, seed, module, self.line, self.assignment, floating(plan))
+        for rank, trains in enumerate(self.line.world.gather(any(p.requires_grad for p in module.parameters()))):
+            if not trains:
+                raise known_to_all(
+                    SplitError(
+                        f"split_spec: rank {rank} has no parameter to train, since those of its stages are frozen; cut "
+                        "the model so that each process has one that asks for a gradient"
+                    )
+                )
         return module
 
     def storage(self) -> Storage:
@@ -223,7 +231,7 @@ class _Standing:
         assert self.ties is not None
         stages = frozenset(self.line.own)
         own = frozenset(name for name, used in self.assignment.params.items() if used & stages)
-        first = {name: self.line.rank_of(min(used)) for name, used in self.assignment.buffers.items()}
+        keeper = self._running().keeper
         return Portion(
             number=self.line.rank,
             count=self.line.ranks,
@@ -231,7 +239,7 @@ class _Standing:
             order=self.trained,
             own=own,
             named=own - self.ties.foreign,
-            buffers=frozenset(name for name, rank in first.items() if rank == self.line.rank),
+            buffers=frozenset(name for name in self.assignment.buffers if keeper(name) in stages),
         )
 
     def agree(self, module: nn.Module) -> None:

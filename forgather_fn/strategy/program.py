@@ -144,6 +144,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         own = None if batch is None else as_batch(batch)
         if not isinstance(gradients, Gradients):
             taken = own_gradients(machine.binding.layout, gradients, own)
+            taken = attrs.evolve(taken, spread=execution.spread)
         elif own is None:
             taken = gradients.copy()
         else:

@@ -244,7 +244,7 @@ class Sharding:
         values |= {name: fsdp.still.gathered(frozen, name).cpu() for name in frozen}
         buffers = {
             place: arrays.buffers[name].detach().to("cpu", copy=True)
-            for place, name in built.binding.buffer_places(arrays.buffers.layout).items()
+            for place, name in built.binding.buffer_places(arrays.buffers).items()
         }
         return filled_in(copy.deepcopy(self.blank), self.sites, values, buffers)
 

@@ -228,6 +228,23 @@ def test_outputs_the_model_and_norms_are_on_every_process(two: Processes) -> Non
         assert same
 
 
+def moved_by_hand(pipelined: bool) -> tuple[dict[str, Tensor], float]:
+    """By gradients that somebody else has taken, of which each process has those of its stages."""
+    plan = runs.plan_of(MODELS["plain_tied"])
+    program = ff.pipelined(plan, CUT) if pipelined else ff.single(plan)
+    state = program.init(seed=3)
+    gradients = {name: torch.ones_like(p) for name, p in state.params.items()}
+    state, metrics = program.update(state, gradients, batch=words())
+    return {name: p.clone() for name, p in state.params.items()}, float(metrics["grad_norm"])
+
+
+def test_gradients_of_ones_own_are_clipped_by_the_norm_over_all_stages(two: Processes) -> None:
+    params, norm = moved_by_hand(False)
+    for own, found in two.run(moved_by_hand, True):
+        assert found == pytest.approx(norm, rel=1e-6)
+        torch.testing.assert_close(own, {name: params[name] for name in own}, rtol=0, atol=1e-6)
+
+
 def streamed(pipelined: bool, pipelines: int = 1) -> list[float]:
     """Over the seam of epochs, where a batch has fewer samples than there are microbatches."""
     plan = runs.plan_of(ONE, transforms=())
@@ -291,6 +308,52 @@ def test_an_example_tells_which_stage_uses_what(two: Processes) -> None:
         first, second = two.run(registered_backwards, True, meta)
         assert "scale" not in first
         assert "scale" in second
+
+
+class Reusing(nn.Module):
+    """A stage uses one layer twice, and a parameter of its own in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.first = Block(16, 0.0)
+        self.shared, self.scale, self.between = nn.Linear(16, 16), Scale(), Block(16, 0.0)
+        self.head = nn.Linear(16, 40)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.first(self.embed(input_ids))
+        scale = self.scale()
+        return self.head(self.shared(self.between(torch.tanh(self.shared(hidden * scale))) * scale))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(16))
+
+    def forward(self) -> Tensor:
+        return nn.functional.softplus(self.raw)
+
+
+def reusing(pipelined: bool, frozen: bool = False) -> runs.Found:
+    torch.manual_seed(0)
+    model = Reusing()
+    if frozen:
+        model.embed.requires_grad_(False)
+        model.head.requires_grad_(False)
+    plan = runs.plan_of(ONE, model=model, transforms=(), precision="float64")
+    cuts = {"embed": "end", "first": "end", "head": "beginning"}
+    return runs.run(ff.pipelined(plan, cuts, schedule="ZBVZeroBubble") if pipelined else ff.single(plan))
+
+
+def test_a_stage_may_use_a_parameter_twice_where_gradients_are_put_off(two: Processes) -> None:
+    compared(two.run(reusing, True), reusing(False), 1e-12)
+
+
+def test_a_process_without_a_parameter_to_train_is_named(two: Processes) -> None:
+    with pytest.raises(ProcessesFailed, match="rank 0 has no parameter to train") as caught:
+        two.run(reusing, True, True)
+    assert all("SplitError" in text for text in caught.value.errors.values())
 
 
 class Head(nn.Module):
