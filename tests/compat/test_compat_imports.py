@@ -1,5 +1,7 @@
 """What is imported with the class layer's parts, and what only where it is used."""
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -44,3 +46,43 @@ def loaded() -> set[str]:
 def test_arguments_and_callbacks_are_made_without(name: str, loaded: set[str]) -> None:
     assert "forgather.ml.trainer.arguments" in loaded
     assert name not in loaded
+
+
+PACKAGES = ("forgather.ml", "forgather.ml.trainer", "forgather.ml.trainer.callbacks")
+
+
+def stub(package: str) -> Path:
+    return Path(str(importlib.import_module(package).__file__)).with_suffix(".pyi")
+
+
+def typed(package: str) -> set[str]:
+    """Collect the names that a type checker sees in a package."""
+    found: set[str] = set()
+    for one in ast.parse(stub(package).read_text()).body:
+        assert isinstance(one, ast.ImportFrom)
+        names = {alias.asname or alias.name for alias in one.names}
+        found |= typed(str(one.module)) if names == {"*"} else names
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_names_that_a_type_checker_sees_are_those_that_are_loaded(package: str) -> None:
+    module = importlib.import_module(package)
+    assert typed(package) == set(module.__all__)
+    assert {name for name in module.__all__ if getattr(module, name).__name__ != name} <= {"EvaluationStrategy"}
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Trainor'"):
+        _ = module.Trainor
+
+
+def test_each_public_name_is_written_for_one_package() -> None:
+    """The others take it from there, so that one that is added is added to all."""
+    stubs = [stub(one).read_text() for one in PACKAGES]
+    for name in importlib.import_module("forgather.ml").__all__:
+        assert sum(f" {name} as {name}\n" in text for text in stubs) == 1, name
+
+
+def test_importing_the_packages_imports_no_torch() -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "compat")])
+    script = f"import {', '.join(PACKAGES)}, sys; raise SystemExit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, check=True)
