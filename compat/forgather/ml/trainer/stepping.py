@@ -9,7 +9,7 @@ from torch import Tensor
 import forgather_fn as ff
 from forgather.ml.trainer.agreeing import AgreeingMixin
 from forgather.ml.trainer.evaluation import EvaluationMixin
-from forgather.ml.trainer.left_gradients import add_up, clipped, taken
+from forgather.ml.trainer.left_gradients import add_up, clipped, taken, warn_of_none
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import microbatches
@@ -219,6 +219,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         self._scaler.used = not window.batches
         before = _copied(state.buffers)
         loss = self._train_microbatches(window)
+        warn_of_none(self.model)
         if state.loss_scale:
             unscale(self.model, state.loss_scale["scale"], self._scaler)
         gradients = taken(self.model, state, samples, total)
