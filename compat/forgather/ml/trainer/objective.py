@@ -94,18 +94,17 @@ class ObjectiveMixin(Attributes):
         if self._in_parts and self._uses_items is None and isinstance(items, Tensor) and not isinstance(items, Count):
             items = Count.of(items)
         with self.compute_loss_context_manager():
-            if items is None and not takes(self.compute_loss, "num_items_in_batch"):
-                loss = self.compute_loss(model, inputs)
-            elif takes(self.compute_loss, "num_items_in_batch"):
-                loss = self.compute_loss(model, inputs, num_items_in_batch=items)
-            else:  # an override written for version 4
-                loss = self.compute_loss(model, inputs)
+            loss = self.compute_loss(model, inputs, **self._named_items(items))
         loss = loss if loss.dim() == 0 else loss.mean()
         assert isinstance(loss, Tensor)
         if not self._is_scaled(items):
             loss = shared(loss, self._share)
         self._backward(loss)
         return loss.detach()
+
+    def _named_items(self, items: Any) -> dict[str, Any]:
+        """Name the number of items for :meth:`compute_loss`, but for an override written for version 4."""
+        return {"num_items_in_batch": items} if takes(self.compute_loss, "num_items_in_batch") else {}
 
     def _enter_training(self, model: nn.Module) -> None:
         """Put the model into training mode, and an optimizer that has modes, as those without a schedule have."""
@@ -132,9 +131,7 @@ class ObjectiveMixin(Attributes):
         try:
             random = seeded(key(self.args.seed, "items"), self.args.device)
             with torch.no_grad(), random, mixed_precision(model, self.args):
-                wants = takes(self.compute_loss, "num_items_in_batch")
-                named: dict[str, Any] = {"num_items_in_batch": count} if wants else {}
-                self.compute_loss(model, self._prepare_inputs(batch), **named)
+                self.compute_loss(model, self._prepare_inputs(batch), **self._named_items(count))
         finally:
             modes.restore()
             model._compiled_call_impl = compiled
