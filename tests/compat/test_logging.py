@@ -146,16 +146,47 @@ def test_the_dict_that_is_logged_is_the_one_that_is_returned(tmp_path):
     assert "total_flos" not in made.train().metrics
 
 
-def test_a_step_without_labels_moves_nothing(tmp_path):
-    data = rows("llama", 8, ragged=False)
+class Words(nn.Module):
+    """A language model that is given no number of items: its mean over no labels is nan."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(23, 23)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.embed(input_ids)
+        return {"loss": nn.functional.cross_entropy(logits.reshape(-1, 23), labels.reshape(-1)), "logits": logits}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("kind", ["llama", "words"])
+def test_a_step_without_labels_moves_nothing(kind, looks, accumulate, tmp_path):
+    class Looks(ours.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            pass
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append([p.detach().clone() for p in model.parameters()])
+
+    class Sees(ours.TrainerCallback):
+        on_step_end = Looks.on_step_end
+
+    seen, data = [], rows("llama", 8, ragged=False)
     for row in data[4:]:
         row["labels"] = torch.full((7,), -100)
     made = trainer(
-        ours, tmp_path, "llama", train_sampling_strategy="sequential", max_steps=2, weight_decay=0.0, **PLAIN
-    )
+        ours, tmp_path, "llama", model=Words() if kind == "words" else None, callbacks=[Looks() if looks else Sees()],
+        train_sampling_strategy="sequential", per_device_train_batch_size=4 // accumulate,
+        gradient_accumulation_steps=accumulate, optim="sgd", **{**PLAIN, "max_steps": 2},
+    )  # fmt: skip
     made.train_dataset = data
     made.train()
-    assert [log["loss"] > 0 for log in made.state.log_history if "loss" in log] == [True, False]
+    first, second = (log["loss"] for log in made.state.log_history if "loss" in log)
+    assert first > 0
+    assert second == 0.0
+    assert all(map(torch.equal, *seen))
 
 
 def test_label_smoothing_is_that_of_transformers(tmp_path):

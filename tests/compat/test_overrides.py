@@ -174,13 +174,34 @@ def test_training_step_may_wrap_the_original(tmp_path):
     alike(tmp_path, make, gradient_accumulation_steps=2, max_steps=2)
 
 
-def test_a_training_step_without_a_backward_pass_is_an_error(tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "rmsprop"])
+def test_a_training_step_may_leave_a_batch_out(optim, tmp_path):
+    """As those do that go on when memory runs out: nothing is updated, and the step counts."""
+
+    def make(base):
+        class Mine(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                if self.state.global_step in (0, 3):
+                    return torch.tensor(0.0)
+                return super().training_step(model, inputs, num_items_in_batch)
+
+        return Mine
+
+    with pytest.warns(UserWarning, match="no parameter has a gradient after training_step, and the step updates none"):
+        made = alike(tmp_path, make, optim=optim)
+    assert [norm == 0 for norm in norms(made)] == [True, False, False, True, False, False]
+
+
+def test_a_training_step_may_leave_a_batch_out_in_half_precision(tmp_path):
     class Mine(ours.Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            return self.compute_loss(model, inputs).detach()
+            return torch.tensor(0.0)
 
-    with pytest.raises(ValueError, match="no parameter has a gradient after training_step"):
-        trainer(ours, tmp_path, cls=Mine).train()
+    made = trainer(ours, tmp_path, cls=Mine, fp16=True, **{**PLAIN, "max_steps": 2})
+    before = [p.detach().clone() for p in made.model.parameters()]
+    with pytest.warns(UserWarning, match="updates none"):
+        assert made.train().global_step == 2
+    assert all(map(torch.equal, before, made.model.parameters()))
 
 
 def test_prepare_inputs(tmp_path):

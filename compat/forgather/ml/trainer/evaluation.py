@@ -15,6 +15,7 @@ from forgather.ml.trainer.data import DataMixin, has_length
 from forgather.ml.trainer.feed import own_batches
 from forgather.ml.trainer.kept import Kept, in_turn
 from forgather.ml.trainer.logs import LogMixin
+from forgather.ml.trainer.model_settings import mixed_precision
 from forgather.ml.trainer.nested import plain_numbers
 from forgather.ml.trainer.prediction import PredictionMixin
 from forgather.ml.trainer.sharing import Sharing
@@ -107,7 +108,8 @@ class EvaluationMixin(PredictionMixin, DataMixin, LogMixin):
         limit = getattr(args, "max_eval_steps", -1)
         batches = self._own_batches(dataloader, limit if limit > 0 else None)
         try:
-            self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
+            with mixed_precision(model, args):
+                self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
         finally:
             if self.is_in_train:
                 modes.restore()

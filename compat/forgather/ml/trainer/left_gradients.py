@@ -1,5 +1,6 @@
 """The gradient of a step where users' code has put it into the parameters' ``grad``: taken, clipped, added up."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -14,11 +15,7 @@ from forgather_fn.world import World
 
 
 def taken(model: nn.Module, state: TrainState, samples: int, weight: float) -> Gradients:
-    """Take what the parameters' ``grad`` holds as the gradient of a step.
-
-    Raises:
-        ValueError: No parameter has a gradient.
-    """
+    """Take what the parameters' ``grad`` holds as the gradient of a step; what has none is not updated."""
     params = state.params
     assert isinstance(params, Flat)
     layout = params.layout
@@ -30,15 +27,21 @@ def taken(model: nn.Module, state: TrainState, samples: int, weight: float) -> G
             continue
         seen.add(id(site.tensor))
         views[name] = grad if name not in views else views[name] + grad
-    if not views:
-        raise ValueError(
-            "no parameter has a gradient after training_step: call loss.backward() (or self.accelerator.backward) in it"
-        )
     active = tuple(leaf.name in views for leaf in layout.leaves)
     named: Mapping[str, Tensor] = {
         leaf.name: _strided(views[leaf.name], leaf.stride) for leaf in layout.leaves if leaf.name in views
     }
     return Gradients(layout, active, named, None, samples, weight)
+
+
+def warn_of_none(model: nn.Module) -> None:
+    """Warn if no parameter has a gradient: a training step may leave a batch out, and may forget the backward pass."""
+    if all(p.grad is None for p in model.parameters()):
+        warnings.warn(
+            "no parameter has a gradient after training_step, and the step updates none. If it was not to be left out: "
+            "call loss.backward() (or self.accelerator.backward) in training_step",
+            stacklevel=2,
+        )
 
 
 def _strided(grad: Tensor, stride: tuple[int, ...]) -> Tensor:

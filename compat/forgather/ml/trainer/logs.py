@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -28,20 +27,17 @@ class Losses:
         filtered: Whether a loss that is not finite counts as the mean of those before it, as in transformers.
         since: The sum since the last log.
         before: The sum of all before.
-        steps: Steps since the last log, also those that are still to be added.
     """
 
     filtered: bool
     since: float = 0.0
     before: float = 0.0
-    steps: int = 0
     _added: int = 0
     _pending: list[Any] = attrs.field(factory=list)
 
     def add(self, loss: Mean | torch.Tensor) -> None:
         """Take the loss of a step."""
         self._pending.append(loss)
-        self.steps += 1
         if len(self._pending) >= KEPT:
             self._settle()
 
@@ -64,7 +60,7 @@ class Losses:
         self._settle()
         total, self.since = self.since, 0.0
         self.before += total
-        self.steps = self._added = 0
+        self._added = 0
         return total
 
     def total(self) -> float:
@@ -189,8 +185,3 @@ class LogMixin(Attributes):
 def _write(path: Path, metrics: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics, indent=4, sort_keys=True), encoding="utf-8")
-
-
-def now() -> float:
-    """Give the time, in seconds."""
-    return time.time()

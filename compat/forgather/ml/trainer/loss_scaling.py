@@ -33,11 +33,11 @@ def unscale(model: nn.Module, scale: Tensor, scaler: LossScaler) -> None:
     Raises:
         ValueError: No loss was scaled: a training step of the user's own called ``loss.backward()``.
     """
-    if not scaler.used:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if grads and not scaler.used:
         raise ValueError(
             "fp16=True scales the loss, and training_step did not let it: call self.accelerator.backward(loss) instead "
             "of loss.backward(), or use bf16=True"
         )
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.div_(scale)
+    for grad in grads:
+        grad.div_(scale)

@@ -23,9 +23,7 @@ def microbatches(window: Window, watch: bool) -> list[dict[str, Any]]:
         window: The microbatches.
         watch: Whether it is to be found out if models use the number of items.
     """
-    items = window.items
-    if isinstance(items, Tensor):
-        items = items.clamp(min=1)  # models divide by it
+    items = divisor(window.items)
     watched = watch and window.count > 1 and isinstance(items, Tensor)
     return [
         {
@@ -38,6 +36,11 @@ def microbatches(window: Window, watch: bool) -> list[dict[str, Any]]:
         }
         for number, (inputs, weight) in enumerate(zip(window.batches, window.weights, strict=True), window.first)
     ]
+
+
+def divisor(items: Any) -> Any:
+    """Give the number of items of a step as models are given it, which divide by it: 1 where there are none."""
+    return items.clamp(min=1) if isinstance(items, Tensor) else items
 
 
 def shared(loss: Tensor, share: float) -> Tensor:

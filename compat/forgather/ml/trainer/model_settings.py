@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from forgather.ml.trainer.nested import mapped
 from forgather_fn.meta import initialise_from_meta, on_meta
 from forgather_fn.neftune import noisy_embeddings
 
@@ -48,8 +49,8 @@ def built(model_init: Callable[[], nn.Module], args: "TrainingArguments") -> nn.
 def model_settings(model: nn.Module, args: "TrainingArguments") -> Iterator[None]:
     """Let a model be what arguments ask for, for the time of a block; then it is as it was.
 
-    Noise on its embeddings (``neftune_noise_alpha``), and compilation of its forward and backward (``torch_compile``
-    and what belongs to it), which happens at its first call.
+    Noise on its embeddings (``neftune_noise_alpha``); compilation of its forward and backward (``torch_compile`` and
+    what belongs to it), which happens at its first call; and the precision of :func:`mixed_precision`.
 
     Args:
         model: Changed in place, so that whoever holds it sees the same object.
@@ -60,7 +61,48 @@ def model_settings(model: nn.Module, args: "TrainingArguments") -> Iterator[None
             stack.enter_context(noisy_embeddings(model, alpha=args.neftune_noise_alpha))
         if args.torch_compile:
             stack.enter_context(_compiled(model, args))
+        stack.enter_context(mixed_precision(model, args))
         yield
+
+
+@contextlib.contextmanager
+def mixed_precision(model: nn.Module, args: "TrainingArguments") -> Iterator[None]:
+    """Let a model run under autocast, where a half precision is asked for, and give outputs in float32.
+
+    As with Accelerate, autocast is around the model alone: losses of users' own, and metrics, compute with float32.
+
+    Args:
+        model: What is called changes, and nothing else of it: copies of it are as it was.
+        args: ``bf16``, ``fp16`` and ``device`` are read.
+    """
+    dtype = half_precision(args)
+    if dtype is None:
+        yield
+        return
+    before = model._compiled_call_impl
+    call: Callable[..., Any] = model._call_impl if before is None else before
+
+    def lowered(*given: Any, **named: Any) -> Any:
+        with torch.autocast(args.device.type, dtype):
+            outputs = call(*given, **named)
+        return in_float32(outputs)
+
+    model._compiled_call_impl = lowered
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before
+
+
+def half_precision(args: "TrainingArguments") -> torch.dtype | None:
+    """Give the type that autocast lowers to, if any."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def in_float32(outputs: Any) -> Any:
+    """Widen the tensors of nested outputs that are in half precision."""
+    half = (torch.bfloat16, torch.float16)
+    return mapped(lambda item: item.float() if isinstance(item, Tensor) and item.dtype in half else item, outputs)
 
 
 @contextlib.contextmanager

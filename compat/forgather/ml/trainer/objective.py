@@ -14,6 +14,7 @@ from forgather.ml.trainer.attributes import Attributes
 from forgather.ml.trainer.counting import Count, counted_labels, predicts_next_labels, shifts_labels
 from forgather.ml.trainer.loss_scaling import LossScaler
 from forgather.ml.trainer.microbatches import INPUTS, ITEMS, LABELS, SHARE, WATCHED, WEIGHT, shared
+from forgather.ml.trainer.model_settings import half_precision, in_float32, mixed_precision
 from forgather_fn.losses import Objective, logits_of
 from forgather_fn.model import evaluation_mode
 from forgather_fn.random import key, seeded
@@ -93,18 +94,17 @@ class ObjectiveMixin(Attributes):
         if self._in_parts and self._uses_items is None and isinstance(items, Tensor) and not isinstance(items, Count):
             items = Count.of(items)
         with self.compute_loss_context_manager():
-            if items is None and not takes(self.compute_loss, "num_items_in_batch"):
-                loss = self.compute_loss(model, inputs)
-            elif takes(self.compute_loss, "num_items_in_batch"):
-                loss = self.compute_loss(model, inputs, num_items_in_batch=items)
-            else:  # an override written for version 4
-                loss = self.compute_loss(model, inputs)
+            loss = self.compute_loss(model, inputs, **self._named_items(items))
         loss = loss if loss.dim() == 0 else loss.mean()
         assert isinstance(loss, Tensor)
         if not self._is_scaled(items):
             loss = shared(loss, self._share)
         self._backward(loss)
         return loss.detach()
+
+    def _named_items(self, items: Any) -> dict[str, Any]:
+        """Name the number of items for :meth:`compute_loss`, but for an override written for version 4."""
+        return {"num_items_in_batch": items} if takes(self.compute_loss, "num_items_in_batch") else {}
 
     def _enter_training(self, model: nn.Module) -> None:
         """Put the model into training mode, and an optimizer that has modes, as those without a schedule have."""
@@ -129,10 +129,9 @@ class ObjectiveMixin(Attributes):
         compiled, model._compiled_call_impl = model._compiled_call_impl, None
         modes = evaluation_mode(model)
         try:
-            with torch.no_grad(), seeded(key(self.args.seed, "items"), self.args.device):
-                wants = takes(self.compute_loss, "num_items_in_batch")
-                named: dict[str, Any] = {"num_items_in_batch": count} if wants else {}
-                self.compute_loss(model, self._prepare_inputs(batch), **named)
+            random = seeded(key(self.args.seed, "items"), self.args.device)
+            with torch.no_grad(), random, mixed_precision(model, self.args):
+                self.compute_loss(model, self._prepare_inputs(batch), **self._named_items(count))
         finally:
             modes.restore()
             model._compiled_call_impl = compiled
@@ -179,14 +178,12 @@ class ObjectiveMixin(Attributes):
         return self._prepare_input(inputs)
 
     def compute_loss_context_manager(self) -> Any:
-        """Give the context of forward and loss: autocast, where a half precision is asked for."""
+        """Give the context of forward and loss: that of :meth:`autocast_smart_context_manager`."""
         return self.autocast_smart_context_manager()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Give autocast, where a half precision is asked for, and nothing otherwise."""
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        if half is not None:
-            return torch.autocast(self.args.device.type, half, cache_enabled=cache_enabled)
+        """Give a context that does nothing, as in transformers: the model alone runs under autocast."""
+        del cache_enabled
         return contextlib.nullcontext()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], Any]:
@@ -228,7 +225,8 @@ class ObjectiveMixin(Attributes):
         self._signature_columns = None
 
     def _objective(self) -> Objective:
-        """Make the loss of a plan: the trainer's, over microbatches as :func:`microbatch` makes them."""
+        """Make the loss of a plan: the trainer's, over microbatches as :func:`microbatches` makes them."""
+        lowered = half_precision(self.args) is not None
 
         def arguments(part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if part[WATCHED]:
@@ -238,7 +236,11 @@ class ObjectiveMixin(Attributes):
 
         def total(outputs: Any, part: Any) -> Tensor:
             items = part[ITEMS]
-            loss = self._loss(outputs, part[LABELS], items, part[INPUTS])
+            if not lowered:
+                loss = self._loss(outputs, part[LABELS], items, part[INPUTS])
+            else:  # the core computes losses under autocast, transformers does not
+                with torch.autocast(self.args.device.type, enabled=False):
+                    loss = self._loss(in_float32(outputs), part[LABELS], items, part[INPUTS])
             return loss if self._is_scaled(items) else shared(loss, part[SHARE])
 
         return Objective(

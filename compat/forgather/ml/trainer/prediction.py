@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgather.ml.trainer.asking import takes
 from forgather.ml.trainer.nested import detached
 from forgather.ml.trainer.objective import ObjectiveMixin
 
@@ -36,8 +35,8 @@ class PredictionMixin(ObjectiveMixin):
         with torch.no_grad(), self.compute_loss_context_manager():
             if labels is not None:
                 items = self._get_num_items_in_batch([inputs], self.args.device)
-                loss, outputs = self._evaluated_loss(model, inputs, items)
-                loss = loss.detach().mean()
+                found, outputs = self.compute_loss(model, inputs, return_outputs=True, **self._named_items(items))
+                loss = found.detach().mean()
                 ignored = [*ignore_keys, "loss"]
                 logits = _values(outputs, ignored) if isinstance(outputs, Mapping) else _after_loss(outputs, loss)
             else:
@@ -50,11 +49,6 @@ class PredictionMixin(ObjectiveMixin):
         if isinstance(logits, tuple | list) and len(logits) == 1:
             logits = logits[0]
         return loss, logits, labels
-
-    def _evaluated_loss(self, model: nn.Module, inputs: Any, items: Any) -> tuple[Tensor, Any]:
-        named = {"num_items_in_batch": items} if takes(self.compute_loss, "num_items_in_batch") else {}
-        loss, outputs = self.compute_loss(model, inputs, return_outputs=True, **named)
-        return loss, outputs
 
     def _labels_of(self, inputs: Any) -> Any:
         """Find the labels of a batch; None if it has not all of them and the model gives no loss without."""

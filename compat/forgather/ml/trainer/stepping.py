@@ -9,10 +9,10 @@ from torch import Tensor
 import forgather_fn as ff
 from forgather.ml.trainer.agreeing import AgreeingMixin
 from forgather.ml.trainer.evaluation import EvaluationMixin
-from forgather.ml.trainer.left_gradients import add_up, clipped, taken
+from forgather.ml.trainer.left_gradients import add_up, clipped, taken, warn_of_none
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
-from forgather.ml.trainer.microbatches import microbatches
+from forgather.ml.trainer.microbatches import divisor, microbatches
 from forgather.ml.trainer.optimizing import OptimizerMixin
 from forgather.ml.trainer.windows import Window
 from forgather_fn.binding import unbind
@@ -219,6 +219,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         self._scaler.used = not window.batches
         before = _copied(state.buffers)
         loss = self._train_microbatches(window)
+        warn_of_none(self.model)
         if state.loss_scale:
             unscale(self.model, state.loss_scale["scale"], self._scaler)
         gradients = taken(self.model, state, samples, total)
@@ -232,7 +233,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
             _restore(state.buffers, before)
             raise
         self.control = handler.call_event("on_optimizer_step", args, self.state, self.control)
-        return Mean(loss.detach() * total, total), norm
+        return Mean(loss.detach(), 1.0), norm  # the mean over the step already, which may have no labels at all
 
     def _train_microbatches(self, window: Window) -> Tensor:
         """Call :meth:`training_step` on each microbatch, and leave in ``grad`` the gradient of all processes.
@@ -247,10 +248,11 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         engine, alone = self._engine, self._world.size == 1
         assert engine is not None
         loss, self._in_parts, self._called = torch.zeros(()), window.count > 1, False
+        items = divisor(window.items)
         for i, (batch, weight) in enumerate(zip(window.batches, window.weights, strict=True)):
             self._share = window.share(weight)
             with seeded(key(engine.state.seed, engine.state.step, window.first + i, "forward"), args.device):
-                part = self.training_step(self.model, batch, window.items)
+                part = self.training_step(self.model, batch, items)
             loss = loss + part if i else part
             if i < last:
                 self.control = handler.call_event("on_substep_end", args, self.state, self.control)

@@ -10,8 +10,8 @@ from forgather.ml.trainer.fields.describing import does
 class Compute:
     """Precision, activation checkpointing, compilation, memory."""
 
-    bf16: bool = field(default=False, metadata=does("Run forward and loss in bfloat16, under autocast."))
-    fp16: bool = field(default=False, metadata=does("Run forward and loss in float16, with a scaled loss."))
+    bf16: bool = field(default=False, metadata=does("Run the model in bfloat16, under autocast."))
+    fp16: bool = field(default=False, metadata=does("Run the model in float16, under autocast, with a scaled loss."))
     bf16_full_eval: bool = field(default=False, metadata=does("Evaluate with the model itself in bfloat16."))
     fp16_full_eval: bool = field(default=False, metadata=does("Evaluate with the model itself in float16."))
     tf32: bool | None = field(
