@@ -132,6 +132,7 @@ def test_what_callbacks_do_to_checkpoints_neither_keeps_them_nor_spoils_them(cha
     options = {"save_steps": 1, "save_total_limit": 1}
     trainer(library, tmp_path, callbacks=[Changes()], max_steps=3, **options).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert ours.get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     other = trainer(library, tmp_path, max_steps=4, **options)
     assert other.train(resume_from_checkpoint=True).global_step == 4
     assert [step for step, _ in losses(other)] == [1, 2, 3, 4]
