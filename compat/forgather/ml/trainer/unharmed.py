@@ -8,7 +8,7 @@ from typing import Final
 import attrs
 
 from forgather.ml.trainer.trainer_types import TrainerState
-from forgather.ml.trainer.weights import ADAPTER, INDEX, WEIGHTS, has, has_adapters
+from forgather.ml.trainer.weights import ADAPTER, INDEX, OLD_INDEX, OLD_WEIGHTS, WEIGHTS, has, has_adapters
 from forgather_fn.checkpoint import catalog, safe
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.foreign import files_of
@@ -28,15 +28,22 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     Those that transformers wrote are found too, adapters of PEFT among them.
     """
     for entry in reversed(catalog.list_checkpoints(folder)):
-        if entry.whole or (entry.manifest is None and has(entry.path, STATE) and has_adapters(entry.path)):
+        if entry.whole or _can_be_read(entry):
             return str(entry.path)
-        try:
-            check_whole(entry.path)
-        except (CheckpointError, OSError):
-            logger.warning("%s is passed over: %s", entry.path, "; ".join(entry.faults))
-            continue
-        return str(entry.path)
+        logger.warning("%s is passed over: %s", entry.path, "; ".join(entry.faults))
     return None
+
+
+def _can_be_read(entry: catalog.Entry) -> bool:
+    """Tell whether training can go on from what is not as it was saved, or has no ``model.safetensors``."""
+    if entry.manifest is None:
+        weights = has_adapters(entry.path) or has(entry.path, OLD_WEIGHTS) or has(entry.path, OLD_INDEX)
+        return weights and has(entry.path, STATE) and not has(entry.path, manifests.NAME)
+    try:
+        check_whole(entry.path)
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 def check_whole(path: Path) -> None:
