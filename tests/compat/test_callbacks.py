@@ -12,12 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from transformers import trainer_callback as theirs
 
+import forgather.ml
 from forgather.ml.trainer import callbacks as ours
 from forgather.ml.trainer.arguments import TrainingArguments
 from forgather.ml.trainer.callbacks import dispatch, json_logger
 from forgather.ml.trainer.callbacks.base import EVENTS
 from forgather.ml.trainer.callbacks.progress import shown
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
+from tests.compat.test_checkpoints import trainer
 
 FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
@@ -526,6 +528,24 @@ def test_a_loss_that_runs_away_stops_the_run(
     again.on_log(args, TrainerState(global_step=8), control, logs={"loss": 12.0})
     assert (control.should_training_stop, control.should_save, again.diverged_at) == (True, action == "stop", 8)
     assert "step 8: loss=12.0: diverged" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize(("action", "saved"), [("stop", ["checkpoint-2"]), ("abort", [])])
+def test_an_abort_saves_nothing_at_the_end_of_the_epoch_either(
+    action: str, saved: list[str], strategy: str, tmp_path: Path
+) -> None:
+    class Jumps(ours.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            logs["loss"] = 9.0 if state.global_step == 2 else 1.0
+
+    made = trainer(
+        forgather.ml, tmp_path, callbacks=[Jumps(), ours.DivergenceDetector(action=action)],
+        save_strategy=strategy, save_steps=2, max_steps=12,
+    )  # fmt: skip
+    made.train()
+    assert made.state.global_step == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved
 
 
 def test_a_loss_that_is_not_finite_is_divergence(args: TrainingArguments) -> None:

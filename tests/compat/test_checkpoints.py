@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import forgather.ml as ours
-from forgather.ml.trainer.resuming import newest_checkpoint
+from forgather.ml.trainer.unharmed import newest_checkpoint
 from forgather_fn.checkpoint import catalog, system
 from tests.compat.tiny import MODELS, Regression, regression, rows
 

@@ -1,6 +1,7 @@
 """What callbacks and users hold are live objects: what is written into them counts."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -248,6 +249,43 @@ def test_an_optimizer_with_modes_is_put_into_each_in_time(looks, tmp_path):
 
     made = alike(tmp_path, Looks if looks else None, prepare=prepare, eval_strategy="steps", eval_steps=2)
     assert not made.optimizer.training
+
+
+def counted(optimizer, calls, scale):
+    """Put another step into an optimizer, which changes something."""
+    inner = optimizer.step
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        for group in self.param_groups:
+            group["lr"] *= scale
+        return inner(*args, **kwargs)
+
+    optimizer.step = types.MethodType(step, optimizer)
+
+
+@pytest.mark.parametrize("factory", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_was_put_into_the_optimizer_is_called(factory, tmp_path):
+    calls = []
+
+    def prepare(made):
+        made.optimizer = factory(made.model.parameters(), lr=1e-2)
+        counted(made.optimizer, calls, 0.5)
+
+    alike(tmp_path, prepare=prepare, max_steps=3)
+    assert len(calls) == 6
+
+
+def test_a_step_that_is_put_into_the_optimizer_while_training_is_called(tmp_path):
+    calls = []
+
+    class Puts(BASE):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            if state.global_step == 2:
+                counted(optimizer, calls, 0.5)
+
+    alike(tmp_path, Puts, max_steps=5)
+    assert len(calls) == 6
 
 
 def test_groups_with_rates_of_their_own(tmp_path):

@@ -109,6 +109,55 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         trainer(ours, tmp_path, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
+def without_optimizer(folder):
+    (folder / "optimizer.pt").unlink()
+
+
+def with_another_line(folder):
+    with (folder / "trainer_state.json").open("a") as file:
+        file.write("\n")
+
+
+def with_other_arguments(folder):
+    (folder / "training_args.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize("library", [ours, transformers])
+@pytest.mark.parametrize("change", [without_optimizer, with_another_line, with_other_arguments])
+def test_what_callbacks_do_to_checkpoints_neither_keeps_them_nor_spoils_them(change, library, tmp_path, caplog):
+    class Changes(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            change(tmp_path / f"checkpoint-{state.global_step}")
+
+    options = {"save_steps": 1, "save_total_limit": 1}
+    trainer(library, tmp_path, callbacks=[Changes()], max_steps=3, **options).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert ours.get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    other = trainer(library, tmp_path, max_steps=4, **options)
+    assert other.train(resume_from_checkpoint=True).global_step == 4
+    assert [step for step, _ in losses(other)] == [1, 2, 3, 4]
+    assert library is transformers or "checkpoint-3 was changed since it was saved" in caplog.text
+
+
+def test_damaged_weights_are_found_beside_a_file_that_is_gone(tmp_path):
+    trainer(ours, tmp_path).train()
+    without_optimizer(tmp_path / "checkpoint-6")
+    file = tmp_path / "checkpoint-6" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: model\.safetensors"):
+        trainer(ours, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("state", ["{", '{"global_step": 4}', '{"global_step": "6"}'])
+def test_a_state_that_is_none_of_this_checkpoint_is_refused(state, tmp_path):
+    trainer(ours, tmp_path).train()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: trainer_state\.json"):
+        trainer(ours, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
 def test_nothing_to_go_on_from_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         trainer(ours, tmp_path).train(resume_from_checkpoint=True)

@@ -97,6 +97,17 @@ class TestCommands:
             answers["evaluate"].result(0)
         assert made.state.global_step == 6
 
+    def test_an_earlier_prediction_is_no_set_to_evaluate_on(self, tmp_path):
+        control = TrainerControlCallback()
+        posting = Posting(control, {3: "evaluate"})
+        made = trainer(tmp_path / "a", control, posting)
+        made.predict(made.eval_dataset)
+        made.eval_dataset = None
+        made.train()
+        with pytest.raises(ControlError, match="evaluate: the trainer has not done it"):
+            posting.answers["evaluate"].result(0)
+        assert made.state.global_step == 6
+
     @pytest.mark.parametrize(("strategy", "saved"), [("no", []), ("steps", [3]), ("epoch", [3])])
     def test_stop_saves_as_configured(self, tmp_path, strategy, saved):
         made, answers = run(tmp_path / "a", {3: "stop"}, save_strategy=strategy)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from forgather.ml import Trainer, TrainingArguments
-from forgather.ml.trainer.resuming import newest_checkpoint
 from forgather.ml.trainer.trainer_types import TrainerState
+from forgather.ml.trainer.unharmed import newest_checkpoint
 from forgather_fn.checkpoint import CheckpointError, foreign, latest, list_checkpoints
 from tests.compat.tiny import Regression
 from tests.robustness.inputs import as_bytes, budget, changed, holds, mutated, values

@@ -87,14 +87,6 @@ class TrainingArguments(
 
     __repr__ = __str__
 
-    def was_given(self, name: str) -> bool:
-        """Tell whether a field was named when these arguments were made, or has another value than its default.
-
-        Arguments made with most fields, as by a parser or ``dataclasses.replace``, count as made with none.
-        """
-        by_default = {one.name: one.default for one in fields(self)}
-        return name in self.__dict__.get("_given", ()) or getattr(self, name) != by_default[name]
-
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Count the updates of the warm-up: ``warmup_steps``, or its share of all updates, rounded up."""
         if self.warmup_steps >= 1:

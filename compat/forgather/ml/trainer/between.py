@@ -1,15 +1,19 @@
 """Between two steps: logs, evaluations and saves, as callbacks asked for them."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forgather.ml.trainer.agreeing import AgreeingMixin
+from forgather.ml.trainer.data import DataMixin
 from forgather.ml.trainer.evaluation import EvaluationMixin
 from forgather.ml.trainer.rates import RateMixin, metric_of
 from forgather.ml.trainer.resuming import ResumingMixin
 from forgather.ml.trainer.running import Running
+
+logger = logging.getLogger(__name__)
 
 
 class BetweenMixin(EvaluationMixin, ResumingMixin, RateMixin, AgreeingMixin):
@@ -63,7 +67,7 @@ class BetweenMixin(EvaluationMixin, ResumingMixin, RateMixin, AgreeingMixin):
             self._agree()
         if self.control.should_save and getattr(self.args, "eval_on_save", False) and self.eval_dataset is not None:
             self.control.should_evaluate = True
-        if self.control.should_evaluate:
+        if self.control.should_evaluate and not self._is_asked_in_vain():
             metrics = self._evaluate(trial, ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics, trial)
             if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
@@ -75,6 +79,21 @@ class BetweenMixin(EvaluationMixin, ResumingMixin, RateMixin, AgreeingMixin):
             self._agree()
 
     _run: Running | None
+
+    def _is_asked_in_vain(self) -> bool:
+        """Tell whether an evaluation was asked for from outside, by ``forgather control``, and nothing is there for it.
+
+        It is for a callback to know what it asks for; who asks from outside cannot know, and must not end the training.
+        """
+        if not any(getattr(callback, "asked_to_evaluate", False) for callback in self.callback_handler.callbacks):
+            return False
+        named = {"evaluate": EvaluationMixin.evaluate, "get_eval_dataloader": DataMixin.get_eval_dataloader}
+        own = any(getattr(type(self), name) is not one or name in self.__dict__ for name, one in named.items())
+        if own or self.eval_dataset is not None:
+            return False
+        logger.warning("step %d: asked to evaluate, but there is no eval_dataset", self.state.global_step)
+        self.control.should_evaluate = False
+        return True
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False

@@ -271,6 +271,7 @@ def _own(args: "TrainingArguments") -> None:
 
 _WORDS: Final[dict[str, tuple[str | None, ...]]] = {
     "construct_model_on": ("default", "device", "meta"),
+    "on_nonfinite": ("raise", "skip"),
     "float32_matmul_precision": (None, "highest", "high", "medium"),
     "dataloader_multiprocessing_context": (None, "fork", "spawn", "forkserver"),
 }

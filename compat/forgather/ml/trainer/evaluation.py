@@ -208,9 +208,8 @@ class EvaluationMixin(PredictionMixin, DataMixin, LogMixin):
         kept.means.append(ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight))
 
     def _filters_nonfinite(self) -> bool:
-        """Tell whether values that are not finite are to be left out: only where that was asked for."""
-        given = getattr(self.args, "was_given", None)
-        return bool(given is not None and given("logging_nan_inf_filter") and self.args.logging_nan_inf_filter)
+        """Tell whether values that are not finite are left out of means: only where training goes on."""
+        return self.args.on_nonfinite == "skip" and bool(self.args.logging_nan_inf_filter)
 
     def _main_input(self, inputs: Any) -> Any:
         return self._prepare_input(inputs[getattr(self.model, "main_input_name", "input_ids")])

@@ -231,11 +231,6 @@ class Translating(ABCMeta):
         return inspect.Signature(rest)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make an instance; remember which arguments were given, for those where that matters."""
+        """Make an instance."""
         every = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]  # it is a dataclass
-        values = translated(every, kwargs)
-        made = super().__call__(*args, **values)
-        # A parser, `replace`, or what was read from a file gives (nearly) all fields: that tells what nobody wanted.
-        named = set(every[: len(args)]) | set(values)
-        made.__dict__["_given"] = frozenset(named) if len(named) < len(every) / 2 else frozenset()
-        return made
+        return super().__call__(*args, **translated(every, kwargs))

@@ -39,6 +39,8 @@ def is_fusible(optimizer: Any) -> bool:
     kind = type(optimizer)
     if kind not in _SAME or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
+    if not _steps_as_its_class(optimizer):
+        return False
     groups = optimizer.param_groups
     if any(group.get(name, value) != value for group in groups for name, value in _SAME[kind].items()):
         return False
@@ -47,6 +49,13 @@ def is_fusible(optimizer: Any) -> bool:
     alike = [tuple(group[name] for name in _ALIKE[kind]) for group in groups]
     numbers = all(isinstance(option, bool | int | float) for row in alike for option in _flattened(row))
     return numbers and len(set(alike)) == 1
+
+
+def _steps_as_its_class(optimizer: Any) -> bool:
+    """Tell whether nobody has put another ``step`` into this optimizer; schedulers put theirs around the class's."""
+    step = vars(optimizer).get("step")
+    step = getattr(step, "__wrapped__", step) if getattr(step, "_wrapped_by_lr_sched", False) else step
+    return step is None or getattr(step, "__func__", step) is type(optimizer).step
 
 
 def _flattened(row: tuple[Any, ...]) -> Iterator[Any]:
@@ -173,10 +182,11 @@ class Adopted:
         self._dirty = True
 
     def is_whole(self, state: OptState) -> bool:
-        """Tell whether the state has the slots that the options ask for."""
-        return set(_SLOTS[type(self.optimizer)]) <= set(state) or (
+        """Tell whether the state has the slots that the options ask for, and the update is still the optimizer's."""
+        has_slots = set(_SLOTS[type(self.optimizer)]) <= set(state) or (
             type(self.optimizer) is SGD and not self.optimizer.param_groups[0]["momentum"]
         )
+        return has_slots and is_fusible(self.optimizer)
 
 
 def _take(slot: Tensor, value: Tensor | None) -> None:

@@ -67,7 +67,7 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
 
         Raises:
             ValueError: There is no checkpoint to go on from, or arguments do not fit together.
-            NonFiniteError: A loss or a gradient is not finite, and ``logging_nan_inf_filter`` was not given.
+            NonFiniteError: A loss or a gradient is not finite, and ``on_nonfinite`` is ``"raise"``.
         """
         if trial is not None:
             raise ValueError("train(trial=...) belongs to hyperparameter_search, which is not supported")
@@ -265,7 +265,7 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
         self.log({"loss": float("nan"), "grad_norm": float("nan"), "learning_rate": self._get_learning_rate()})
         error.add_note(
             "transformers.Trainer would have gone on with weights that are nan. To go on here, leaving such steps out, "
-            "give logging_nan_inf_filter=True (as transformers logs then) or False (log them as nan)."
+            'give on_nonfinite="skip"; logging_nan_inf_filter=False then logs them as nan.'
         )
 
     def _finish(self, run: Running) -> TrainOutput:

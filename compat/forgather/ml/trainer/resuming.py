@@ -16,6 +16,15 @@ from torch import nn
 
 from forgather.ml.trainer.saving import SavingMixin
 from forgather.ml.trainer.trainer_types import TrainerState
+from forgather.ml.trainer.unharmed import (
+    OPTIMIZER,
+    RNG,
+    SCALER,
+    SCHEDULER,
+    STATE,
+    check_whole,
+    newest_checkpoint,
+)
 from forgather.ml.trainer.weights import (
     ADAPTER,
     INDEX,
@@ -28,16 +37,11 @@ from forgather.ml.trainer.weights import (
     read_weights,
     unpickled,
 )
-from forgather_fn.checkpoint import catalog, safe
 from forgather_fn.checkpoint import manifest as manifests
-from forgather_fn.checkpoint.foreign import files_of
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.reading import UNREADABLE
 
 logger = logging.getLogger(__name__)
-
-STATE, OPTIMIZER, SCHEDULER, RNG = "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"
-SCALER = "scaler.pt"
 
 
 class ResumingMixin(SavingMixin):
@@ -221,23 +225,6 @@ def _numpy_names() -> list[Any]:
     return [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
-def newest_checkpoint(folder: str | Path) -> str | None:
-    """Find the whole checkpoint of a run that was committed last; None if there is none.
-
-    Those that transformers wrote are found too, adapters of PEFT among them.
-    """
-    for entry in reversed(catalog.list_checkpoints(folder)):
-        if entry.whole or (entry.manifest is None and has(entry.path, STATE) and has_adapters(entry.path)):
-            return str(entry.path)
-        try:
-            check_whole(entry.path)
-        except (CheckpointError, OSError):
-            logger.warning("%s is passed over: %s", entry.path, "; ".join(entry.faults))
-            continue
-        return str(entry.path)
-    return None
-
-
 def batch_of(path: str) -> tuple[int, int] | None:
     """Tell what the steps of a run were made of: how many microbatches, and samples in each of them.
 
@@ -251,39 +238,3 @@ def batch_of(path: str) -> tuple[int, int] | None:
     if not size or manifest.samples % (manifest.step * size):
         return None
     return manifest.samples // (manifest.step * size), size
-
-
-def check_whole(path: Path) -> None:
-    """Compare a checkpoint with its manifest, if it has one.
-
-    Weights that another tool has split or joined since are accepted, with a warning, if they are whole by themselves.
-
-    Raises:
-        CheckpointError: A file is missing, or its content was changed.
-    """
-    manifest = manifests.read(path)
-    if manifest is None:
-        if not has(path, STATE):
-            raise CheckpointError(f"{path} has no {STATE}: its save did not end, or it is no checkpoint")
-        return
-    faults = manifests.hash_faults(path, manifest)
-    if faults and all(_is_rewritten(path, fault) for fault in faults):
-        warnings.warn(
-            f"{path}: the weights are not those that were saved ({'; '.join(faults)}); another tool has written them "
-            "anew, and they are read as they are",
-            stacklevel=2,
-        )
-    elif faults:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
-
-
-def _is_rewritten(path: Path, fault: str) -> bool:
-    """Tell whether a fault is what splitting, or joining, the weights leaves: files gone, and others whole instead."""
-    gone = fault.endswith(" is missing") and fault.startswith(("model", "adapter_model"))
-    if not gone and not fault.startswith(f"{INDEX}:") and not fault.startswith(f"{INDEX} has"):
-        return False
-    if has(path, INDEX):
-        names = set(files_of(path / INDEX))
-    else:
-        names = {WEIGHTS, ADAPTER} & {entry.name for entry in path.iterdir()}
-    return bool(names) and not any(safe.fault(path / name) for name in names)

@@ -22,6 +22,7 @@ from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, discard, seal, staged, sweep
 from forgather_fn.checkpoint.lock import NAME as LOCK
 from forgather_fn.checkpoint.lock import locked
+from forgather_fn.checkpoint.manifest import NAME as MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ class SavingMixin(LogMixin):
 def superfluous(folder: Path, limit: int | None, protected: set[Path]) -> list[Path]:
     """List the checkpoints that may go, oldest first: as many as are above the limit.
 
-    Never the newest whole one, nor a protected one; what is not whole neither counts nor goes.
+    Never the newest one, nor a protected one; what was never committed neither counts nor goes.
 
     Args:
         folder: The output directory.
@@ -267,13 +268,15 @@ def superfluous(folder: Path, limit: int | None, protected: set[Path]) -> list[P
     """
     if not limit or limit < 0:
         return []
-    whole = [entry.path.absolute() for entry in catalog.list_checkpoints(folder) if _looks_whole(entry)]
-    if len(whole) <= limit:
+    held = [entry.path.absolute() for entry in catalog.list_checkpoints(folder) if _was_committed(entry)]
+    if len(held) <= limit:
         return []
-    protected = (protected & set(whole)) | {whole[-1]}
-    number = len(whole) - max(limit, len(protected))
-    return [path for path in whole if path not in protected][:number]
+    protected = (protected & set(held)) | {held[-1]}
+    number = len(held) - max(limit, len(protected))
+    return [path for path in held if path not in protected][:number]
 
 
-def _looks_whole(entry: catalog.Entry) -> bool:
-    return entry.whole or (entry.manifest is None and (entry.path / "trainer_state.json").is_file())
+def _was_committed(entry: catalog.Entry) -> bool:
+    """Tell whether a checkpoint was committed, whatever callbacks and users have done to its files since."""
+    foreign = not (entry.path / MANIFEST).exists() and (entry.path / "trainer_state.json").is_file()
+    return entry.manifest is not None or foreign

@@ -116,8 +116,6 @@ class Setters:
 
         when = IntervalStrategy(strategy)
         _interval(when, steps)
-        # True is also the default, so that it was given is noted.
-        self.__dict__["_given"] = self.__dict__.get("_given", frozenset()) | {"logging_nan_inf_filter"}
         return _update(
             self,
             logging_nan_inf_filter=nan_inf_filter,

@@ -99,7 +99,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
             transforms=() if halves or max_norm is None else (ff.clipped(max_norm),),
             microbatches=self._microbatches,
             precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "as_built",
-            on_nonfinite="skip" if self._goes_on_nonfinite() else "raise",
+            on_nonfinite=self.args.on_nonfinite,
             device=args.device,
             update="in_backward" if args.fuse_optim_with_backward else "after_backward",
         )
@@ -108,11 +108,6 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         """Give the norm that gradients are clipped to, where they are."""
         given = self.args.max_grad_norm
         return float(given) if given is not None and given > 0 else None
-
-    def _goes_on_nonfinite(self) -> bool:
-        """Tell whether training goes on after a loss that is not finite: where ``logging_nan_inf_filter`` was given."""
-        given = getattr(self.args, "was_given", None)
-        return bool(given("logging_nan_inf_filter")) if given is not None else not self.args.logging_nan_inf_filter
 
     def _in_halves(self) -> bool:
         """Tell whether on any process somebody looks inside steps, or decides how gradients come about."""

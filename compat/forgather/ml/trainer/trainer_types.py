@@ -251,13 +251,12 @@ class BestRun(NamedTuple):
 def get_last_checkpoint(folder: str | Path) -> str | None:
     """Find the checkpoint of a run that was written last and is whole; None if there is none.
 
-    Directories that a save did not finish, or whose files are missing or cut short, are passed over: see
-    :func:`forgather_fn.checkpoint.catalog.latest`.
+    Directories that a save did not finish, or whose files are missing or cut short, are passed over: it is the one that
+    ``train(resume_from_checkpoint=True)`` goes on from.
     """
-    from forgather_fn.checkpoint.catalog import latest
+    from forgather.ml.trainer.unharmed import newest_checkpoint
 
-    found = latest(folder)
-    return None if found is None else str(found.path)
+    return newest_checkpoint(folder)
 
 
 def speed_metrics(

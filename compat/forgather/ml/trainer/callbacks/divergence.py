@@ -59,6 +59,11 @@ class DivergenceDetector(TrainerCallback, ExportableState):
         control.should_training_stop = True
         control.should_save = self.action == "stop"
 
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save nothing at the end of the epoch that an abort ends."""
+        if self.action == "abort" and self.diverged_at == state.global_step:
+            control.should_save = False
+
     def _diverged(self, value: float) -> bool:
         if not math.isfinite(value):
             return True

@@ -116,6 +116,11 @@ class TrainerControlCallback(TrainerCallback):
             control.should_training_stop = True
             self._asked.setdefault("end", []).append(request)
 
+    @property
+    def asked_to_evaluate(self) -> bool:
+        """Whether somebody waits for an evaluation."""
+        return bool(self._asked.get("evaluate"))
+
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Logs = None, **kwargs: Any) -> None:
         """Keep what was logged, for those who ask."""
         if self.inbox is not None and "loss" in (logs or {}):

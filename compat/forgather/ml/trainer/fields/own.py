@@ -1,6 +1,7 @@
 """The fields that transformers does not have: those of Forgather's trainers."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from forgather.ml.trainer.fields.describing import does
 
@@ -55,6 +56,14 @@ class Own:
         default=False, metadata=does("Let autograd name the operation whose gradient is not finite; slow.")
     )
 
+    on_nonfinite: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata=does(
+            "What follows a loss or a gradient that is not finite: 'raise' stops with the weights as they were, 'skip' "
+            "leaves the step out and goes on.",
+            choices=["raise", "skip"],
+        ),
+    )
     logging_dir: str | None = field(
         default=None, metadata=does("Where TBLogger and JsonLogger write; None: runs/ in output_dir.")
     )

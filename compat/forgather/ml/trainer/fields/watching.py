@@ -22,8 +22,7 @@ class Logging:
     logging_nan_inf_filter: bool = field(
         default=True,
         metadata=does(
-            "Given: whether losses that are not finite are left out of the logged mean, and training goes on either "
-            "way. Not given: the first one stops the run and is shown."
+            "Leave losses that are not finite out of logged means, where on_nonfinite lets training go on after them."
         ),
     )
     include_num_input_tokens_seen: str | bool = field(
