@@ -19,7 +19,7 @@ from forgather_fn.reduction import Reduction, all_reduced, doubled
 from forgather_fn.replicated import replicated
 from forgather_fn.share import Share
 from forgather_fn.signature import checked
-from forgather_fn.strategy.processes import world_of
+from forgather_fn.strategy.processes import check_same_plan, world_of
 from forgather_fn.strategy.program import Strategy, assembled
 from forgather_fn.strategy.sharding import Sharding, check_shards
 from forgather_fn.world import World
@@ -220,13 +220,7 @@ def _agree(plan: Plan, world: World, layout: Layout, tensors: Sequence[Tensor]) 
         return
     mine = {**plan.describe(), "parameters": ", ".join(f"{leaf.name} {tuple(leaf.shape)}" for leaf in layout.leaves)}
     mine.pop("device")
-    for rank, other in enumerate(world.gather(mine)):
-        for name, text in mine.items():
-            if other[name] != text:
-                raise ValueError(
-                    f"accelerated: the processes have other plans; {name}:\n  rank {world.rank}: {text}\n"
-                    f"  rank {rank}: {other[name]}"
-                )
+    check_same_plan("accelerated", world, mine)
     from torch import distributed
 
     with world.explained(), torch.no_grad():

@@ -30,7 +30,7 @@ from forgather_fn.program import Program
 from forgather_fn.share import Share
 from forgather_fn.state import Params, TrainState
 from forgather_fn.strategy.accelerated import ALL_VIEWED
-from forgather_fn.strategy.processes import launched_on
+from forgather_fn.strategy.processes import check_same_plan, launched_on
 from forgather_fn.strategy.program import Inference, Strategy, assembled
 from forgather_fn.strategy.storage import Storage, floating, held_whole, prepared
 from forgather_fn.world import World, known_to_all
@@ -255,13 +255,7 @@ class _Standing:
             "parameters": ", ".join(f"{name} {tuple(p.shape)}" for name, p in stand_ins(module).items()),
         }
         mine.pop("device")
-        for rank, other in enumerate(self.line.world.gather(mine)):
-            for name, text in mine.items():
-                if other[name] != text:
-                    raise ValueError(
-                        f"pipelined: the processes have other plans; {name}:\n  rank {self.line.world.rank}: {text}\n"
-                        f"  rank {rank}: {other[name]}"
-                    )
+        check_same_plan("pipelined", self.line.world, mine)
 
     def evaluate(
         self, built: Built, state: TrainState, data: Any, params: Params, metrics: Sequence[Measure]

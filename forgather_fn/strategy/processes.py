@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -49,6 +50,26 @@ def launched_on(device: torch.device) -> World:
         number_in(os.environ, "RANK", 0)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return joined(local_rank)
+
+
+def check_same_plan(what: str, world: World, mine: Mapping[str, str]) -> None:
+    """Make sure that all processes were given the same; collective.
+
+    Args:
+        what: The strategy, for the message.
+        world: The processes.
+        mine: What must be the same, described part by part, as by :meth:`~forgather_fn.plan.Plan.describe`.
+
+    Raises:
+        ValueError: A part is another one on another process; both are shown.
+    """
+    for rank, other in enumerate(world.gather(dict(mine))):
+        for name, text in mine.items():
+            if other[name] != text:
+                raise ValueError(
+                    f"{what}: the processes have other plans; {name}:\n  rank {world.rank}: {text}\n"
+                    f"  rank {rank}: {other[name]}"
+                )
 
 
 def joined(local_rank: int) -> World:
