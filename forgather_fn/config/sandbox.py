@@ -11,7 +11,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from forgather_fn.config import text as texts
-from forgather_fn.config.bounds import NUMBER, SOURCE, Budget
+from forgather_fn.config.bounds import NUMBER, SEARCH, SOURCE, Budget, extent
 from forgather_fn.config.errors import ConfigError, Position
 from forgather_fn.config.preprocess import preprocess
 from forgather_fn.config.sources import Sources
@@ -45,7 +45,7 @@ class Sandbox(SandboxedEnvironment):
     It overrides what Jinja documents to be overridden; nothing of the rendering outlives it.
     """
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
     concat = staticmethod(texts.joined)
 
     def __init__(self, sources: Sources, filters: Mapping[str, Callable[..., Any]]) -> None:
@@ -80,7 +80,7 @@ class Sandbox(SandboxedEnvironment):
 
     def traced(self, value: Any, name: str, line: int, block: str | None) -> str:
         """Give the value of an expression as output, with its origin."""
-        text = self.budget.write(str(value))
+        text = self.budget.write(str(self.budget.charge(value)))
         return text if isinstance(text, texts.Text) else texts.at(text, self.place(name, line, block))
 
     def literal(self, text: str, name: str, line: int, block: str | None) -> str:
@@ -107,16 +107,14 @@ class Sandbox(SandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute what can make much of little, if it is not too much."""
+        self.budget.charge(right)
         if operator == "%":
-            _check_format(left)
+            _check_format(left, right)
         elif operator == "**" and (_size(left) > SOURCE or _size(right) > NUMBER or _size(left) * _size(right) > 1e7):
             raise ConfigError(f"a template computes {left!r} ** {right!r}, which is too large")
         elif operator == "*" and max(_length(left) * _size(right), _length(right) * _size(left)) > SOURCE:
             raise ConfigError("a template repeats a value too often")
-        result = self.binop_table[operator](left, right)
-        if isinstance(result, int) and result.bit_length() > NUMBER:
-            raise ConfigError("a template computes a number that is too large")
-        return self.budget.charge(result)
+        return self.budget.charge(self.binop_table[operator](left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Allow public attributes, and of strings the methods that cannot make much of little."""
@@ -141,7 +139,8 @@ class Sandbox(SandboxedEnvironment):
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str):
             self._check_string(getattr(function, "__name__", ""), owner, args, kwargs)
-        self.budget.charge(owner)
+        for one in (owner, *args, *kwargs.values()):
+            self.budget.charge(one)
         return self.budget.charge(super().call(context, function, *args, **kwargs))
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,8 +148,8 @@ class Sandbox(SandboxedEnvironment):
         def bounded(*args: Any, **kwargs: Any) -> Any:
             values = args[1:] if hasattr(function, "jinja_pass_arg") else args
             value, rest = (values[0], values[1:]) if values else (None, ())
-            if isinstance(value, Iterable) and not isinstance(value, StrictUndefined):
-                self.budget.charge(value)
+            for one in (value, *rest, *kwargs.values()):
+                self.budget.charge(one)
             if name not in _ANY_NUMBER:
                 self._check_string(name, str(value) if name in ("replace", "format") else value, rest, kwargs)
             return self.budget.charge(function(*args, **kwargs))
@@ -160,7 +159,16 @@ class Sandbox(SandboxedEnvironment):
     def _check_string(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = (*args, *kwargs.values())
         if name == "format":
-            _check_format(value)
+            _check_format(value, given)
+        if isinstance(value, str) and any(len(value) * len(one) > SEARCH for one in given if isinstance(one, str)):
+            raise ConfigError(f"{name}: a template searches a long text for another")
+        adds_lists = name == "sum" and any(isinstance(one, list | tuple) for one in given)
+        if adds_lists and _length(value) * extent(value) > SEARCH:  # each is copied again for each that follows
+            raise ConfigError("sum: a template adds up too many lists")
+        if name in ("indent", "tojson"):
+            width = max((_size(one) if isinstance(one, int) else _length(one) for one in given), default=0)
+            if (value.count("\n") if isinstance(value, str) else extent(value)) * width > 10 * SOURCE:
+                raise ConfigError(f"{name}: a template makes a value that is too large")
         if name != "sum" and any(isinstance(one, int) and abs(one) > NUMBER for one in given):
             raise ConfigError(f"{name}: a template asks for a width or count above {NUMBER:,}")
         if name == "replace" and _length(value) * max(map(_length, given), default=0) > 10 * SOURCE:
@@ -207,6 +215,13 @@ class _Tracing:
         elif isinstance(node, nodes.For):
             node.iter = self._call("counted", node.iter)
         elif isinstance(node, nodes.Concat):
+            node.nodes = [self._call("sized", one) for one in node.nodes]
+            return self._call("sized", node)
+        elif isinstance(node, nodes.Assign):
+            node.node = self._call("sized", node.node)
+        elif isinstance(node, nodes.Operand):
+            node.expr = self._call("sized", node.expr)
+        elif isinstance(node, nodes.List | nodes.Dict) or _is_made(node):
             return self._call("sized", node)
         return node
 
@@ -226,10 +241,19 @@ class _Tracing:
         return call
 
 
-def _check_format(text: Any) -> None:
-    """Refuse a format string, of either kind, whose widths are large or come from elsewhere."""
+def _is_made(node: nodes.Node) -> bool:
+    """Tell a tuple that is made, and not assigned to, and a part that is copied."""
+    if isinstance(node, nodes.Tuple):
+        return node.ctx == "load"
+    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+
+
+def _check_format(text: Any, given: Any) -> None:
+    """Refuse a format string, of either kind, whose widths are large or come from elsewhere, or that makes too much."""
     if not isinstance(text, str):
         return
+    if max(text.count("%"), text.count("{")) * extent(given) > 10 * SOURCE:
+        raise ConfigError("format: a template makes a value that is too large")
     try:
         specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(text)]
     except ValueError:

@@ -114,8 +114,14 @@ class Inbox:
         return bool(self._waiting) and any(one.command is Command.ABORT for one in tuple(self._waiting))
 
     def look(self) -> "Future[Numbers]":
-        """Ask for the metrics of the next step; any thread may. At most two looks a second reach the device."""
+        """Ask for the metrics of the next step; any thread may. At most two looks a second reach the device.
+
+        Whoever does not wait for them any more cancels the future, and it is forgotten.
+        """
         wanted: Future[Numbers] = Future()
+        for one in [one for one in tuple(self._looks) if one.cancelled()]:
+            with contextlib.suppress(ValueError):  # the loop has just shown it, or another thread forgotten it
+                self._looks.remove(one)
         fresh = self.numbers
         if fresh is not None and self.clock() - fresh.time < LOOK_AGAIN:
             wanted.set_result(fresh)
@@ -131,7 +137,8 @@ class Inbox:
         """Give the metrics to whoever waits for them."""
         self.numbers = numbers
         while self._looks:
-            self._looks.popleft().set_result(numbers)
+            with contextlib.suppress(InvalidStateError, IndexError):  # who asked has given up, perhaps just now
+                self._looks.popleft().set_result(numbers)
 
     def fail_all(self, reason: str) -> None:
         """Answer everything that is waiting that it was not done."""

@@ -243,7 +243,7 @@ def _responding(inbox: Inbox, endpoint: Endpoint) -> Respond:
         admit(request, access)
         if request.method == "GET":
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(inbox.look())), _FRESH)
+                await asyncio.wait_for(asyncio.wrap_future(inbox.look()), _FRESH)  # which cancels what comes too late
             return as_json(HTTPStatus.OK, status(inbox, endpoint))
         order = order_of(request)
         answer: Future[Reply] = inbox.post(order.command)

@@ -115,6 +115,35 @@ BOMBS = {
     "deep blocks": "-- if 1\n" * 500 + "-- endif\n" * 500,
     "batch": "{{ [1] | batch(10**9, 0) | list }}",
     "slice": "{{ [1] | slice(10**9) | list }}",
+    "doubling by plus": "-- set n = namespace(x='a')\n-- for i in range(40)\n-- set n.x = n.x + n.x\n-- endfor\n",
+    "doubling a list by plus": "-- set n = namespace(x=[1])\n-- for i in range(40)\n-- set n.x = n.x + n.x\n-- endfor",
+    "division of large numbers": "{{ ('f' * 999999) | int(0, 16) // ('f' * 499999) | int(0, 16) }}",
+    "one argument many times": "{{ ('{0}' * 300000).format('x' * 900000) }}",
+    "one value many times": "{{ ('%(a)s' * 190000) % {'a': 'x' * 900000} }}",
+    "one value many times by the filter": "{{ ('%(a)s' * 190000) | format(a='x' * 900000) }}",
+    "indent of many lines": "{{ ('\n' * 900000) | indent(90000) }}",
+    "indent of much JSON": "{{ range(99999) | list | tojson(90000) }}",
+    "search from the right": "{{ ('a' * 999999).rfind('a' * 400000 ~ 'b' ~ 'a' * 99999) }}",
+    "split from the right": "{{ ('a' * 999999).rsplit('a' * 400000 ~ 'b' ~ 'a' * 99999) }}",
+    "sum of lists": "{{ ([[1] * 10] * 50000) | sum(start=[]) | length }}",
+    "searches in a loop": "-- set x = 'a' * 900000\n-- for i in range(99999)\n-- if 'bbb' in x\n-- endif\n-- endfor\n",
+    "slices in a loop": "-- set x = 'a' * 900000\n-- for i in range(99999)\n-- if x[1:]\n-- endif\n-- endfor\n",
+}
+NESTED = "-- set n = namespace(x={}, y={})\n-- for i in range(40)\n{}-- endfor\n{{{{ {} }}}}\n"
+LISTS = "-- set n.x = [n.x, n.x]\n-- set n.y = [n.y, n.y]\n"
+APPENDED = "-- set y = []\n-- do y.append(n.x)\n-- do y.append(n.x)\n-- set n.x = y\n"
+NAMESPACES = "-- set y = namespace()\n-- set y.a = n.x\n-- set y.b = n.x\n-- set n.x = y\n"
+BOMBS |= {
+    "nested lists": NESTED.format("[1]", "[1]", LISTS, "n.x"),
+    "nested lists as a string": NESTED.format("[1]", "[1]", LISTS, "n.x ~ ''"),
+    "nested lists by repr": NESTED.format("[1]", "[1]", LISTS, "repr(n.x) | length"),
+    "nested lists as YAML": NESTED.format("[1]", "[1]", LISTS, "n.x | toyaml | length"),
+    "nested lists as JSON": NESTED.format("[1]", "[1]", LISTS, "n.x | tojson | length"),
+    "nested lists compared": NESTED.format("[1]", "[1]", LISTS, "n.x == n.y"),
+    "nested tuples as a key": NESTED.format("1", "1", LISTS.replace("[", "(").replace("]", ")"), "{n.x: 1} | length"),
+    "nested lists by append": NESTED.format("[1]", "[1]", APPENDED, "n.x"),
+    "nested namespaces": NESTED.format("1", "1", NAMESPACES, "n.x"),
+    "nested namespaces in an error": NESTED.format("1", "1", NAMESPACES, "{}[n.x]"),
 }
 
 

@@ -51,6 +51,24 @@ class TestWhatIsTaken:
         assert status == 200
         assert json.loads(body)["job"] == "a"
 
+    def test_statuses_that_no_step_answers_leave_nothing_behind(self, served):
+        inbox, raw = served
+        for _ in range(20):
+            assert raw.request()[0] == 200
+        assert len(inbox._looks) <= server.CONNECTIONS
+        wanted = inbox.look()
+        assert len(inbox._looks) == 1
+        inbox.show(numbers := Numbers(3, inbox.clock(), {}))
+        assert wanted.result(timeout=0) is numbers
+        assert not inbox.looked_for()
+
+    def test_a_look_that_was_given_up_is_shown_to_nobody(self, served):
+        inbox, _ = served
+        first, second = inbox.look(), inbox.look()
+        assert first.cancel()
+        inbox.show(numbers := Numbers(3, inbox.clock(), {}))
+        assert second.result(timeout=0) is numbers
+
     def test_a_command(self, served):
         inbox, raw = served
         assert raw.request("POST", "/control", ORDER) == (202, '{"command": "save", "accepted": true}\n')
