@@ -1,5 +1,7 @@
 """What users override is called, decides, and trains as in transformers."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 import forgather.ml as ours
+from forgather.ml.trainer.checking import NEVER_CALLED
 from tests.compat.test_checkpoints import trainer
 from tests.compat.tiny import rows
 
@@ -448,7 +451,7 @@ def test_an_override_that_would_never_be_called_is_refused_by_name(tmp_path):
         def _inner_training_loop(self, *args, **kwargs):
             pass
 
-    with pytest.raises(ValueError, match="Mine overrides _inner_training_loop, a private method of transformers"):
+    with pytest.raises(ValueError, match="Mine overrides _inner_training_loop, a method of transformers' Trainer"):
         trainer(ours, tmp_path, cls=Mine)
 
 
@@ -464,3 +467,36 @@ def test_accumulation_equals_the_large_batch_when_compiled(kind, tmp_path):
         found.append((losses(made), norms(made)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert found[0][1] == pytest.approx(found[1][1], rel=2e-5)
+
+
+THEIRS = {
+    name: one
+    for name, one in vars(transformers.Trainer).items()
+    if not name.startswith("__") and (callable(one) or isinstance(one, property | staticmethod))
+}
+REFUSED = ("hyperparameter_search", "push_to_hub")
+"""Methods that take anything, since they refuse to do it."""
+
+
+def test_each_method_of_transformers_is_there_or_its_override_is_refused():
+    missing = {name for name in THEIRS if not hasattr(ours.Trainer, name)}
+    assert missing == {name for name in NEVER_CALLED if name in THEIRS}
+    assert not [name for name in NEVER_CALLED if hasattr(ours.Trainer, name)]
+
+
+def test_methods_take_what_they_take_in_transformers():
+    for name in sorted(name for name in THEIRS if callable(getattr(ours.Trainer, name, None)) and name not in REFUSED):
+        kinds = [getattr(library.Trainer, name) for library in BOTH]
+        mine, theirs = ([p for p in inspect.signature(kind).parameters if p != "self"] for kind in kinds)
+        assert mine[: len(theirs)] == theirs, name
+
+
+def test_where_a_model_is_moved_to_is_for_an_override_to_say(tmp_path):
+    def make(base):
+        class Mine(base):
+            def _move_model_to_device(self, model, device):
+                self.moved = [*getattr(self, "moved", []), str(device)]
+
+        return Mine
+
+    assert set(alike(tmp_path, make).moved) == {"cpu"}

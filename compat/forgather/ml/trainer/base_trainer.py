@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 import forgather_fn as ff
@@ -194,7 +195,12 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
         if getattr(self.model, "hf_device_map", None) is not None:
             self.place_model_on_device = False
         if self.place_model_on_device:
-            self.model.to(self.args.device)
+            self._move_model_to_device(self.model, self.args.device)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Move a model, but one that lies on several devices already; override it to move yours otherwise, or not."""
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(device)
 
     def _rebuild_model(self) -> None:
         """Build the model anew, where it is built by a function, with optimizer and schedule; place it."""
@@ -204,7 +210,7 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
             self.optimizer = self.lr_scheduler = None
             self._introspect_model()
         if self.place_model_on_device or self.model_init is None:
-            self.model.to(self.args.device)
+            self._move_model_to_device(self.model, self.args.device)
         if self.args.activation_checkpointing:
             self._checkpoint_activations()
 

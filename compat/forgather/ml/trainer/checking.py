@@ -15,10 +15,15 @@ from forgather_fn.data import Stream
 from forgather_fn.signature import shown
 
 _EVENTS_OR_STEP = "override training_step, compute_loss or log, or write a callback"
+_SHARDED = "models are not sharded here: see ff.accelerated(plan, sharded=True)"
+_PARALLEL = "parallelism_config is refused: PipelineTrainer cuts a model into stages"
+_HUB = "push_to_hub is refused: push what was saved"
+_SEARCH = "hyperparameter_search is refused: write a loop over trainers"
 NEVER_CALLED = {
     "_inner_training_loop": _EVENTS_OR_STEP,
     "_run_epoch": _EVENTS_OR_STEP,
     "_init_training_state": "override train(), or write a callback with on_train_begin",
+    "_prepare_for_training": "override create_optimizer_and_scheduler, or write a callback with on_train_begin",
     "_finalize_training": "write a callback with on_train_end",
     "_clip_grad_norm": "write a callback with on_pre_optimizer_step, and set max_grad_norm=0",
     "_get_grad_norm": "write a callback with on_pre_optimizer_step",
@@ -29,10 +34,26 @@ NEVER_CALLED = {
     "_save_scaler": "there is no scaler object: the scale of a float16 loss is part of the state",
     "create_accelerator_and_postprocess": "set trainer.accelerator after the trainer is made",
     "_build_accelerator_args": "set trainer.accelerator after the trainer is made",
+    "_issue_warnings_after_load": "override _load_from_checkpoint",
+    "_update_auto_batch_size": "override get_train_dataloader, which is called for each batch size that is tried",
+    "_prepare_context_parallel_inputs": f"override _prepare_inputs; {_PARALLEL}",
+    "get_cp_size": _PARALLEL,
+    "get_sp_size": _PARALLEL,
+    "get_tp_size": _PARALLEL,
+    "_defer_fsdp_gradient_reduction": _SHARDED,
+    "_has_mixed_mesh_grads": _SHARDED,
+    "_mixed_mesh_grad_norm": _SHARDED,
+    "_sync_replicated_trainable_parameters": _SHARDED,
+    "init_hf_repo": _HUB,
+    "_push_from_checkpoint": _HUB,
+    "_finish_current_push": _HUB,
+    "_hp_search_setup": _SEARCH,
+    "_report_to_hp_search": _SEARCH,
+    "_tune_save_checkpoint": _SEARCH,
     "_nested_gather": "what an evaluation keeps is gathered when it ends: override evaluation_loop",
     "_pad_across_processes": "what an evaluation keeps is padded when it ends: override evaluation_loop",
 }
-"""Private methods of transformers' Trainer that are not called here, and what to override instead."""
+"""Methods of transformers' Trainer, private but for a few, that are not called here, and what to override instead."""
 
 
 def optimizer_pair(given: Any) -> tuple[Any, Any]:
@@ -89,8 +110,8 @@ class CheckingMixin(Attributes):
         for name, instead in NEVER_CALLED.items():
             if hasattr(type(self), name):
                 raise ValueError(
-                    f"{type(self).__name__} overrides {name}, a private method of transformers that this trainer does "
-                    f"not call: {instead}"
+                    f"{type(self).__name__} overrides {name}, a method of transformers' Trainer that this one does not "
+                    f"call: {instead}"
                 )
 
     def _check_construction(self) -> None:

@@ -72,17 +72,16 @@ class DataMixin(Attributes):
         """
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Trainer: evaluation requires an eval_dataset.")
-        kept: dict[str, Any] = self.__dict__.setdefault("_eval_dataloaders", {})
+        kept: dict[str, Any] = self.__dict__.get("_eval_dataloaders", {})
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
         if self.args.dataloader_persistent_workers and name in kept:
             return kept[name]
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             chosen = self.eval_dataset[eval_dataset]
-        loader = self._get_dataloader(chosen, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
-        if self.args.dataloader_persistent_workers:
-            kept[name] = loader
-        return loader
+        return self._get_dataloader(
+            chosen, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler, dataloader_key=name
+        )
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Make the loader of a test set."""
@@ -95,6 +94,7 @@ class DataMixin(Attributes):
         batch_size: int,
         sampler_fn: Callable[[Any], Sampler[int] | None] | None = None,
         is_training: bool = False,
+        dataloader_key: str | None = None,
     ) -> Any:
         args = self.args
         # A stream of the datasets library may not know its columns: then samples lose them one by one.
@@ -121,7 +121,10 @@ class DataMixin(Attributes):
             options["drop_last"] = args.dataloader_drop_last
         if is_training:
             options["worker_init_fn"] = seed_worker
-        return DataLoader(dataset, **options)
+        loader: DataLoader[Any] = DataLoader(dataset, **options)
+        if dataloader_key is not None and args.dataloader_persistent_workers:
+            self.__dict__.setdefault("_eval_dataloaders", {})[dataloader_key] = loader
+        return loader
 
     def _seeded(self, sampler: Any) -> Any:
         """Make a plain shuffle one that depends on seed and epoch alone, so that a run can be resumed."""

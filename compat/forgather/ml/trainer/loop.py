@@ -124,7 +124,7 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
         )
         self._run = run
         self._begin_state(run)
-        self._prepare_for_training(run)
+        self._make_ready(run)
         run.start = time.time()
         run.first_step = run.last_logged = self.state.global_step
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
@@ -163,7 +163,7 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
             self._find_position(run)
         self.state.init_training_references(self, run.lengths.max_steps, run.lengths.epochs, None)
 
-    def _prepare_for_training(self, run: Running) -> None:
+    def _make_ready(self, run: Running) -> None:
         """Make optimizer and scheduler, read theirs of a checkpoint, and put the model on a state."""
         self.current_flos, self._flops = 0.0, 0.0
         self._prepared, self._uses_items = True, None
