@@ -12,6 +12,7 @@ from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import Graph
 from forgather_fn.config.plain import plain
 from forgather_fn.config.scalars import Value
+from forgather_fn.terminal import printable
 
 TARGET: Final = "dynamic_args"
 
@@ -85,8 +86,8 @@ def _declaration(name: str, spec: Any) -> Dynamic:
         raise ConfigError(f"{where}: expected some of {', '.join(sorted(_KNOWN))}, got {spec!r}")
     names = spec.get("names") or f"--{name.replace('_', '-')}"
     flags = tuple([names] if isinstance(names, str) else map(str, names))
-    if not all(flag.startswith("-") for flag in flags):
-        raise ConfigError(f"{where}: {', '.join(flags)}: an option begins with '-'")
+    if not all(flag.startswith("-") and flag.isprintable() for flag in flags):
+        raise ConfigError(f"{where}: {', '.join(flags)}: an option begins with '-', and can be printed")
     kind = str(spec.get("type") or "str")
     if kind not in _TYPES:
         raise ConfigError(f"{where}: type {kind!r} is none of {', '.join(_TYPES)}")
@@ -118,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser, options: list[Dynamic]) -> None
                 choices=one.choices,
                 default=None,
                 metavar=None if one.choices else one.type.upper(),
-                help=one.help.replace("%", "%%"),
+                help=printable(one.help).replace("%", "%%"),
             )
         except argparse.ArgumentError as error:
             raise ConfigError(f"{TARGET}.{one.variable}: {error}") from None

@@ -390,6 +390,34 @@ def test_a_grid_of_several_processes_ends_where_one_of_them_fails(run, monkeypat
         run("train", "mine.yaml", *FLAGS, "--grid", "main.seed=1,2")
 
 
+ESCAPES = """\
+"\\e[31mred": 1
+meta: {config_description: "a\\e[2Jb"}
+dynamic_args: {x: {help: "c\\e[2Jd"}}
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["targets red.yaml", "ls", "ls -r", "graph red.yaml", "trefs red.yaml", "pp red.yaml"]
+)
+def test_what_a_configuration_says_does_nothing_to_a_terminal(run, command):
+    Path("red.yaml").write_text(ESCAPES)
+    Path("project").mkdir()
+    Path("project/meta.yaml").write_text('name: "e\\e[2Jf"\n')
+    code, out, err = run(*command.split())
+    assert code == 0
+    assert "\x1b" not in out + err
+
+
+def test_what_a_configuration_says_of_its_options_does_nothing_to_a_terminal(run, capsys):
+    Path("red.yaml").write_text(ESCAPES)
+    with pytest.raises(SystemExit):
+        run("graph", "red.yaml", "--help")
+    assert r"c\x1b[2Jd" in capsys.readouterr().out
+    Path("red.yaml").write_text('dynamic_args: {x: {names: "--\\e[2J"}}\n')
+    assert run("graph", "red.yaml")[0] == 2
+
+
 def test_records_are_shown_and_compared(run):
     run("train", "mine.yaml", *FLAGS)
     run("train", "mine.yaml", *FLAGS, "--set", "output_dir=runs/b", "main.seed=1")

@@ -9,6 +9,7 @@ from forgather_fn.config.commands.common import add_allow, add_allow_folders, ad
 from forgather_fn.config.dump import dump
 from forgather_fn.config.python import to_python
 from forgather_fn.config.text import Text
+from forgather_fn.terminal import printable
 
 Execute = Callable[[argparse.Namespace], int]
 
@@ -68,7 +69,7 @@ def targets(parser: argparse.ArgumentParser, /) -> Execute:
     parser.epilog = "example: forgather targets projects/demo.yaml"
 
     def execute(options: argparse.Namespace) -> int:
-        print(*loaded(options).graph.targets, sep="\n")
+        print(*map(printable, loaded(options).graph.targets), sep="\n")
         return 0
 
     return execute
@@ -124,7 +125,7 @@ def trefs(parser: argparse.ArgumentParser, /) -> Execute:
     def execute(options: argparse.Namespace) -> int:
         text = loaded(options).text
         assert isinstance(text, Text)
-        print(*formats[options.format](text), sep="\n")
+        print(*map(printable, formats[options.format](text)), sep="\n")
         return 0
 
     return execute

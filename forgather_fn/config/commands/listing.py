@@ -10,6 +10,7 @@ from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.load import OUTPUT, load
 from forgather_fn.config.plain import plain
 from forgather_fn.config.sources import SHIPPED
+from forgather_fn.terminal import printable
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
@@ -23,10 +24,10 @@ def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace]
 
     def execute(options: argparse.Namespace) -> int:
         for title, names, folder in _groups(options.project_dir, options.recursive, options.allow):
-            print(title)
+            print(printable(title))
             width = max(map(len, names), default=0)
             for name in names:
-                print(f"  {name:{width}}  {_described(name, folder, options.allow)}".rstrip())
+                print(printable(f"  {name:{width}}  {_described(name, folder, options.allow)}".rstrip()))
         return 0
 
     return execute

@@ -15,7 +15,7 @@ from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.grid import points
 from forgather_fn.config.load import OUTPUT, Loaded, again, load
 from forgather_fn.distributed.launched import number_in
-from forgather_fn.terminal import lines_of
+from forgather_fn.terminal import lines_of, printable
 
 _ONE_PROCESS = "!partial:forgather_fn:single"
 _EXAMPLES = """examples:
@@ -138,7 +138,7 @@ def _check_run(run: Path, record: records.Record, options: argparse.Namespace) -
             f"the configuration is not the one that {source} was made with:\n{shown}\n"
             "Set it back, or add --allow-changes to go on with the changed one"
         )
-    print(f"changed since {source} was made:\n{shown}", flush=True)
+    print(lines_of(f"changed since {source} was made:\n{shown}"), flush=True)
 
 
 def _tell(result: Any) -> None:
@@ -156,7 +156,8 @@ def _tell_versions(record: records.Record) -> None:
     now = records.surroundings()
     for name in sorted({*now, *record.versions}):
         if record.versions.get(name) != now.get(name):
-            print(f"note: {name} was {record.versions.get(name)}, and is {now.get(name)}: the bits may differ")
+            was = f"{name} was {record.versions.get(name)}, and is {now.get(name)}"
+            print(printable(f"note: {was}: the bits may differ"))
 
 
 def _free(path: str) -> str:
