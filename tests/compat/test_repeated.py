@@ -15,6 +15,7 @@ from tests.compat.tiny import Regression, regression, rows
 from tests.named import named
 
 BOTH = (ours, transformers)
+SGD = torch.optim.SGD(regression().parameters())
 
 
 def losses(made):
@@ -191,8 +192,8 @@ def test_a_directory_that_another_process_writes_to_is_refused(tmp_path):
         ({"model": "gpt2"}, ValueError, "expected a torch.nn.Module as its model, got 'gpt2'; a name is loaded by you"),
         ({"model_init": Regression}, ValueError, "but not both"),
         ({"processing_class": 1, "tokenizer": 2}, ValueError, "another name of processing_class"),
-        ({"optimizer_cls_and_kwargs": (1, {}), "optimizers": (1, None)}, RuntimeError, "incompatible"),
-        ({"model": None, "model_init": Regression, "optimizers": (1, None)}, RuntimeError, "`model_init` is incomp"),
+        ({"optimizer_cls_and_kwargs": (1, {}), "optimizers": (SGD, None)}, RuntimeError, "incompatible"),
+        ({"model": None, "model_init": Regression, "optimizers": (SGD, None)}, RuntimeError, "`model_init` is incomp"),
         ({"train_dataset": iter([])}, ValueError, "does not implement __len__"),
     ],
     ids=named,

@@ -88,7 +88,7 @@ class OptimizerMixin(Attributes):
         Raises:
             ValueError: There is no optimizer yet.
         """
-        self._check_optimizer()
+        self._require_optimizer()
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Any:
@@ -97,7 +97,7 @@ class OptimizerMixin(Attributes):
         Raises:
             ValueError: There is no optimizer yet.
         """
-        self._check_optimizer()
+        self._require_optimizer()
         groups = self.optimizer.param_groups
         if isinstance(param, str):
             param = dict(self.model.named_parameters())[param]
@@ -107,6 +107,6 @@ class OptimizerMixin(Attributes):
                     return group
         return [group["params"] for group in groups]
 
-    def _check_optimizer(self) -> None:
+    def _require_optimizer(self) -> None:
         if self.optimizer is None:
             raise ValueError("Trainer optimizer is None, please make sure you have setup the optimizer before.")
