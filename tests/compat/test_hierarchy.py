@@ -74,6 +74,12 @@ def test_each_level_can_be_subclassed(tmp_path):
     assert isinstance(made.plan, ff.Plan)
 
 
+def test_the_tokenizer_may_be_set_under_its_older_name(tmp_path):
+    made = ml.Trainer(regression(), {"output_dir": str(tmp_path), "use_cpu": True}, tokenizer="one")
+    made.tokenizer = "another"
+    assert (made.tokenizer, made.processing_class) == ("another", "another")
+
+
 def test_every_exported_name_is_there():
     for name in ml.__all__:
         assert getattr(ml, name) is not None

@@ -1,6 +1,7 @@
 """What does not fit together is refused when a trainer is made, or trains."""
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any
@@ -98,7 +99,13 @@ class CheckingMixin(Attributes):
             return None
         kind = getattr(getattr(self.model, "config", None), "problem_type", None)
         if kind == "multi_label_classification":
-            raise ValueError("label_smoothing_factor is not defined for problem_type='multi_label_classification'")
+            warnings.warn(
+                "Label smoothing is not compatible with multi-label classification. Disabling label smoothing for this "
+                "training run.",
+                UserWarning,
+                stacklevel=4,  # this method < BaseTrainer.__init__ < a trainer's __init__ < the user's line
+            )
+            return None
         return smoother(self.args.label_smoothing_factor)
 
     def _check_overrides(self) -> None:
