@@ -162,7 +162,6 @@ UNHONOURED: list[tuple[dict[str, Any], str]] = [
     ({"preserve_n_best": 2}, "preserve_n_best=2"),
     ({"save_dataset_state": False}, "save_dataset_state"),
     ({"optim_target_modules": ["attn"]}, "optim_target_modules"),
-    ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ({"use_liger_kernel": True}, "use_liger_kernel"),
     ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config"),
     ({"push_to_hub": True}, "push_to_hub=True is not supported: push what was saved"),
@@ -198,6 +197,24 @@ UNHONOURED: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_honoured_is_refused_with_a_reason(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingArguments("x", **given)
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, AccelTrainingArguments])
+def test_a_mean_that_is_not_over_all_processes_is_refused_where_there_are_several(
+    kind: type[TrainingArguments], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not kind("x", average_tokens_across_devices=False).average_tokens_across_devices
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="average_tokens_across_devices=False is not supported: on several"):
+        kind("x", average_tokens_across_devices=False)
+
+
+def test_what_is_said_of_an_argument_is_what_it_does() -> None:
+    told = table(TrainingArguments)
+    assert told["torch_compile"] == "Compile the model by torch.compile."
+    for name in ("skip_memory_metrics", "preserve_n_best"):  # nothing is promised of a value that is refused
+        assert "False adds" not in told[name]
+        assert "Any value but the default is refused" in told[name]
 
 
 def test_what_is_changed_afterwards_is_refused_when_looked_at_again() -> None:

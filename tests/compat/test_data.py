@@ -1,5 +1,8 @@
 """Data come in the order of transformers, are collated as there, and are what the model takes."""
 
+import copy
+import pickle
+
 import datasets
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 import forgather.ml as ours
+from forgather.ml.trainer.feed import Keyed
 from tests.compat.test_checkpoints import trainer
 from tests.compat.tiny import Regression, rows
 
@@ -179,6 +183,47 @@ def test_a_model_that_takes_anything_gets_everything(tmp_path):
 
     made = trainer(ours, tmp_path, model=Takes(), **PLAIN)
     assert made.train().global_step == 6
+
+
+class Opened(torch.utils.data.Dataset):
+    """Reads from what its workers open."""
+
+    def __init__(self):
+        self.file = None
+
+    def open(self):
+        self.file = rows("regression")
+
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, i):
+        return self.file[i]
+
+
+def open_in_worker(number):
+    torch.utils.data.get_worker_info().dataset.open()
+
+
+@pytest.mark.parametrize("library", BOTH)
+def test_workers_see_the_data_set_of_the_user(library, tmp_path):
+    class Mine(library.Trainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_size=8, num_workers=1, worker_init_fn=open_in_worker
+            )
+
+    made = trainer(library, tmp_path, cls=Mine, max_steps=2, **PLAIN)
+    made.train_dataset = Opened()
+    assert made.train().global_step == 2
+
+
+def test_what_workers_see_is_sent_to_them_whole():
+    sent = pickle.loads(pickle.dumps(copy.copy(Keyed(Opened(), 1))))
+    sent.open()
+    assert len(sent.__getitems__([(0, 3), (0, 4)])) == 2
+    with pytest.raises(AttributeError, match="close"):
+        sent.close()
 
 
 def test_the_loader_is_one_of_torch(tmp_path):

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 
 import forgather.ml as ml
 import forgather_fn as ff
@@ -72,6 +73,22 @@ def test_each_level_can_be_subclassed(tmp_path):
     made = Functional(model=regression(), args=args, train_dataset=rows("regression"))
     made.train()
     assert isinstance(made.plan, ff.Plan)
+
+
+def test_the_tokenizer_may_be_set_under_its_older_name(tmp_path):
+    made = ml.Trainer(regression(), {"output_dir": str(tmp_path), "use_cpu": True}, tokenizer="one")
+    made.tokenizer = "another"
+    assert (made.tokenizer, made.processing_class) == ("another", "another")
+
+
+@pytest.mark.parametrize(("devices", "told"), [(1, False), (2, True)])
+def test_accelerators_that_stay_idle_are_told_of(devices, told, tmp_path, monkeypatch, caplog):
+    args = ml.TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True)
+    made = ml.Trainer(model=regression(), args=args, train_dataset=rows("regression"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    monkeypatch.setattr(ml.TrainingArguments, "n_gpu", 1)
+    made.train()
+    assert ("of 2 accelerators this process uses one, with batches of 8 samples" in caplog.text) == told
 
 
 def test_every_exported_name_is_there():

@@ -10,7 +10,7 @@ from torch import nn
 import forgather.ml as ours
 from forgather_fn.state import NonFiniteError
 from tests.compat.test_checkpoints import trainer
-from tests.compat.tiny import Regression, gpt2, rows
+from tests.compat.tiny import MODELS, Regression, gpt2, rows
 
 BOTH = (ours, transformers)
 PLAIN = {"save_strategy": "no"}
@@ -212,6 +212,15 @@ def test_a_subclass_of_a_language_model_is_smoothed_as_one(tmp_path):
         made.train()
         found.append([log["loss"] for log in made.state.log_history if "loss" in log])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("library", BOTH)
+def test_labels_of_several_classes_are_not_smoothed(library, tmp_path):
+    model = MODELS["bert"]()
+    model.config.problem_type = "multi_label_classification"
+    with pytest.warns(UserWarning, match="not compatible with multi-label classification"):
+        made = trainer(library, tmp_path, "bert", model=model, label_smoothing_factor=0.1)
+    assert made.label_smoother is None
 
 
 def test_label_smoothing_accumulates_exactly(tmp_path):

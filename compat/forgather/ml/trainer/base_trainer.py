@@ -243,6 +243,10 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
         """The older name of ``processing_class``."""
         return self.processing_class
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.processing_class = tokenizer
+
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse, and show the loop to write instead."""
         raise ValueError(

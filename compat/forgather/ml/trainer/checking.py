@@ -1,10 +1,13 @@
 """What does not fit together is refused when a trainer is made, or trains."""
 
 import inspect
+import logging
+import warnings
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from forgather.ml.trainer.attributes import Attributes
@@ -87,6 +90,9 @@ def several(callbacks: Any) -> list[Any]:
     return list(callbacks or ())
 
 
+logger = logging.getLogger(__name__)
+
+
 class CheckingMixin(Attributes):
     """The part of a trainer that checks what it is given."""
 
@@ -98,7 +104,13 @@ class CheckingMixin(Attributes):
             return None
         kind = getattr(getattr(self.model, "config", None), "problem_type", None)
         if kind == "multi_label_classification":
-            raise ValueError("label_smoothing_factor is not defined for problem_type='multi_label_classification'")
+            warnings.warn(
+                "Label smoothing is not compatible with multi-label classification. Disabling label smoothing for this "
+                "training run.",
+                UserWarning,
+                stacklevel=4,  # this method < BaseTrainer.__init__ < a trainer's __init__ < the user's line
+            )
+            return None
         return smoother(self.args.label_smoothing_factor)
 
     def _check_overrides(self) -> None:
@@ -187,10 +199,22 @@ class CheckingMixin(Attributes):
                     setattr(self.args, name, value)
             self._seen_args = now
         refuse_unhonoured(self.args)
+        self._tell_of_idle_devices()
         if self._world.size != self.args.world_size:
             raise ValueError(
                 f"a launcher started {self.args.world_size} processes, and {type(self).__name__} trains on "
                 f"{self._world.size}: each would train by itself, and all would write to {self.args.output_dir!r}. For "
                 "several processes use AccelTrainer with AccelTrainingArguments; for this trainer, start one process: "
                 "python script.py, without torchrun or accelerate launch"
+            )
+
+    def _tell_of_idle_devices(self) -> None:
+        """Warn where transformers would train on several accelerators in this process, with a larger batch."""
+        args, count = self.args, torch.accelerator.device_count()
+        if args.n_gpu and args.world_size == 1 and count > 1:
+            logger.warning(
+                "of %d accelerators this process uses one, with batches of %d samples, where transformers.Trainer uses "
+                "all, with batches of %d. For all of them use AccelTrainer, and forgather launch -n %d script.py; to "
+                "hide the others, set CUDA_VISIBLE_DEVICES",
+                *(count, args.train_batch_size, count * args.per_device_train_batch_size, count),
             )

@@ -77,6 +77,12 @@ class Keyed:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        """Give what the dataset has: a worker_init_fn looks for it in ``get_worker_info().dataset``."""
+        if name.startswith("__") or name == "dataset":  # it is being copied, or read from a pickle
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __getitems__(self, indices: list[tuple[int, Any]]) -> list[Any]:
         """Fetch samples one by one, or together where the dataset can; then seed for the collator."""
         if hasattr(self.dataset, "__getitems__"):

@@ -1,5 +1,6 @@
 """What an argument may not be, and why: whatever is not honoured is refused, with what to write instead."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Final
@@ -7,6 +8,7 @@ from typing import Any, Final
 import attrs
 
 from forgather.ml.trainer.enums import DebugOption, OptimizerNames
+from forgather_fn.distributed.launched import number_in
 
 
 @attrs.frozen
@@ -41,7 +43,10 @@ _LAUNCHED: Final = "the trainer of this class runs on one device; AccelTrainer i
 REFUSED: Final[Mapping[str, Refusal]] = {
     "optim": Refusal(f"it needs another package: {_PASS_IT}", lambda value: value not in OPTIMIZERS),
     "optim_target_modules": Refusal(f"it is GaLore's and APOLLO's: {_PASS_IT}"),
-    "average_tokens_across_devices": Refusal("the loss is always the mean over the tokens of all processes"),
+    "average_tokens_across_devices": Refusal(
+        "on several processes the loss is always the mean over the tokens of all of them",
+        lambda value: not value and number_in(os.environ, "WORLD_SIZE", 1, least=1) > 1,
+    ),
     "use_liger_kernel": Refusal(
         "apply them to the model yourself: liger_kernel.transformers.apply_liger_kernel_to_...()"
     ),

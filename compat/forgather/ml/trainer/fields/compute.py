@@ -32,7 +32,7 @@ class Compute:
         default=None, metadata=does("The older name of activation_checkpointing_kwargs.")
     )
 
-    torch_compile: bool = field(default=False, metadata=does("Compile the training step."))
+    torch_compile: bool = field(default=False, metadata=does("Compile the model by torch.compile."))
     torch_compile_backend: str | None = field(
         default=None, metadata=does("The backend of torch.compile; naming one turns torch_compile on.")
     )

@@ -87,7 +87,7 @@ class OwnSaving:
     preserve_best_model: bool = field(
         default=False, metadata=does("Keep the best checkpoints from rotation, without loading one at the end.")
     )
-    preserve_n_best: int = field(default=1, metadata=does("How many of the best checkpoints are kept."))
+    preserve_n_best: int = field(default=1, metadata=does("How many of the best checkpoints are kept: one."))
     save_optimizer_state: bool = field(default=True, metadata=does("Save the optimizer's state."))
     save_scheduler_state: bool = field(default=True, metadata=does("Save the learning-rate scheduler's state."))
     save_dataset_state: bool = field(default=True, metadata=does("Save the position in the training data."))

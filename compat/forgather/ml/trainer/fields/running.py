@@ -107,9 +107,7 @@ class Parallel:
     debug: str | list[DebugOption] = field(
         default="", metadata=does("underflow_overflow: report the first values in the model that are not finite.")
     )
-    skip_memory_metrics: bool = field(
-        default=True, metadata=does("False adds the memory that training and evaluation took to their metrics.")
-    )
+    skip_memory_metrics: bool = field(default=True, metadata=does("Add no memory that was in use to metrics."))
 
 
 @dataclass

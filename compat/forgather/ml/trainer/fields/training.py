@@ -60,7 +60,7 @@ class Training:
         metadata=does("Forward and backward passes to an update; their sum is the gradient of one large batch."),
     )
     average_tokens_across_devices: bool = field(
-        default=True, metadata=does("Divide the loss by the tokens of all processes. Always done here.")
+        default=True, metadata=does("Divide the loss by the tokens of all processes; of no account on one.")
     )
     max_grad_norm: float = field(default=1.0, metadata=does("Clip the gradient to this norm; 0 does not clip."))
     label_smoothing_factor: float = field(
