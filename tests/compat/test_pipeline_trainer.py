@@ -107,6 +107,39 @@ def test_models_on_the_meta_device_get_memory_for_their_stages_alone(tmp_path: P
         torch.testing.assert_close((one | other)[name], tensor, rtol=0, atol=5e-6)
 
 
+def in_bfloat16(folder: str) -> tuple[float, float, str]:
+    def loss(logits: Any, labels: Any) -> Any:
+        assert logits.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        return loss_function(logits, labels)
+
+    args = PipelineTrainingArguments(
+        output_dir=f"{folder}/{os.environ.get('RANK', '0')}",
+        split_spec={"layer.1": "end"},
+        max_steps=2,
+        save_strategy="no",
+        bf16=True,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    torch.manual_seed(0)
+    data = [{name: column[i] for name, column in words(samples=16).items()} for i in range(16)]
+    trainer = PipelineTrainer(Plain(), args, train_dataset=data, loss_fn=loss)
+    trained = trainer.train().training_loss
+    found = trainer.predict(data[:4])
+    return trained, found.metrics["test_loss"], str(found.predictions.dtype)
+
+
+def test_stages_in_half_precision_give_losses_and_metrics_float32(tmp_path: Path) -> None:
+    with processes(2) as pool:
+        two = pool.run(in_bfloat16, str(tmp_path))
+    one = in_bfloat16(str(tmp_path))
+    for loss, evaluated, dtype in two:
+        assert (loss, evaluated) == pytest.approx(one[:2], rel=1e-3)
+        assert dtype == one[2] == "float32"
+
+
 class Stopping(TrainerCallback):
     """Asks for the end after a step that differs between processes, as a clock would."""
 

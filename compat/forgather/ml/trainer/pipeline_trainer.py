@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import forgather_fn as ff
 from forgather.ml.trainer.base_trainer import BaseTrainer
 from forgather.ml.trainer.counting import batch_size_of
-from forgather.ml.trainer.model_settings import built, mixed_precision
+from forgather.ml.trainer.model_settings import built
 from forgather.ml.trainer.parallel_arguments import PipelineTrainingArguments
 from forgather.ml.trainer.refusals import refuse_unhonoured
 from forgather.ml.trainer.stepping import OVERRIDES
@@ -135,8 +135,7 @@ class PipelineTrainer(BaseTrainer):
         """Run the model on a batch without gradients, through all stages; every process gets the outputs."""
         if self.args.world_size > 1:
             model = _Whole(*self._running())
-        with mixed_precision(model, self.args):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _running(self) -> tuple[Program, TrainState]:
         """Give the program whose model this is; one is made where no training runs."""
