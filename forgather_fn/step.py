@@ -260,7 +260,7 @@ def update_arrays(
         probe = norm if loss is None else norm + loss
         verdict = flag(plan.on_nonfinite, probe, arrays.nonfinite, step, overflow)
         if transforms is not arrays.transforms:
-            transforms = tree.gated(verdict.found_inf, arrays.transforms, transforms, "transforms")
+            transforms = tree.gated(verdict.found_inf, arrays.transforms, transforms)
         begin()
         updated = wanted.of_update(arrays.params, wants, gradients.spread) if wants else None
         context = UpdateContext(rates.learning_rate, verdict.found_inf, rates.scheduled, step, seed)

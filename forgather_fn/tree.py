@@ -133,31 +133,16 @@ def size(tree: Any) -> tuple[int, int, int]:
     return len(tensors), sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
 
 
-def gated(found_inf: Tensor, old: Any, new: Any, path: str) -> Any:
-    """Take a tree of new tensors, or the old ones where the flag on the device is 1.
+def gated(found_inf: Tensor, old: Any, new: Any) -> Any:
+    """Take a tree of new leaves, or the old ones where the flag on the device is 1.
 
-    Raises:
-        ValueError: They are not two trees of the same form, or a leaf that is no tensor changes; nobody knows the flag
-            yet, so that nothing else can be chosen by it.
+    Tensors are chosen where they are. What else changes, a number, a tensor of another shape, a part of another form,
+    is chosen on the host, which waits for the flag.
     """
     if isinstance(new, Tensor) and isinstance(old, Tensor) and old.shape == new.shape:
         return torch.where(found_inf > 0, old, new)
     if isinstance(new, Mapping) and isinstance(old, Mapping) and old.keys() == new.keys():
-        return {name: gated(found_inf, old[name], child, f"{path}/{name}") for name, child in new.items()}
+        return {name: gated(found_inf, old[name], child) for name, child in new.items()}
     if isinstance(new, tuple | list) and isinstance(old, tuple | list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return rebuilt(new, [gated(found_inf, mine, child, f"{path}/{i}") for i, (mine, child) in pairs])
-    if new is old:
-        return new
-    raise ValueError(
-        f"{path} was {_form(old)}, and is {_form(new)} after a step: a step that is left out could not put it back. "
-        "Keep tensors of one shape, torch.tensor(0) for a number, which init gives from the beginning"
-    )
-
-
-def _form(leaf: Any) -> str:
-    if isinstance(leaf, Tensor):
-        return f"a tensor of shape {tuple(leaf.shape)}"
-    if isinstance(leaf, Mapping):
-        return f"a mapping of {', '.join(map(repr, leaf)) or 'nothing'}"
-    return f"a sequence of {len(leaf)}" if isinstance(leaf, tuple | list) else repr(leaf)
+        return rebuilt(new, [gated(found_inf, mine, child) for mine, child in zip(old, new, strict=True)])
+    return new if new is old or not found_inf.item() else old

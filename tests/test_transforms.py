@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import forgather_fn as ff
-from forgather_fn import transforms
+from forgather_fn import transforms, tree
 from tests.toys import VIEWED, classifier, labelled, labelled_batches, program, trained
 
 STORAGES = pytest.mark.parametrize("viewed_elements", [VIEWED, 0], ids=["views", "own"])
@@ -182,10 +182,14 @@ def test_numbers_that_are_not_positive_are_refused(make, number):
     [({"n": 0}, lambda state: {"n": state["n"] + 1}), ((), lambda state: (*state, torch.zeros(1)))],
     ids=["number", "growing"],
 )
-def test_a_state_that_a_step_could_not_put_back_is_refused_before_anything_is_updated(first, following):
+def test_a_state_of_any_kind_is_as_it_was_after_a_step_that_is_left_out(first, following):
     transform = ff.Transform(lambda params: first, lambda gradients, state, **_: (gradients, following(state)))
-    made = program(classifier(), transforms=[transform])
-    state = made.init(0)
-    with pytest.raises(ValueError, match=r"transforms/0.* after a step: a step that is left out could not put it back"):
-        made.step(state, labelled(6))
-    assert not state.consumed
+    made = program(classifier(), transforms=[transform], on_nonfinite="skip")
+    features, labels = labelled(6)
+    state, _ = made.step(made.init(0), (features, labels))
+    once = state.transforms
+    state, _ = made.step(state, (features * torch.nan, labels))
+    assert int(state.skipped) == 1
+    assert tree.difference(state.transforms, once) is None
+    state, _ = made.step(state, (features, labels))
+    assert tree.difference(state.transforms, once) is not None
