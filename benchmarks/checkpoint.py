@@ -98,6 +98,7 @@ class Both:
         self.plan = ff.Plan(model=model, loss=ff.losses.mse, optimizer=ff.adamw(), schedule=1e-4)
         self.program = ff.single(self.plan)
         self.state, self.metrics = self.program.step(self.program.init(0), self.batch)
+        self.stream = Run(self.program, [], 0, None, Course(self.state, ()))
         self.observer = saved(self.run)
         self.observer.open(self.program.steps(self.state, []))
 
@@ -159,7 +160,8 @@ class Both:
         """Make a step, so that the next checkpoint is a new one, and room for it in the run."""
         self.state, self.metrics = self.program.step(self.state, self.batch)
         _remove((run / "checkpoints").glob("checkpoint-*"))
-        return ff.Tick(self.state, self.metrics, self.batch, Run(self.program, [], 0, None, Course(self.state, ())))
+        self.stream.course.state = self.state
+        return ff.Tick(self.state, self.metrics, self.batch, self.stream)
 
     def torch_load(self) -> Mapping[str, Spent]:
         """Read by hand."""
