@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Read by torch in the processes that tests start. How a sum is split over threads decides its last bits, and the
@@ -14,6 +15,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# A shell starts what runs in the background with Ctrl-C ignored, and so would be the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Runs that can be controlled are noted in a home of the tests; its path is short enough for sockets.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="f", dir="/tmp")
