@@ -222,8 +222,9 @@ class IndexedStream(Stream):
         with contextlib.closing(answers):
             for request in requests:
                 count = len(request.indices)
-                witness = next((digest(next(answers)[1]) for _ in _common(request, share)), None)
+                common = [data for _, data in itertools.islice(answers, len(_common(request, share)))]
                 own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
+                witness = digest((*common, *own)[0]) if _compared(request, share) else None
                 data = own[0] if share is None else Microbatches(tuple(own), share.block.start)
                 ragged = count < self._size(request.start)
                 if share is not None:
@@ -273,9 +274,14 @@ def _parts(request: Request, share: Share | None) -> list[Request]:
     return [request.rows(rows, first=i == 0) for i, rows in enumerate(share.rows(len(request.indices)))]
 
 
+def _compared(request: Request, share: Share | None) -> bool:
+    """Tell whether several processes are to find out that they read the same: by the first batch of a start."""
+    return share is not None and share.size > 1 and request.first
+
+
 def _common(request: Request, share: Share | None) -> list[Request]:
-    """Ask, besides, for what every process reads of the first batch, so that they can tell that they read the same."""
-    if share is None or share.size == 1 or not request.first:
+    """Ask, besides, for the first microbatch of the first process, which all of them read then."""
+    if share is None or share.rank == 0 or not _compared(request, share):
         return []
     return _parts(request, attrs.evolve(share, rank=0))[:1]
 

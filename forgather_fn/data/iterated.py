@@ -236,10 +236,10 @@ class Reading:
         if share is not None:
             share.check(len(samples), ragged=ragged)
         rows = [slice(len(samples))] if share is None else share.rows(len(samples))
+        data = [self._collated(samples[part], first, part.start or 0) for part in rows]
         if share is not None and share.size > 1 and self.witness is None:
             common = attrs.evolve(share, rank=0).rows(len(samples))[0]
-            self.witness = digest(self._collated(samples[common], first, common.start))
-        data = [self._collated(samples[part], first, part.start or 0) for part in rows]
+            self.witness = digest(self._collated(samples[common], first, common.start) if share.rank else data[0])
         self.place = place
         return Batch(
             data[0] if share is None else Microbatches(tuple(data), share.block.start),
