@@ -4,7 +4,24 @@ from forgather.ml.trainer.accel_trainer import AccelTrainer as AccelTrainer
 from forgather.ml.trainer.arguments import Seq2SeqTrainingArguments as Seq2SeqTrainingArguments
 from forgather.ml.trainer.arguments import TrainingArguments as TrainingArguments
 from forgather.ml.trainer.base_trainer import BaseTrainer as BaseTrainer
-from forgather.ml.trainer.callbacks import *  # noqa: F403 - all of them, which are written there
+from forgather.ml.trainer.callbacks import CallbackHandler as CallbackHandler
+from forgather.ml.trainer.callbacks import DefaultFlowCallback as DefaultFlowCallback
+from forgather.ml.trainer.callbacks import DivergenceDetector as DivergenceDetector
+from forgather.ml.trainer.callbacks import EarlyStoppingCallback as EarlyStoppingCallback
+from forgather.ml.trainer.callbacks import ExportableState as ExportableState
+from forgather.ml.trainer.callbacks import GradLogger as GradLogger
+from forgather.ml.trainer.callbacks import InfoCallback as InfoCallback
+from forgather.ml.trainer.callbacks import JsonLogger as JsonLogger
+from forgather.ml.trainer.callbacks import PeakMemory as PeakMemory
+from forgather.ml.trainer.callbacks import PrinterCallback as PrinterCallback
+from forgather.ml.trainer.callbacks import ProfilerCallback as ProfilerCallback
+from forgather.ml.trainer.callbacks import ProgressCallback as ProgressCallback
+from forgather.ml.trainer.callbacks import TBLogger as TBLogger
+from forgather.ml.trainer.callbacks import TextgenCallback as TextgenCallback
+from forgather.ml.trainer.callbacks import TrainerCallback as TrainerCallback
+from forgather.ml.trainer.callbacks import TrainerControl as TrainerControl
+from forgather.ml.trainer.callbacks import TrainerControlCallback as TrainerControlCallback
+from forgather.ml.trainer.callbacks import TrainerState as TrainerState
 from forgather.ml.trainer.collators import DataCollatorWithPadding as DataCollatorWithPadding
 from forgather.ml.trainer.collators import DefaultDataCollator as DefaultDataCollator
 from forgather.ml.trainer.collators import default_data_collator as default_data_collator
