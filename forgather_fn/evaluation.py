@@ -78,7 +78,6 @@ def evaluate(
     """
     raise_if_nonfinite(state)
     measuring = meter(built.plan.loss, metrics, built.device)
-    world.begin()
 
     def found_here() -> Found:
         tally = Tally(measuring)

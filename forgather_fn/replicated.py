@@ -25,7 +25,7 @@ from forgather_fn.reduction import Counter, Reduce
 from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, backward, composed, divided, passed
-from forgather_fn.world import World
+from forgather_fn.world import STEP, World
 
 
 class RunMicrobatches(Protocol):
@@ -129,10 +129,14 @@ def _halves(built: Built) -> tuple[RunMicrobatches, Advance]:
 def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, and add up over all; see :class:`Execution`."""
     built, arrays = replica.built, state.read()
-    replica.world.begin()
-    built.bound(arrays)
-    microbatches = [(number, built.place(microbatch)) for number, microbatch in owned(batch, replica.share)]
-    found, gradients, buffers = replica.run(replica, state, microbatches, batch.samples)
+    replica.world.begin(STEP)
+    try:
+        built.bound(arrays)
+        microbatches = [(number, built.place(microbatch)) for number, microbatch in owned(batch, replica.share)]
+        found, gradients, buffers = replica.run(replica, state, microbatches, batch.samples)
+    except BaseException:
+        replica.world.withdraw()
+        raise
     assert gradients.flat is not None
     try:
         replica.learn(found, arrays.buffers, buffers)

@@ -29,7 +29,7 @@ from forgather_fn.share import Microbatches, Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, backward, composed, divided, passed
 from forgather_fn.workspace import Workspace
-from forgather_fn.world import World
+from forgather_fn.world import STEP, World
 
 
 @attrs.frozen(eq=False)
@@ -108,7 +108,7 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
 def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
     built, arrays, world = holder.built, state.read(), holder.world
-    world.begin()
+    world.begin(STEP)
     built.bound(arrays)
     microbatches = [(number, built.place(data)) for number, data in in_step(batch, holder.share, world)]
     try:

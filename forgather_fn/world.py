@@ -2,11 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import attrs
 
 T = TypeVar("T")
+
+STEP: Final = "a step"
+"""What processes begin most often; see :meth:`World.begin`."""
 
 
 class PeerError(RuntimeError):
@@ -25,12 +28,16 @@ def known_to_all(error: E) -> E:
 class Watch(Protocol):
     """Knows when another process of the run has ended, or has failed, and tells the others of this one."""
 
-    def begin(self) -> None:
-        """Note that a step begins here.
+    def begin(self, what: str, /) -> None:
+        """Note that a step begins here, or anything else that takes all processes.
 
         Raises:
-            PeerError: Another process has ended before it.
+            PeerError: Another process has ended before it, or begins something else in its place.
         """
+        ...
+
+    def withdraw(self) -> None:
+        """Take back what was begun last: it failed before anything was sent, and may be begun again."""
         ...
 
     def fail(self, error: BaseException, /) -> None:
@@ -144,14 +151,23 @@ class World:
             return lambda number: number
         return Poll(self).vote
 
-    def begin(self) -> None:
+    def begin(self, what: str, /) -> None:
         """Note that a step begins here, or anything else that takes all processes.
 
+        Args:
+            what: Begins: :data:`STEP`, for which nobody is waited for, or another noun with its article, which all
+                processes begin together, so that one that does so alone is told, and waits for nobody for ever.
+
         Raises:
-            PeerError: Another process has ended before it.
+            PeerError: Another process has ended before it, or begins something else in its place.
         """
         if self.watch is not None:
-            self.watch.begin()
+            self.watch.begin(what)
+
+    def withdraw(self) -> None:
+        """Take back what was begun last: it failed before anything was sent, and may be begun again."""
+        if self.watch is not None:
+            self.watch.withdraw()
 
     def fail(self, error: BaseException, /) -> None:
         """Tell the other processes that this one cannot go on; they end."""

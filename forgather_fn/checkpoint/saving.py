@@ -61,6 +61,7 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
             f"{type(program).__name__} and a {type(state).__name__}"
         )
     place = path_of(run, "save")
+    program.world.begin("a save")
     raise_if_nonfinite(program.check(state))
     portion = program.portion()
     if portion is not None:
@@ -180,6 +181,7 @@ class _Writer:
             self.stack = stack.pop_all()
 
     def observe(self, tick: Tick) -> Mapping[str, float]:
+        self.world.begin("a save")
         self.settle()
         failures = self._failures()
         if len(failures) >= self.allowed:
@@ -198,6 +200,7 @@ class _Writer:
 
     def answer(self, tick: Tick) -> "Future[Mapping[str, Any]]":
         """Save off the schedule; what the last look has saved is not written again."""
+        self.world.begin("a save")
         self.settle()
         done: Future[Mapping[str, Any]] = Future()
         if self.last != tick.state.step or self._failures():

@@ -26,6 +26,7 @@ from forgather_fn.distributed import hooks
 from forgather_fn.distributed.mesh import Peer, connected
 from forgather_fn.distributed.words import (
     LINE_LIMIT,
+    Begun,
     Failed,
     Left,
     Word,
@@ -36,7 +37,7 @@ from forgather_fn.distributed.words import (
     told_by_another,
 )
 from forgather_fn.interrupt import EXIT_CODE
-from forgather_fn.world import PeerError, World
+from forgather_fn.world import STEP, PeerError, World
 
 GRACE: Final = 2.0
 """Seconds in which a process ends by itself when another has failed; as many more where it was told, and is ending."""
@@ -47,8 +48,9 @@ def watching(world: World) -> "Watcher":
 
     From now on this process ends, by itself or by force, within 5 s after another one has failed, and with what that
     one has said of its error on the standard error. A process fails by an exception that nobody catches, by
-    :meth:`Watcher.fail`, by ending without a word (killed, or ``os._exit``), and by leaving in peace before a step that
-    others have begun. Children that it forks take no part.
+    :meth:`Watcher.fail`, by ending without a word (killed, or ``os._exit``), by leaving in peace before a step that
+    others have begun, and by beginning an evaluation or a save where others begin a step. Children that it forks take
+    no part.
 
     Args:
         world: The processes; addresses are exchanged through it.
@@ -58,7 +60,7 @@ def watching(world: World) -> "Watcher":
 
     Example:
         >>> watch = watching(World())  # a process that has no others
-        >>> watch.begin()
+        >>> watch.begin("a step")
         >>> watch.close()
     """
     watch = Watcher(world.rank, {peer.rank: peer for peer in connected(world)})
@@ -78,6 +80,8 @@ class Watcher:
     _peers: dict[int, Peer]
     _heard: threading.Condition = attrs.field(init=False, factory=threading.Condition)
     _begun: int = attrs.field(init=False, default=0)
+    _what: str = attrs.field(init=False, default=STEP)  # the last of them is
+    _others: dict[int, Begun] = attrs.field(init=False, factory=dict)  # the last word of what others have begun
     _left: dict[int, int] = attrs.field(init=False, factory=dict)  # how many steps each that left had begun
     _shortest: float = attrs.field(init=False, default=math.inf)  # of those numbers, the least
     _cause: str | None = attrs.field(init=False, default=None)  # the first failure that was heard of
@@ -96,18 +100,35 @@ class Watcher:
         self._thread.start()
         self._undo = hooks.tell(self)
 
-    def begin(self) -> None:
-        """Note that a step begins here, or anything else that takes all processes (an evaluation, a save).
+    def begin(self, what: str, /) -> None:
+        """Note that a step begins here, or anything else that takes all processes; that is begun by all together.
 
         Raises:
-            PeerError: Another process has failed, or has left before this step.
+            PeerError: Another process has failed, has left before this, or begins something else in its place.
         """
-        self._begun += 1
-        if self._cause is None and self._shortest >= self._begun:
-            return
+        with self._heard:
+            self._begun, self._what = self._begun + 1, what
+            for rank, word in self._others.items():
+                self._compare(rank, word)
+            if what != STEP:
+                self._say(Begun(self._begun, what))
+                self._heard.wait_for(lambda: self._is_broken() or self._is_begun_by_all())
+            if not self._is_broken():
+                return
         cause = self.cause(0.0)
         if cause is not None:
             raise cause
+
+    def _is_broken(self) -> bool:
+        return self._cause is not None or self._shortest < self._begun
+
+    def _is_begun_by_all(self) -> bool:
+        return all(rank in self._others and self._others[rank].number >= self._begun for rank in self._peers)
+
+    def withdraw(self) -> None:
+        """Take back what was begun last: it failed before anything was sent, and may be begun again."""
+        with self._heard:
+            self._begun -= 1
 
     def fail(self, error: BaseException, /) -> None:
         """Tell the others that this process cannot go on, and why; they end at once.
@@ -179,7 +200,7 @@ class Watcher:
         with self._speaking:
             if self._said:
                 return
-            self._said = True
+            self._said = not isinstance(word, Begun)
             for peer in tuple(self._peers.values()):
                 with contextlib.suppress(OSError):  # it has ended before
                     peer.socket.sendall(encoded(word))
@@ -234,16 +255,33 @@ class Watcher:
         if isinstance(word, Failed):
             self._know(word.cause)
             return
+        if isinstance(word, Begun):
+            self._others[rank] = word
+            self._compare(rank, word)
+            self._heard.notify_all()
+            return
         self._left[rank] = word.begun
         self._shortest = min(self._shortest, word.begun)
         if word.begun < self._begun:
             self._know(self._parting(rank))
         self._heard.notify_all()
 
+    def _compare(self, rank: int, word: Begun) -> None:
+        """Fail, and say so, if another process begins something else than this one does."""
+        if word.number != self._begun or word.what == self._what or self._cause is not None:
+            return
+        self._know(
+            f"rank {rank} begins {word.what} ({self._peers[rank].name}) where rank {self.rank} begins {self._what}: "
+            "every process of a run takes part in every step, evaluation and save, in the same order; call them on all "
+            "processes, and keep what they give on one"
+        )
+        assert self._cause is not None
+        self._say(Failed(self._cause))
+
     def _parting(self, rank: int) -> str:
         return (
-            f"rank {rank} has ended, in peace, after {self._left[rank]} steps ({self._peers[rank].name}); "
-            f"rank {self.rank}, in step {self._begun}, needed it"
+            f"rank {rank} has ended, in peace ({self._peers[rank].name}); rank {self.rank}, which has begun "
+            f"{self._what} after it, needed it"
         )
 
     def _know(self, cause: str) -> None:

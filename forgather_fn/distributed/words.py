@@ -1,4 +1,4 @@
-"""What processes of a run say to each other about their end: a line of JSON each, since JSON runs no code."""
+"""What processes of a run say to each other, of their end above all: a line of JSON each, since JSON runs no code."""
 
 import contextlib
 import json
@@ -40,7 +40,20 @@ class Left:
     begun: int
 
 
-Word = Failed | Left
+@attrs.frozen
+class Begun:
+    """A process begins what all must begin together.
+
+    Attributes:
+        number: How many it has begun, with this.
+        what: It is: a noun with its article.
+    """
+
+    number: int
+    what: str
+
+
+Word = Failed | Left | Begun
 
 
 def encoded(word: Word) -> bytes:
@@ -58,9 +71,15 @@ def decoded(line: bytes) -> Word:
         match json.loads(line):
             case {"Failed": {"cause": str(cause)}}:
                 return Failed(cause)
-            case {"Left": {"begun": int(begun)}} if begun is not True and begun is not False and begun >= 0:
+            case {"Left": {"begun": int(begun)}} if _is_count(begun):
                 return Left(begun)
-    raise ValueError(f"expected a word of a process about its end, got {line[:100]!r}")
+            case {"Begun": {"number": int(number), "what": str(what)}} if _is_count(number):
+                return Begun(number, what)
+    raise ValueError(f"expected a word of a process, of what it begins or how it ends, got {line[:100]!r}")
+
+
+def _is_count(number: int) -> bool:
+    return number is not True and number is not False and number >= 0
 
 
 def cause_of(error: BaseException, rank: int) -> str:

@@ -39,7 +39,6 @@ def evaluate(
     measuring = meter(built.plan.loss, metrics, built.device)
     tally = Tally(measuring)
     line = machine.line
-    line.world.begin()
     with (
         evaluating(built, state, params),
         seeded(key(state.seed, state.step, "evaluate"), built.device),
@@ -91,7 +90,6 @@ def apply(
 ) -> Any:
     """Call the model on inputs in evaluation mode, and give its outputs on every process."""
     line = machine.line
-    line.world.begin()
     args, kwargs = built.place(inputs), built.place(named)
     line.alike("inputs of apply", lambda: (None, (signature((args, kwargs)), digest((args, kwargs))[:16])))
     with (

@@ -88,7 +88,7 @@ class Line:
         """Read what all processes of a pipeline are to have alike, before anything else is sent. This is collective.
 
         Args:
-            what: Which function is called. One process may call another than the others.
+            what: It is, as the error names it.
             read: Gives what was read, and what it is compared by: anything that prints alike on all processes.
 
         Returns:
@@ -107,11 +107,8 @@ class Line:
         told = self._numbers(-1 if error is not None else number_of(text))
         pipelines = [told[at : at + self.ranks] for at in range(0, self.world.size, self.ranks)]
         if -1 in told or any(len(set(one)) > 1 for one in pipelines):
-            texts = self.world.gather((what, text))
-            lines = "".join(f"\n  rank {rank}: {text}" for rank, (_, text) in enumerate(texts))
+            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(self.world.gather(text)))
             unlike = ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
-            if len({what for what, _ in texts}) > 1:  # they do not stand at one point
-                raise unlike
             raise known_to_all(error or unlike) from None
         return value, len(set(told)) == 1
 

@@ -28,6 +28,7 @@ from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, composed, divided, inverse, known_weight, passed
 from forgather_fn.wanted import WANTS
+from forgather_fn.world import STEP
 
 
 @attrs.define(eq=False)
@@ -80,7 +81,7 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     """Run a step's microbatches through the stages; see :class:`~forgather_fn.execution.TakeGradients`."""
     machine, line, arrays = pipeline.machine, pipeline.line, state.read()
     built = machine.built
-    line.world.begin()
+    line.world.begin(STEP)
     built.bound(arrays)
     numbers, microbatches, forms = _given(pipeline, batch)
     weight = known_weight(built.plan, microbatches) if line.pipelines == 1 else None

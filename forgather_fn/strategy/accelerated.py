@@ -87,11 +87,11 @@ def accelerated(
     if sharded is not False and world.size > 1:
         sharding = Sharding(world, agree, None if sharded is True else tuple(sharded))
         execution = functools.partial(sharding.execution, share=share)
-        strategy = Strategy(execution, world, share, storage=sharding.storage())
+        strategy = Strategy(execution, world, cut_over=world, share=share, storage=sharding.storage())
     else:
         if overlap_bytes is None:
             overlap_bytes = NEVER if found.device.type == "cpu" else OVERLAPPED_BYTES
-        strategy = Strategy(_execution(world, share, reduction, overlap_bytes), world, share, agree)
+        strategy = Strategy(_execution(world, share, reduction, overlap_bytes), world, share=share, agree=agree)
     return assembled(plan, attrs.evolve(strategy, dispatch=dispatch == "rank0"))
 
 

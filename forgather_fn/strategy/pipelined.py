@@ -33,7 +33,7 @@ from forgather_fn.strategy.accelerated import ALL_VIEWED
 from forgather_fn.strategy.processes import check_same_plan, launched_on
 from forgather_fn.strategy.program import Inference, Strategy, assembled
 from forgather_fn.strategy.storage import Storage, floating, held_whole, prepared
-from forgather_fn.world import World, known_to_all
+from forgather_fn.world import ALONE, World, known_to_all
 
 
 def pipelined(
@@ -92,6 +92,7 @@ def pipelined(
         Strategy(
             execution=stand.execution,
             world=world,
+            cut_over=world if ranks > 1 else ALONE,
             share=share if pipelines > 1 else None,
             storage=stand.storage(),
             inference=Inference(stand.evaluate, stand.apply) if ranks > 1 else None,

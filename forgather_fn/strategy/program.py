@@ -50,6 +50,7 @@ class Strategy:
     Attributes:
         execution: How the steps of a built plan are run.
         world: The processes that run the program together.
+        cut_over: The processes among which the model is cut, so that one alone cannot run it.
         share: Which microbatches of a step this one has, None for all.
         agree: Makes tensors of a first state the same on all processes, in place.
         dispatch: Whether the first process alone reads data, and sends the others theirs.
@@ -60,6 +61,7 @@ class Strategy:
 
     execution: Callable[[Built], Execution]
     world: World = ALONE
+    cut_over: World = ALONE
     share: Share | None = None
     agree: Agree = lambda layout, tensors: None
     dispatch: bool = False
@@ -108,6 +110,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def restore(path: str | Path, *, allow: Collection[str] = (), without: Collection[str] = ()) -> TrainState:
         from forgather_fn.checkpoint.restoring import restored  # when used: it reads safetensors
 
+        strategy.world.begin("a load")
         with turn():
             return restored(plan, init, strategy.world, strategy.portion, path, allow, without, storage.rows)
 
@@ -157,14 +160,17 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
     def evaluate(
         state: TrainState, data: Any, /, *, params: Params = "params", metrics: Sequence[Measure] = ()
     ) -> dict[str, float]:
+        strategy.world.begin("an evaluation")
         with turn():
             return inference.evaluate(built(), as_state(state), data, params, metrics)
 
     def apply(state: TrainState, /, *inputs: Any, params: Params = "params", **named: Any) -> Any:
+        strategy.cut_over.begin("a call of apply")
         with turn():
             return inference.apply(built(), as_state(state), inputs, named, params)
 
     def export(state: TrainState, /, *, params: Params = "params") -> nn.Module:
+        strategy.cut_over.begin("an export")
         with turn():
             return storage.export(built(), as_state(state), params)
 

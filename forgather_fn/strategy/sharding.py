@@ -213,6 +213,7 @@ class Sharding:
 
     def whole(self, state: TrainState, /) -> TrainState | None:
         """Bring a state together on the first process's host; see :class:`~forgather_fn.program.Whole`."""
+        self.world.begin("the gathering of a state")
         fsdp, arrays = self.cut_model, state.read()
 
         def brought(leaf: Flat | Tensor) -> Any:

@@ -18,7 +18,7 @@ def main(how: str) -> None:
     """Fail on rank 1, or wait for a signal, while processes note signals and are busy."""
     accelerator = Accelerator(cpu=True)
     world = World(distributed.get_rank(), distributed.get_world_size(), control=distributed.group.WORLD)
-    watching(world).begin()
+    watching(world).begin("a step")
     with interrupt.listening() as signalled:
         total = accelerator.reduce(torch.ones(1))  # after it, all of them listen
         say(f"rank {world.rank} of {accelerator.num_processes}: {total.item():g}, {sys.argv[1:]}")

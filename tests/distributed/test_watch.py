@@ -20,7 +20,7 @@ from forgather_fn import interrupt
 from forgather_fn.distributed import watch as watch_module
 from forgather_fn.distributed.watch import Watcher, watching
 from forgather_fn.testing.processes import ProcessesFailed, processes
-from forgather_fn.world import PeerError, World, known_to_all
+from forgather_fn.world import STEP, PeerError, World, known_to_all
 
 LONG = 40.0
 """Seconds for which a process is busy that nobody ends."""
@@ -132,7 +132,7 @@ HOW = {
 
 def one_fails(victim, how, busy):
     world, watch = watched()
-    watch.begin()
+    watch.begin(STEP)
     world.gather(None)
     if world.rank == victim:
         time.sleep(0.2)
@@ -191,13 +191,13 @@ def test_a_signal_that_only_sets_a_flag_does_not_keep_it_alive(capfd):
 
 def told_where_a_step_begins(victim):
     world, watch = watched()
-    watch.begin()
+    watch.begin(STEP)
     world.gather(None)
     if world.rank == victim:
         raising(world, watch)
     assert watch.cause(20.0) is not None
     try:
-        watch.begin()
+        watch.begin(STEP)
     except PeerError as error:
         told = str(error)
     watch.close()
@@ -295,7 +295,7 @@ def test_one_that_was_told_and_does_not_end_is_ended(how, capfd):
 def done_at_different_times(steps):
     world, watch = watched()
     for _ in range(steps):
-        watch.begin()
+        watch.begin(STEP)
         time.sleep(0.05 * world.rank)
     world.gather(None)
     time.sleep(0.4 * world.rank)  # some are done while others are busy, for longer than the time of grace
@@ -316,7 +316,7 @@ def failing_alike():
     watch.fail(known_to_all(ValueError("on all")))
     world.gather(None)
     time.sleep(0.1)
-    watch.begin()
+    watch.begin(STEP)
     watch.close()
 
 
@@ -329,10 +329,10 @@ def test_an_error_that_all_raise_at_the_same_point_ends_nobody(capfd):
 def left_before_a_step(steps, further):
     world, watch = watched()
     for _ in range(steps):
-        watch.begin()
+        watch.begin(STEP)
     world.gather(None)
     if world.rank == 0 and further == "before":
-        watch.begin()
+        watch.begin(STEP)
     world.gather(None)
     if world.rank == 1:
         watch.close()
@@ -342,7 +342,7 @@ def left_before_a_step(steps, further):
         while not watch._left:
             time.sleep(0.01)
         with pytest.raises(PeerError) as caught:
-            watch.begin()
+            watch.begin(STEP)
         watch.close()
         return str(caught.value)
     return None
@@ -351,12 +351,59 @@ def left_before_a_step(steps, further):
 def test_one_that_leaves_before_a_step_of_the_others_fails_it(capfd):
     with processes(2) as pool:
         said, _ = pool.run(left_before_a_step, 2, "after")
-    assert said.startswith("rank 1 has ended, in peace, after 2 steps (process ")
-    assert said.endswith("rank 0, in step 3, needed it")
+    assert said.startswith("rank 1 has ended, in peace (process ")
+    assert said.endswith("rank 0, which has begun a step after it, needed it")
     errors, seconds = ended(2, left_before_a_step, 2, "before")
     assert errors == {0: "the process ended with exit code 1"}
     assert seconds < SOON
-    assert "rank 0, in step 3, needed it" in capfd.readouterr().err
+    assert "rank 0, which has begun a step after it, needed it" in capfd.readouterr().err
+
+
+def begun_alone(then):
+    world, watch = watched()
+    watch.begin(STEP)
+    world.gather(None)
+    if world.rank == 1:
+        watch.begin("an evaluation")
+    elif then == "before":
+        watch.begin(STEP)
+        time.sleep(LONG)
+    else:
+        while not watch._others:
+            time.sleep(0.01)
+        with pytest.raises(PeerError, match=r"rank 1 begins an evaluation .* where rank 0 begins a step"):
+            watch.begin(STEP)
+        time.sleep(LONG)
+
+
+@pytest.mark.parametrize("then", ["before", "after"])
+def test_an_evaluation_that_one_process_begins_alone_fails_the_run(then, capfd):
+    errors, seconds = ended(2, begun_alone, then)
+    assert seconds < SOON
+    assert errors[0] == "the process ended with exit code 1"
+    assert "PeerError: rank 1 begins an evaluation (process " in errors[1]
+    assert "where rank 0 begins a step: every process of a run takes part in every step" in capfd.readouterr().err
+
+
+def begun_again():
+    world, watch = watched()
+    if world.rank == 0:
+        watch.begin(STEP)
+        watch.withdraw()
+    for what in (STEP, "an evaluation", STEP):
+        watch.begin(what)
+        world.gather(None)
+    if world.rank == 0:
+        time.sleep(0.7)  # busy, for longer than the time of grace, when the other has left
+    watch.close()
+    return watch.cause(0.0) is None or world.rank
+
+
+def test_a_step_that_was_tried_again_counts_once(capfd):
+    with processes(2) as pool:
+        pool.run(begun_again)
+        pool.run(begun_again)
+    assert capfd.readouterr().err == ""
 
 
 def left_behind():
@@ -425,7 +472,7 @@ def forking_one_that_fails():
         os.waitpid(child, 0)
     world.gather(None)
     time.sleep(0.5)
-    watch.begin()
+    watch.begin(STEP)
     watch.close()
 
 
@@ -442,7 +489,7 @@ def forked(rank, store, how):
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     world, watch = watched()
-    watch.begin()
+    watch.begin(STEP)
     world.gather(None)
     if rank == 0:
         time.sleep(10.0 if how == "raise" else 1.0)

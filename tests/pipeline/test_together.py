@@ -78,21 +78,6 @@ def test_an_evaluation_of_other_data_on_one_process_is_refused_on_all(two: Proce
             assert "rank 1: batches of an evaluation" in text
 
 
-def observed_on_one() -> str:
-    program, state = begun()
-    steps = program.steps(state, runs.batches(3))
-    if distributed.get_rank() == 0:
-        steps = ff.every(1, ff.evaluated([words()]))(steps)
-    return told(lambda: ff.last(steps))
-
-
-def test_what_one_process_does_alone_is_named_on_all(two: Processes) -> None:
-    for text in two.run(observed_on_one):
-        assert "rank 0: batches of an evaluation" in text
-        assert "rank 1: a step" in text
-    two.close()  # one of them has gone further than the other
-
-
 def measured_by_two_pipelines() -> tuple[Any, Any]:
     program = ff.pipelined(runs.plan_of(ONE), CUT, schedule="GPipe", pipelines=2)
     state = program.init(seed=3)

@@ -98,6 +98,7 @@ class EvaluationMixin(PredictionMixin, DataMixin, LogMixin):
     ) -> EvalLoopOutput:
         """Run :meth:`prediction_step` over a loader, and compute metrics; what evaluate and predict share."""
         args, model = self.args, self.model
+        self._world.begin("an evaluation")
         if prediction_loss_only is None:
             prediction_loss_only = args.prediction_loss_only
         prepared = self._prepare_evaluation(model)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from forgather.ml.trainer.counting import batch_size_of
-from forgather_fn.world import World
+from forgather_fn.world import STEP, World
 
 
 @attrs.frozen(eq=False)
@@ -78,7 +78,7 @@ def added(world: World, mine: Told) -> Told:
     """Add up what the processes tell, in one small transfer."""
     from torch import distributed
 
-    world.begin()
+    world.begin(STEP)
     numbers = torch.tensor(attrs.astuple(mine), dtype=torch.float64)
     with world.explained():
         distributed.all_reduce(numbers, group=world.control)
