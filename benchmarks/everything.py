@@ -16,7 +16,7 @@ from benchmarks.loops import plan_of
 from benchmarks.measure import NO_DATA, Arm, Clock, interleaved, ratio, spread
 from benchmarks.table import Reach, Table
 from benchmarks.task import Task
-from forgather_fn.report import jsonl, tensorboard
+from forgather_fn.reports import jsonl, tensorboard
 
 TASK = Task(name="3.3 M parameters in 54 tensors", shape=models.LARGE, batch_size=4, warmup=10, steps=100)
 ROUNDS: Final = 9

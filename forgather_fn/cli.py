@@ -33,7 +33,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "tb": ("open TensorBoard on a run", "forgather_fn.config.commands.runs:tensorboard"),
     "config": ("show or compare the configurations of runs", "forgather_fn.config.commands.runs:config"),
     "runs": ("compare runs by a metric, and by what differs", "forgather_fn.config.commands.runs:command"),
-    "plot": ("draw loss, learning rate and gradient norm of runs, compared", "forgather_fn.report.cli:command"),
+    "plot": ("draw loss, learning rate and gradient norm of runs, compared", "forgather_fn.reports.cli:command"),
     "pipeline": ("show what a pipeline would be: stages, schedule, waiting", "forgather_fn.pipeline.cli:command"),
     "completion": ("print what a shell needs to complete commands", "forgather_fn.completion:command"),
     "control": ("see and command runs that are going on", "forgather_fn.control.cli:command"),

@@ -8,9 +8,9 @@ from typing import Any
 
 from forgather_fn.loop import Clock, Data, Steps, Tick
 from forgather_fn.program import Measure
-from forgather_fn.report.row import Row, Sink
-from forgather_fn.report.row import sink as as_sink
-from forgather_fn.report.throughput import Count, throughput
+from forgather_fn.reports.row import Row, Sink
+from forgather_fn.reports.row import sink as as_sink
+from forgather_fn.reports.throughput import Count, throughput
 from forgather_fn.signature import checked, shown
 from forgather_fn.stages import Observer, once
 from forgather_fn.state import Params, raise_if_nonfinite

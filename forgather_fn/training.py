@@ -20,7 +20,7 @@ from forgather_fn.observers import evaluated, report
 from forgather_fn.optim import Optimizer
 from forgather_fn.plan import Plan, Precision
 from forgather_fn.program import Program
-from forgather_fn.report import Sink
+from forgather_fn.reports import Sink
 from forgather_fn.schedules import Schedule, cosine
 from forgather_fn.stages import Observe, Observer, at, every
 from forgather_fn.state import TrainState

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import forgather_fn as ff
-from forgather_fn.report import bar
+from forgather_fn.reports import bar
 from tests.toys import classifier, labelled, labelled_batches, program
 
 

@@ -1,6 +1,7 @@
 """Imports point one way, and what is heavy is imported where it is used."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,13 @@ from typing import Final
 import attrs
 import pytest
 
+import forgather_fn as ff
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "forgather_fn"
 
 BASE = {
+    "deferred",
     "describe",
     "fingerprint",
     "finite",
@@ -93,21 +97,21 @@ BELOW: Final[Mapping[str, set[str]]] = {
     "base": set(),
     "recipe": {"base"},
     "data": {"base"},
-    "report": set(),
+    "reports": set(),
     "distributed": {"base"},
     "step": {"base", "recipe", "data"},
-    "loop": {"base", "data", "report", "step"},
-    "diagnostics": {"base", "report", "step", "loop"},
+    "loop": {"base", "data", "reports", "step"},
+    "diagnostics": {"base", "reports", "step", "loop"},
     "checkpoint": {"base", "recipe", "data", "step", "loop"},
     "pipeline": {"base", "recipe", "data", "step", "loop", "checkpoint"},
     "strategy": {"base", "recipe", "data", "distributed", "step", "loop", "checkpoint", "pipeline"},
     "public": {"base", "recipe", "data", "step", "loop", "checkpoint", "pipeline", "strategy"},
-    "training": {"base", "recipe", "data", "report", "step", "loop", "checkpoint", "control", "strategy"},
-    "config": {"base", "report", "distributed", "checkpoint", "public", "training"},
+    "training": {"base", "recipe", "data", "reports", "step", "loop", "checkpoint", "control", "strategy"},
+    "config": {"base", "reports", "distributed", "checkpoint", "public", "training"},
     "testing": {"base", "recipe", "data", "step", "loop", "checkpoint", "strategy"},
-    "control": {"base", "report", "step", "loop", "checkpoint"},
-    "demo": {"base", "report", "checkpoint", "public"},
-    "command": {"base", "checkpoint", "config", "control", "demo", "distributed", "pipeline", "report"},
+    "control": {"base", "reports", "step", "loop", "checkpoint"},
+    "demo": {"base", "reports", "checkpoint", "public"},
+    "command": {"base", "checkpoint", "config", "control", "demo", "distributed", "pipeline", "reports"},
 }
 """For each layer, those that it may import from, besides itself. docs/architecture.md draws them."""
 
@@ -221,7 +225,7 @@ def test_no_cycles() -> None:
 
 
 def test_all_modules_are_seen() -> None:
-    assert {"forgather_fn", "forgather_fn.flat", "forgather_fn.report"} <= set(modules())
+    assert {"forgather_fn", "forgather_fn.flat", "forgather_fn.reports"} <= set(modules())
     assert "forgather_fn.plan" in own_imports("forgather_fn.loop", at_once=True)
     assert "forgather_fn.loop" not in own_imports("forgather_fn.plan", at_once=False)  # for the type checker alone
 
@@ -243,10 +247,74 @@ def test_heavy_imports_wait_until_used(module: str) -> None:
     assert [one for one in imports_of(module) if one.at_once and is_heavy(one.name)] == []
 
 
+def loaded_by(script: str) -> set[str]:
+    """Run a script in a fresh process; give the modules that it has loaded."""
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{script}\nprint(*sys.modules)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return set(ended.stdout.splitlines()[-1].split())
+
+
 def test_importing_the_library_loads_nothing_heavy() -> None:
-    script = f"import sys, torch; before = set(sys.modules); import {PACKAGE}; print(*set(sys.modules) - before)"
-    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert loaded.returncode == 0, loaded.stderr
-    names = loaded.stdout.split()
-    assert f"{PACKAGE}.plan" in names
-    assert sorted(filter(is_heavy, names)) == []
+    more = loaded_by(f"import {PACKAGE} as ff; ff.Plan, ff.single, ff.fold") - loaded_by("import torch")
+    assert f"{PACKAGE}.plan" in more
+    assert sorted(filter(is_heavy, more)) == []
+
+
+DEFERRED: Final = (PACKAGE, f"{PACKAGE}.checkpoint", f"{PACKAGE}.control")
+"""Packages whose names are imported when they are first used."""
+
+
+@pytest.mark.parametrize("package", DEFERRED)
+def test_deferred_names_are_those_that_readers_see(package: str) -> None:
+    script = f"""
+import importlib, {package} as package
+before = set(sys.modules)
+assert dir(package) == sorted(package.__all__) == package.__all__, set(dir(package)) ^ set(package.__all__)
+print({{name: (getattr(package, name), name in vars(package)) for name in package.__all__}})
+"""
+    assert "torch" in loaded_by(script)  # all of them can be imported, and one of them needs it
+    readers = next(node for node in ast.walk(ast.parse(modules()[package].read_text())) if is_typing_only(node))
+    module = importlib.import_module(package)
+    for one in imports(ast.Module(readers.body, [])):  # type: ignore[attr-defined]  # it is an If
+        where, _, name = one.name.rpartition(".")
+        found = importlib.import_module(where)
+        expected = getattr(found, name) if hasattr(found, name) else importlib.import_module(one.name)
+        assert getattr(module, name) is expected
+        assert name in module.__all__
+    assert not {name for name in module.__all__ if f"{package}.{name}" in modules()} - NAMESPACES
+
+
+NAMESPACES: Final = {
+    *("adapters", "checkpoint", "control", "data", "diagnostics", "losses", "metrics"),
+    *("optim", "reducers", "reports", "schedules", "testing", "transforms"),
+}
+"""Names that are packages; any other of a module's name would become the module when that is imported."""
+
+
+@pytest.mark.parametrize("name", ["Plann", "nothing", "__wrapped__"])
+def test_a_name_that_is_not_there_is_missing(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^module 'forgather_fn' has no attribute '{name}'$") as caught:
+        getattr(ff, name)
+    assert (caught.value.name, caught.value.obj) == (name, ff)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "checkpoint", "config", "control", "dashboard", "launch", "ls", "pp", "plot", "runs", "tb", "train"],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(command: str) -> None:
+    asked = [*command.split(), "--help"]
+    script = f"""
+from forgather_fn.cli import main
+try:
+    main({asked!r})
+except SystemExit as ended:
+    assert ended.code == 0
+"""
+    assert ("torch" in loaded_by(script)) is (command == "checkpoint")
+
+
+def test_nothing_loads_torch_at_once() -> None:
+    assert "torch" not in loaded_by(f"import {PACKAGE}")

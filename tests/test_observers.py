@@ -5,7 +5,7 @@ import toolz
 import torch
 
 import forgather_fn as ff
-from forgather_fn.report import jsonl
+from forgather_fn.reports import jsonl
 from tests.toys import classifier, labelled, labelled_batches, program
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "docs" / "recipes"
 RECIPES = sorted(ROOT.glob("*.py"))
-NAMESPACES = {"checkpoint", "data", "diagnostics", "losses", "metrics", "optim", "report", "schedules", "testing"}
+NAMESPACES = {"checkpoint", "data", "diagnostics", "losses", "metrics", "optim", "reports", "schedules", "testing"}
 """What may be imported besides ``forgather_fn`` itself: the documented parts of it that have names of their own."""
 
 

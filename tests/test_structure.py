@@ -50,7 +50,7 @@ Aborted Batch CompileError ConsumedStateError Gradients Mean NonFiniteError Obse
 Steps Stream Tick TrainState Transform
 accelerated adam adamw adapters at at_end batches chain changing checkpoint clipped control controlled data diagnostics
 difference early_stopped ema evaluated every every_seconds fold folded from_torch frozen group joined last lora losses
-members memory metrics noise optim pipelined power_ema reducers refreshed_statistics report rollback saved
+members memory metrics noise optim pipelined power_ema reducers refreshed_statistics report reports rollback saved
 schedules serve sgd single stateless stopped_by swa testing transforms until
 """
 

@@ -8,7 +8,7 @@ import forgather_fn as ff
 from forgather_fn.checkpoint import CheckpointError, list_checkpoints
 from forgather_fn.control import Command, jobs
 from forgather_fn.control.client import ask, target
-from forgather_fn.report import jsonl, read
+from forgather_fn.reports import jsonl, read
 from forgather_fn.schedules import cosine, linear
 from forgather_fn.training import Training, assembled, looks, warmed_up
 from tests.toys import assert_equal

@@ -20,7 +20,7 @@ import torch
 from forgather_fn import schedules
 from forgather_fn.pipeline.schedules import arrange, orders
 from forgather_fn.pipeline.simulation import Simulation, simulate
-from forgather_fn.report import read
+from forgather_fn.reports import read
 from website.drawing import Panel, box, drawing, key, text
 
 ROOT: Final = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import attrs
 
-from forgather_fn.checkpoint import foreign, safe, system
+from forgather_fn.checkpoint import foreign, header, system
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.manifest import CheckpointError, Manifest
 
@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 
 DIRECTORY = "checkpoints"
 """Where, in the run directory, its checkpoints lie."""
+RECORD = "record.json"
+"""A file that says how a run was made: where its directory has one, each of its checkpoints has a copy."""
+RECORD_LIMIT = 1 << 26
+"""Bytes of a record that are copied at most."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 ASIDE = re.compile(r"\.replaced-checkpoint-(\d+)-[0-9a-f]+")
@@ -148,6 +152,6 @@ def _foreign_faults(path: Path) -> tuple[str, ...]:
     try:
         index = path / "model.safetensors.index.json"
         shards = foreign.files_of(index) if index.exists() else ["model.safetensors"]
-        return tuple(fault for name in shards if (fault := safe.fault(path / name)))
+        return tuple(fault for name in shards if (fault := header.fault(path / name)))
     except (OSError, CheckpointError) as error:
         return (f"its weights' index cannot be read: {error}",)

@@ -23,6 +23,7 @@ import attrs
 
 from forgather_fn.checkpoint import catalog, system
 from forgather_fn.checkpoint import manifest as manifests
+from forgather_fn.checkpoint.catalog import RECORD, RECORD_LIMIT
 from forgather_fn.checkpoint.hashing import Written, hashed
 from forgather_fn.checkpoint.manifest import Manifest
 from forgather_fn.checkpoint.rotation import Policy, superseded
@@ -31,10 +32,6 @@ from forgather_fn.checkpoint.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-RECORD: Final = "record.json"
-"""A file that says how a run was made: where its directory has one, each of its checkpoints has a copy."""
-RECORD_LIMIT: Final = 1 << 26
-"""Bytes of a record that are copied at most."""
 WRITERS: Final = 2
 """Files that are written at the same time: hashing one and writing another take different parts of the machine."""
 

@@ -6,7 +6,6 @@ https://huggingface.co/docs/safetensors.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -33,9 +32,6 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.uint32: "U32",
     torch.uint16: "U16",
 }
-
-HEADER_LIMIT = 100_000_000
-"""Bytes that a header may have, as in the library."""
 
 
 def write_file(path: Path, parts: Iterator[memoryview]) -> Written:
@@ -91,21 +87,3 @@ def _parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
-def fault(path: Path) -> str | None:
-    """Say what is wrong with a safetensors file as far as its header and size tell; None if nothing is."""
-    try:
-        with system.read_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, HEADER_LIMIT):
-                return f"{path.name} is cut short or has no header"
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-        return None if size == expected else f"{path.name} has {size} bytes instead of {expected}"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        return f"{path.name} has no header that can be read: {type(error).__name__}"

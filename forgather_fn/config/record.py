@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-from forgather_fn.checkpoint.commit import RECORD, RECORD_LIMIT
+from forgather_fn.checkpoint.catalog import RECORD, RECORD_LIMIT
 from forgather_fn.checkpoint.system import read_file
 from forgather_fn.config.arguments import arguments
 from forgather_fn.config.dump import dump

@@ -61,7 +61,7 @@ NAMES: Final = frozenset().union(
     _names("forgather_fn.schedules", "warmup_stable_decay"),
     _names("forgather_fn.transforms", "annealed centralised chain clipped clipped_by_group clipped_by_unit"),
     _names("forgather_fn.transforms", "clipped_by_value noise stateless"),
-    _names("forgather_fn.report", "bar console jsonl tensorboard"),
+    _names("forgather_fn.reports", "bar console jsonl tensorboard"),
     _names("forgather_fn.training", "Training assembled looks warmed_up"),
     _names("forgather_fn.demo.model", "Transformer"),
     _names("forgather_fn.demo.text", "held_out_windows labelled read training_windows"),

@@ -1,7 +1,21 @@
 """Control of running jobs from outside: commands that act between two steps, a server, and its clients."""
 
-from forgather_fn.control.command import Command as Command
-from forgather_fn.control.command import ControlError as ControlError
-from forgather_fn.control.inbox import Inbox as Inbox
-from forgather_fn.control.stage import Aborted as Aborted
-from forgather_fn.control.stage import controlled as controlled
+from typing import TYPE_CHECKING
+
+from forgather_fn.deferred import deferred
+
+if TYPE_CHECKING:
+    from forgather_fn.control.command import Command, ControlError
+    from forgather_fn.control.inbox import Inbox
+    from forgather_fn.control.stage import Aborted, controlled
+
+__all__ = ["Aborted", "Command", "ControlError", "Inbox", "controlled"]
+
+__getattr__, __dir__ = deferred(
+    __name__,
+    {
+        "command": "Command ControlError",
+        "inbox": "Inbox",
+        "stage": "Aborted controlled",
+    },
+)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from forgather_fn.control.client import SilentError, UnreachableError
-from forgather_fn.report.jsonl import read
+from forgather_fn.reports.jsonl import read
 from forgather_fn.terminal import printable, span
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"

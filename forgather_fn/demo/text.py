@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn.report.path import naming
+from forgather_fn.reports.path import naming
 
 SHARE: Final = 0.05
 """About how much of a text is held out for evaluation."""

@@ -22,8 +22,8 @@ from forgather_fn.demo.model import Transformer
 from forgather_fn.demo.text import Text, held_out_windows, labelled, read, training_windows
 from forgather_fn.fingerprint import fingerprint
 from forgather_fn.random import key
-from forgather_fn.report import bar, curve, jsonl, tensorboard
-from forgather_fn.report.path import naming
+from forgather_fn.reports import bar, curve, jsonl, tensorboard
+from forgather_fn.reports.path import naming
 
 RECORD: Final = "run.json"
 """Where, in the run directory, its settings are written down."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forgather_fn.diagnostics.names import chosen
 from forgather_fn.loop import Tick
-from forgather_fn.report.path import made_directory
+from forgather_fn.reports.path import made_directory
 from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 from forgather_fn.wanted import WANTS

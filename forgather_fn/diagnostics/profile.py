@@ -8,7 +8,7 @@ import torch
 
 from forgather_fn.diagnostics.window import during
 from forgather_fn.loop import Stage
-from forgather_fn.report.path import made_directory, naming
+from forgather_fn.reports.path import made_directory, naming
 from forgather_fn.signature import checked
 
 

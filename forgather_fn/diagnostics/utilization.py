@@ -8,7 +8,7 @@ import torch
 
 from forgather_fn.diagnostics import flops
 from forgather_fn.loop import Clock, Steps, Tick
-from forgather_fn.report.throughput import Count, throughput
+from forgather_fn.reports.throughput import Count, throughput
 from forgather_fn.signature import checked
 from forgather_fn.stages import Observer
 

@@ -20,9 +20,10 @@ from forgather_fn.checkpoint import CheckpointError, load, save, verify
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint import snapshot as snapshots
 from forgather_fn.checkpoint.hashing import Written
+from forgather_fn.checkpoint.header import fault
 from forgather_fn.checkpoint.manifest import Manifest, dump, parse
 from forgather_fn.checkpoint.record import decode, encode
-from forgather_fn.checkpoint.safe import DTYPES, fault, write_file, write_tensors
+from forgather_fn.checkpoint.safe import DTYPES, write_file, write_tensors
 from tests.checkpoint.subjects import small, trajectory
 from tests.specimens import mlp
 from tests.toys import assert_equal

@@ -72,7 +72,7 @@ def test_a_block_of_the_plan_is_replaced_by_a_child(text, tmp_path):
         "[model]\n.model: &model !partial:forgather_fn.demo.model:Transformer {width: 8, layers: 1, heads: 1}\n"
         "[optimizer]\n.optimizer: &optimizer !call:forgather_fn:sgd {momentum: 0.9}\n"
         "[lr_scheduler]\n.lr_scheduler: &lr_scheduler !partial:forgather_fn.schedules:linear []\n"
-        "[callbacks]\n    == super()\n.sinks: &sinks !dlist {console: !call:forgather_fn.report:console []}\n"
+        "[callbacks]\n    == super()\n.sinks: &sinks !dlist {console: !call:forgather_fn.reports:console []}\n"
         "[trainer_args]\n    == super()\n    max_steps: 2\n    microbatches: 2\n    compile: false\n"
     )
     loaded = load(str(tmp_path / "mine.yaml"), {"text": text, "context": "8", "output_dir": str(tmp_path / "run")})

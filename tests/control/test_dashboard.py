@@ -17,7 +17,7 @@ from forgather_fn.cli import main
 from forgather_fn.control import jobs, serving
 from forgather_fn.control.dashboard import data
 from forgather_fn.control.dashboard.serving import dashboard
-from forgather_fn.report import Row, jsonl
+from forgather_fn.reports import Row, jsonl
 from tests.control.browser import browser, chromium
 
 

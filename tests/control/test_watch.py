@@ -6,7 +6,7 @@ import pytest
 from forgather_fn.cli import main
 from forgather_fn.control.client import SilentError, UnreachableError
 from forgather_fn.control.watch import bar, one_line, sparkline, view, watch
-from forgather_fn.report import Row, jsonl
+from forgather_fn.reports import Row, jsonl
 from forgather_fn.terminal import printable
 
 STATUS = {

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 import forgather_fn as ff
-from forgather_fn.report import jsonl
+from forgather_fn.reports import jsonl
 from tests.toys import classifier, labelled, labelled_batches, program
 
 STEPS = 10**6

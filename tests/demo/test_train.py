@@ -20,7 +20,7 @@ from forgather_fn.control import Command, jobs
 from forgather_fn.control.client import ask, target
 from forgather_fn.demo import Settings
 from forgather_fn.demo.train import bits_per_byte, fingerprint, prepare, readable, rebuilt, sample, train, versions
-from forgather_fn.report import read
+from forgather_fn.reports import read
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from forgather_fn.control.dashboard.data import curves
 from forgather_fn.control.watch import _logged, sparkline
-from forgather_fn.report import Row, curve, jsonl, read
+from forgather_fn.reports import Row, curve, jsonl, read
 from tests.robustness.inputs import as_bytes, budget, changed, holds, leaves, mutated, values
 
 ROWS = (

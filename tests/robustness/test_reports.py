@@ -7,8 +7,8 @@ import os
 import pytest
 
 import forgather_fn as ff
-from forgather_fn.report import Row, curve, jsonl, mlflow, plot, read, tensorboard, tracked
-from forgather_fn.report import path as paths
+from forgather_fn.reports import Row, curve, jsonl, mlflow, plot, read, tensorboard, tracked
+from forgather_fn.reports import path as paths
 
 
 def row(step, started=0, **values):

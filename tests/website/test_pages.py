@@ -19,7 +19,7 @@ REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 # Where users find names: the top level, the modules that it names, and these.
-NAMESPACES = ("forgather_fn", "forgather_fn.config", "forgather_fn.pipeline", "forgather_fn.report", "forgather.ml")
+NAMESPACES = ("forgather_fn", "forgather_fn.config", "forgather_fn.pipeline", "forgather_fn.reports", "forgather.ml")
 
 
 def navigated(entries: object) -> Iterator[str]:

@@ -20,7 +20,7 @@ from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.load import load
 from forgather_fn.config.record import Record
 from forgather_fn.config.scalars import Value
-from forgather_fn.report import read as read_rows
+from forgather_fn.reports import read as read_rows
 from forgather_fn.terminal import printable
 
 Execute = Callable[[argparse.Namespace], int]

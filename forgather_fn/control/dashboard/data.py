@@ -9,7 +9,7 @@ from forgather_fn.checkpoint import list_checkpoints
 from forgather_fn.control import jobs
 from forgather_fn.control.client import ask, ask_status, target
 from forgather_fn.control.command import Command, ControlError
-from forgather_fn.report.jsonl import read
+from forgather_fn.reports.jsonl import read
 
 POINTS: Final = 600
 """How many points of a curve are sent at most."""

@@ -9,7 +9,7 @@ import attrs
 
 from forgather.ml.trainer.trainer_types import TrainerState
 from forgather.ml.trainer.weights import ADAPTER, INDEX, OLD_INDEX, OLD_WEIGHTS, WEIGHTS, has, has_adapters
-from forgather_fn.checkpoint import catalog, safe
+from forgather_fn.checkpoint import catalog, header
 from forgather_fn.checkpoint import manifest as manifests
 from forgather_fn.checkpoint.foreign import files_of
 from forgather_fn.checkpoint.manifest import CheckpointError
@@ -100,4 +100,4 @@ def _is_rewritten(path: Path, fault: str) -> bool:
         names = set(files_of(path / INDEX))
     else:
         names = {WEIGHTS, ADAPTER} & {entry.name for entry in path.iterdir()}
-    return bool(names) and not any(safe.fault(path / name) for name in names)
+    return bool(names) and not any(header.fault(path / name) for name in names)

@@ -13,7 +13,7 @@ import torch
 from forgather.ml.trainer.callbacks.base import Logs, TrainerCallback
 from forgather.ml.trainer.callbacks.place import logging_dir
 from forgather.ml.trainer.trainer_types import TrainerControl, TrainerState
-from forgather_fn.report.path import content_of, replace
+from forgather_fn.reports.path import content_of, replace
 
 NAME = "trainer_logs.json"
 

@@ -117,7 +117,7 @@ def sink(function: Callable[[Row], None]) -> Sink:
         >>> rows[0].samples
         2
     """
-    ours = inspect.isfunction(function) and function.__module__.startswith("forgather_fn.report.")
+    ours = inspect.isfunction(function) and function.__module__.startswith("forgather_fn.reports.")
     if ours and "<" not in function.__qualname__:  # not within another: it makes a sink
         name = function.__name__
         raise ValueError(
@@ -125,7 +125,7 @@ def sink(function: Callable[[Row], None]) -> Sink:
         )
     if not callable(function):
         raise ValueError(
-            f"a sink is a function of a row, such as jsonl(path) of forgather_fn.report gives; got {function!r}"
+            f"a sink is a function of a row, such as jsonl(path) of forgather_fn.reports gives; got {function!r}"
         )
     return function if isinstance(function, Sink) else _Pair(function, lambda: None)
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from forgather_fn.report.path import checked, content_of, naming, replace
-from forgather_fn.report.row import Row, Sink, opened
+from forgather_fn.reports.path import checked, content_of, naming, replace
+from forgather_fn.reports.row import Row, Sink, opened
 
 StrPath: TypeAlias = str | os.PathLike[str]
 

@@ -3,8 +3,8 @@
 import sys
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from forgather_fn.report.console import clock, short
-from forgather_fn.report.row import Row, Sink, opened, remaining
+from forgather_fn.reports.console import clock, short
+from forgather_fn.reports.row import Row, Sink, opened, remaining
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -4,7 +4,7 @@ import math
 import sys
 from typing import TextIO
 
-from forgather_fn.report.row import Row, Sink, remaining, sink
+from forgather_fn.reports.row import Row, Sink, remaining, sink
 
 
 def console(stream: TextIO | None = None) -> Sink:

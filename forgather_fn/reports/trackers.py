@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from forgather_fn.report.row import Sink
-from forgather_fn.report.tracked import TrackedRun, tracked
+from forgather_fn.reports.row import Sink
+from forgather_fn.reports.tracked import TrackedRun, tracked
 
 StrPath = str | os.PathLike[str]
 _MLFLOW_METRICS: Final = 1000

@@ -1,4 +1,4 @@
-from forgather_fn.report.throughput import Count, throughput
+from forgather_fn.reports.throughput import Count, throughput
 
 
 def test_rates_are_of_the_whole_job_between_two_instants():

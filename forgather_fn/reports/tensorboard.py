@@ -3,8 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from forgather_fn.report.path import checked, made_directory, naming
-from forgather_fn.report.row import Row, Sink, opened
+from forgather_fn.reports.path import checked, made_directory, naming
+from forgather_fn.reports.row import Row, Sink, opened
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from forgather_fn.report.jsonl import read
-from forgather_fn.report.path import checked, naming
-from forgather_fn.report.picture import Line, Run, save
+from forgather_fn.reports.jsonl import read
+from forgather_fn.reports.path import checked, naming
+from forgather_fn.reports.picture import Line, Run, save
 
 StrPath = str | os.PathLike[str]
 
@@ -29,7 +29,7 @@ def plot(runs: Iterable[StrPath], path: StrPath, *, log: bool = False, smooth: i
     neither used nor changed. The file depends on the rows, the arguments and matplotlib's version alone.
 
     Args:
-        runs: Directories with a ``metrics.jsonl`` (:func:`~forgather_fn.report.jsonl.jsonl`), or such files.
+        runs: Directories with a ``metrics.jsonl`` (:func:`~forgather_fn.reports.jsonl.jsonl`), or such files.
         path: The file to write, ``.png`` or ``.svg``; its parent directories are created.
         log: Draw losses and norms on a logarithmic scale.
         smooth: Draw means of so many rows around each, the rows of the loss faintly behind them; the learning rate and

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import attrs
 
-from forgather_fn.report.jsonl import read
-from forgather_fn.report.path import naming
-from forgather_fn.report.row import Row
+from forgather_fn.reports.jsonl import read
+from forgather_fn.reports.path import naming
+from forgather_fn.reports.row import Row
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 704, 48, 352
@@ -43,7 +43,7 @@ def curve(source: str | os.PathLike[str] | Iterable[Row], path: str | os.PathLik
     the arguments only. A value that is not finite, or beyond 1e300, leaves a gap.
 
     Args:
-        source: Rows, or the path of a file that :func:`~forgather_fn.report.jsonl.jsonl` wrote.
+        source: Rows, or the path of a file that :func:`~forgather_fn.reports.jsonl.jsonl` wrote.
         path: The file to write; its parent directories are created.
         title: Printed above the curve.
 

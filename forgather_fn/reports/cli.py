@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from forgather_fn.report.plot import plot
+from forgather_fn.reports.plot import plot
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:

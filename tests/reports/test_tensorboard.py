@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from forgather_fn.report.row import Row
-from forgather_fn.report.tensorboard import tensorboard
+from forgather_fn.reports.row import Row
+from forgather_fn.reports.tensorboard import tensorboard
 
 
 @pytest.fixture(autouse=True)

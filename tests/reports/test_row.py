@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgather_fn.report.row import Row, Sink, opened, remaining, sink
+from forgather_fn.reports.row import Row, Sink, opened, remaining, sink
 
 
 def row(step: int = 1, **values: float) -> Row:
@@ -118,7 +118,7 @@ def test_importing_and_composing_load_neither_tqdm_nor_tensorboard():
 import io, sys, torch  # torch itself loads tqdm where it is installed
 for name in [name for name in sys.modules if name.split(".")[0] in ("tqdm", "tensorboard")]:
     del sys.modules[name]
-from forgather_fn.report import Row, bar, console, jsonl, tensorboard
+from forgather_fn.reports import Row, bar, console, jsonl, tensorboard
 sinks = [bar(stream=io.StringIO()), tensorboard("nowhere"), jsonl("nowhere"), console()]
 sinks[0](Row(step=1, samples=1, seconds=1.0, values={}))
 print([name for name in sys.modules if name.split(".")[0] in ("tqdm", "tensorboard")])

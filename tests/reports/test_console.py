@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from forgather_fn.report.console import clock, console, line, short
-from forgather_fn.report.row import Row
+from forgather_fn.reports.console import clock, console, line, short
+from forgather_fn.reports.row import Row
 
 
 def row(step: int, **values: float) -> Row:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgather_fn.report.curve import curve
-from forgather_fn.report.jsonl import jsonl
-from forgather_fn.report.row import Row
+from forgather_fn.reports.curve import curve
+from forgather_fn.reports.jsonl import jsonl
+from forgather_fn.reports.row import Row
 
 NAME = "{http://www.w3.org/2000/svg}"
 FRAME = {"left": 72.0, "right": 704.0, "top": 48.0, "bottom": 352.0}

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from forgather_fn.report.bar import bar
-from forgather_fn.report.row import Row
+from forgather_fn.reports.bar import bar
+from forgather_fn.reports.row import Row
 
 VALUES = {"loss": 2.34567, "learning_rate": 3e-4, "samples_per_second": 812.34, "tokens_per_second": 12345.6}
 

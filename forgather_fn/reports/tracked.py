@@ -11,8 +11,8 @@ from typing import Any, Final, Protocol
 
 import attrs
 
-from forgather_fn.report.path import checked, content_of, naming, replace
-from forgather_fn.report.row import Row, Sink, opened
+from forgather_fn.reports.path import checked, content_of, naming, replace
+from forgather_fn.reports.row import Row, Sink, opened
 
 IDS: Final = "trackers.json"
 """The file of a run's directory that has the id of its tracked run, by the name of the tracker."""

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forgather_fn.report.jsonl import jsonl, read
-from forgather_fn.report.row import Row
+from forgather_fn.reports.jsonl import jsonl, read
+from forgather_fn.reports.row import Row
 
 
 def row(step: int, *, started: int = 0, **values: float) -> Row:

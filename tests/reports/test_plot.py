@@ -10,9 +10,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from forgather_fn.cli import main
-from forgather_fn.report import jsonl, plot
-from forgather_fn.report.picture import Line, _apart
-from forgather_fn.report.row import Row
+from forgather_fn.reports import jsonl, plot
+from forgather_fn.reports.picture import Line, _apart
+from forgather_fn.reports.row import Row
 
 pytest.importorskip("matplotlib")
 
@@ -152,7 +152,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 
 def test_no_screen_is_needed_and_no_backend_chosen(tmp_path):
     script = (
-        "import sys; from forgather_fn.report import plot; plot(sys.argv[1:2], sys.argv[2]); "
+        "import sys; from forgather_fn.reports import plot; plot(sys.argv[1:2], sys.argv[2]); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     run = str(written(tmp_path / "a"))

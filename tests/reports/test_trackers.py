@@ -12,8 +12,8 @@ import pytest
 import toolz
 
 import forgather_fn as ff
-from forgather_fn.report import trackers
-from forgather_fn.report.row import Row
+from forgather_fn.reports import trackers
+from forgather_fn.reports.row import Row
 from tests.toys import classifier, labelled_batches, program
 
 
