@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 import types
 from collections.abc import Iterator
@@ -63,6 +64,13 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
         path = (ROOT / page).parent / target if target else ROOT / page
         assert path.exists(), f"{page} links to {target}"
         assert not anchor or anchor in anchors(path), f"{page} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_stand_apart(page: str) -> None:
+    """A table is one only after an empty line; otherwise it is text of the paragraph before."""
+    kinds = [line[:1] if line[:1] in "|" else "text" if line else "" for line in prose(page).split("\n")]
+    assert [line for line, pair in enumerate(itertools.pairwise(kinds), 1) if set(pair) == {"|", "text"}] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
