@@ -243,7 +243,7 @@ def _graphs(built: Built, arrays: Arrays) -> Graphs:
                 gradient = [one + other for one, other in zip(gradient, more, strict=True)]
                 sums = {name: (total + own[name][0], weight + own[name][1]) for name, (total, weight) in sums.items()}
             weight = sums["loss"][1]
-            divisor = scale if taken else [graphs.inverse(weight).reciprocal(), *scale]
+            divisor = scale if taken else [graphs.one_over(weight).reciprocal(), *scale]
             return update(tensors, arranged(gradient, active), active, held, sums, weight, divisor, *scalars), sums
 
         return compiled_whole(step)

@@ -19,10 +19,10 @@ from forgather_fn.losses import named_means
 from forgather_fn.model import (
     Anatomy,
     Slot,
+    anatomy_of,
     buffer_slots,
     call_arguments,
     enter_training,
-    outline,
     parameter_sites,
     surrounded,
 )
@@ -147,7 +147,7 @@ class _Subject:
 def _subject(plan: Plan) -> _Subject:
     module = _without_values(plan.model)
     enter_training(module)
-    anatomy = outline(module)
+    anatomy = anatomy_of(module)
     floating = {"float32": torch.float32, "float64": torch.float64}.get(plan.precision)
     params = {name: _brought(p.detach(), floating) for name, p in anatomy.params.items()}
     asked = {name: params[name] for name, p in anatomy.params.items() if p.requires_grad}

@@ -13,7 +13,7 @@ from forgather_fn.program import Metrics
 from forgather_fn.state import TrainState
 
 
-class TakeGradients(Protocol):
+class RunPasses(Protocol):
     """Run forward and backward over the microbatches of a batch; leave the state as it is, also on failure."""
 
     def __call__(self, state: TrainState, batch: Batch, /) -> tuple[Gradients, Flat, dict[str, Mean]]:
@@ -57,6 +57,6 @@ class Execution:
     """
 
     step: TakeStep
-    gradients: TakeGradients
+    gradients: RunPasses
     advance: Advance
     spread: Spread | None = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from forgather_fn.flat import Flat, listed
-from forgather_fn.model import outline
+from forgather_fn.model import anatomy_of
 from forgather_fn.shards import Shards
 from forgather_fn.world import World
 
@@ -234,7 +234,7 @@ def cut(
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    anatomy = outline(module)
+    anatomy = anatomy_of(module)
     names = {(id(site.module), site.attribute): name for site, name in anatomy.sites}
     for site, name in anatomy.sites:  # tied storage becomes one object, which is how torch knows ties
         site.module._parameters[site.attribute] = anatomy.params[name]

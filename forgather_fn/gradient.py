@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from forgather_fn.flat import Chunk, Flat, Layout, listed
+from forgather_fn.wide import wide, wide_norm
 
 
 class Summed(Protocol):
@@ -98,12 +99,12 @@ class Gradients(Mapping[str, Tensor]):
             return self
         whole = self.whole()
         if self.spread is not None:
-            wide = torch.float64 in self.layout.dtypes
-            norm = self.square_sums([self.views])[0].sqrt().to(torch.float64 if wide else torch.float32)
+            dtype = torch.float64 if torch.float64 in self.layout.dtypes else torch.float32
+            norm = self.square_sums([self.views])[0].sqrt().to(dtype)
         elif len(whole) == 1:
-            norm = torch.linalg.vector_norm(whole[0], dtype=torch.float32 if whole[0].dtype.itemsize < 4 else None)
+            norm = wide_norm(whole[0])
         else:
-            norm = get_total_norm([t.float() if t.dtype.itemsize < 4 else t for t in whole])
+            norm = get_total_norm([*map(wide, whole)])
         return self._with(self.divisor, norm, self.reports)
 
     def square_sums(self, groups: Sequence[Collection[str]]) -> Tensor:
@@ -236,10 +237,7 @@ def norms(tensors: Mapping[str, Tensor], spread: Spread | None = None) -> dict[s
         spread: How they are spread over processes; None where each has all of them.
     """
     if spread is None or not spread.shards:
-        return {
-            name: torch.linalg.vector_norm(tensor, dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
-            for name, tensor in tensors.items()
-        }
+        return {name: wide_norm(tensor) for name, tensor in tensors.items()}
     found = spread.summed(squares(list(tensors.values()))).sqrt()
     return {
         name: norm.to(tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32)

@@ -25,6 +25,7 @@ from forgather_fn.mean import Mean
 from forgather_fn.optim.base import Rates
 from forgather_fn.state import Arrays
 from forgather_fn.step import update_arrays
+from forgather_fn.wide import wide
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 """Means as a graph gives them: total and weight, by name."""
@@ -138,10 +139,10 @@ def differentiation(built: Built, buffers: Layout, opaque: Opaque) -> Differenti
                 tensors[name].copy_(given[name])
         objective = means["loss"]
         if share is None:
-            share = inverse(pair(objective)[1])
+            share = one_over(pair(objective)[1])
         total = objective.total
         if scale:
-            total = total.float() if total.dtype.itemsize < 4 else total  # no half precision holds the scale
+            total = wide(total)  # no half precision holds the scale
             share = share * scale[0]
         found = torch.autograd.grad(total, inputs, grad_outputs=share.to(total), allow_unused=True)
         active = tuple([gradient is not None for gradient in found])
@@ -256,7 +257,7 @@ def pair(mean: Mean) -> tuple[Tensor, Tensor]:
     return total, torch.scalar_tensor(weight, dtype=total.dtype, device=total.device)
 
 
-def inverse(weight: Tensor) -> Tensor:
+def one_over(weight: Tensor) -> Tensor:
     """Divide one by a weight, in the type of the objective; zero where there is nothing to weigh."""
     exact = weight if weight.is_floating_point() else weight.double()
     return exact.reciprocal().nan_to_num(posinf=0.0)

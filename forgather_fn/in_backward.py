@@ -25,6 +25,7 @@ from forgather_fn.program import Metrics
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
 from forgather_fn.step import eager, following, take_gradients, update_arrays
 from forgather_fn.wanted import check_wants, named
+from forgather_fn.wide import wide_norm
 from forgather_fn.workspace import dense
 
 _PARTLY: Final = (
@@ -197,7 +198,7 @@ class _Updates:
         assert grad is not None
         layout = self.built.binding.layout
         grad = dense(name, [grad], layout.leaves[layout.index[name]].stride)
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype.itemsize < 4 else None)
+        norm = wide_norm(grad)
         try:
             found_inf = self._finite(norm)
         except NonFiniteError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn.hyper import Hyper
+from forgather_fn.wide import wide_dtype
 
 ALIGNMENT = 256
 """Bytes to which every tensor's start is aligned. Whole vectors are then processed whatever range of the buffer a
@@ -45,10 +46,6 @@ class Chunk:
     name: str | None = None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
 @attrs.frozen(eq=False)
 class Layout:
     """The static plan of flat storage: leaves in the model's order, their places by data type and group."""
@@ -70,8 +67,8 @@ class Layout:
         """Give the same places in at least float32, for sums of what is in half precision; itself, if nothing is."""
         if all(dtype.itemsize >= 4 for dtype in self.dtypes):
             return self
-        leaves = tuple(attrs.evolve(leaf, dtype=_wide(leaf.dtype)) for leaf in self.leaves)
-        return attrs.evolve(self, leaves=leaves, dtypes=tuple(map(_wide, self.dtypes)), cuts={})
+        leaves = tuple(attrs.evolve(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in self.leaves)
+        return attrs.evolve(self, leaves=leaves, dtypes=tuple(map(wide_dtype, self.dtypes)), cuts={})
 
     def unit(self, buffer: int) -> int:
         """Give the number of elements to which the leaves of a buffer are aligned."""

@@ -52,7 +52,7 @@ def parameter_anatomy(module: nn.Module) -> Anatomy:
     Raises:
         ValueError: A parameter is lazy, has no data, or shares only a part of its memory with another.
     """
-    found = outline(module)
+    found = anatomy_of(module)
     for site, _ in found.sites:
         if site.tensor.is_meta:
             raise ValueError(
@@ -62,7 +62,7 @@ def parameter_anatomy(module: nn.Module) -> Anatomy:
     return found
 
 
-def outline(module: nn.Module) -> Anatomy:
+def anatomy_of(module: nn.Module) -> Anatomy:
     """Find the parameters of a module as :func:`parameter_anatomy` does, also where they have no values yet."""
     for site in _sites(module):
         _check_parameter(site)

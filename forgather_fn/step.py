@@ -16,7 +16,7 @@ from forgather_fn import interrupt, scaling, tree, wanted
 from forgather_fn.batch import outline
 from forgather_fn.built import Built, check_layout
 from forgather_fn.data import Batch
-from forgather_fn.execution import Advance, Execution, TakeGradients
+from forgather_fn.execution import Advance, Execution, RunPasses
 from forgather_fn.finite import FINE, Flag, Verdict, applied, flag_on_device, flag_on_host
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
@@ -28,6 +28,7 @@ from forgather_fn.program import Metrics
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Arrays, TrainState
 from forgather_fn.transforms.base import apply_all
+from forgather_fn.wide import wide
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def eager(built: Built) -> Execution:
     return composed(built, functools.partial(take_gradients, built), functools.partial(advance, built))
 
 
-def composed(built: Built, first: TakeGradients, second: Advance) -> Execution:
+def composed(built: Built, first: RunPasses, second: Advance) -> Execution:
     """Make whole steps of two halves; one that fails between them leaves no gradient behind."""
 
     def step(state: TrainState, batch: Batch, wants: frozenset[str]) -> tuple[TrainState, Metrics]:
@@ -146,7 +147,7 @@ def backward(built: Built, total: Tensor, weight: Tensor | float | None, scale: 
     if not total.requires_grad:
         raise ValueError(_NOT_DIFFERENTIABLE)
     if scale is not None:
-        total = total.float() if total.dtype.itemsize < 4 else total  # no half precision holds the scale
+        total = wide(total)  # no half precision holds the scale
     share = None if weight is None else inverse(weight, total.dtype, built.device)
     if scale is not None:
         share = scale.to(total.dtype) if share is None else share * scale

@@ -37,6 +37,7 @@ BASE = {
     "terminal",
     "tree",
     "turn",
+    "wide",
     "world",
 }
 RECIPE = {

@@ -15,7 +15,7 @@ from forgather_fn.binding import bound
 from forgather_fn.describe import Described, describe
 from forgather_fn.flat import listed
 from forgather_fn.groups import Predicate, matches
-from forgather_fn.model import ModelFactory, outline
+from forgather_fn.model import ModelFactory, anatomy_of
 from forgather_fn.signature import checked
 
 M = TypeVar("M", nn.Module, ModelFactory)
@@ -144,7 +144,7 @@ def _adapt(
     check_free(module, "lora")
     if adapters_of(module):
         raise ValueError(f"lora: the model has adapters already: {listed(list(adapters_of(module)))}")
-    anatomy = outline(module)
+    anatomy = anatomy_of(module)
     owners = {site.name: site.module for site, _ in anatomy.sites}
     weights = [n for n, p in anatomy.params.items() if matches(match, n, p) and (p.dim() > 1 or callable(match))]
     for name in weights:

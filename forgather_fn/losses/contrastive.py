@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from forgather_fn.describe import described
 from forgather_fn.losses.base import Objective
 from forgather_fn.losses.finding import leading_dimension
+from forgather_fn.wide import wide
 
 
 @described
@@ -43,7 +44,7 @@ def contrastive(*, temperature: float | None = 0.07, negatives: Literal["batch",
 
     def total(outputs: Any, batch: Any) -> Tensor:
         scores = _given(outputs) if temperature is None else _cosines(outputs) / temperature
-        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        scores = wide(scores)
         if scores.dim() != 2 or len(scores) != scores.shape[1] or len(scores) != leading_dimension(batch):
             raise ValueError(
                 f"contrastive: similarities are {tuple(scores.shape)} of {leading_dimension(batch)} samples; expected "
@@ -85,5 +86,5 @@ def _cosines(outputs: Any) -> Tensor:
             "contrastive: expected a pair of embeddings [batch, features] from the model, got "
             f"{type(outputs).__name__}; temperature=None takes logits_per_image"
         )
-    one, other = (F.normalize(side.float() if side.dtype.itemsize < 4 else side, dim=-1) for side in pair)
+    one, other = (F.normalize(wide(side), dim=-1) for side in pair)
     return one @ other.t()

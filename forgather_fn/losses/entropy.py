@@ -11,6 +11,7 @@ from forgather_fn.losses.base import Objective
 from forgather_fn.losses.finding import TARGETS, labelled, logits_of, target_of
 from forgather_fn.losses.pairing import BY_CLASS, NEXT_TOKEN, Pairing, class_logits, next_labels, next_tokens
 from forgather_fn.losses.terms import Term, Terms, objective
+from forgather_fn.wide import wide
 
 
 def entropies(logits: Tensor, targets: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
@@ -49,12 +50,12 @@ def entropy_terms(pairing: Pairing) -> Terms:
 def _causal_lm_total(outputs: Any, batch: Any) -> Tensor:
     logits, labels = next_tokens(outputs, batch)
     shifted = logits.reshape(-1, logits.shape[-1])
-    return entropies(shifted.float() if shifted.dtype.itemsize < 4 else shifted, labels.reshape(-1), "sum")
+    return entropies(wide(shifted), labels.reshape(-1), "sum")
 
 
 def _cross_entropy_total(outputs: Any, batch: Any) -> Tensor:
     logits, target = logits_of(outputs), target_of(batch)
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    logits = wide(logits)
     if logits.dim() != 2 or target.dim() != 1 or len(logits) != len(target) or target.is_floating_point():
         class_logits(logits, batch)  # raises, where shapes do not fit
     if target.is_floating_point():

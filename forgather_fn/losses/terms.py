@@ -10,6 +10,7 @@ from torch import Tensor
 from forgather_fn.losses.base import Objective
 from forgather_fn.losses.pairing import Pairing
 from forgather_fn.mean import Mean
+from forgather_fn.wide import wide
 
 
 class ElementLosses(Protocol):
@@ -78,12 +79,12 @@ class Terms:
         are finite, since to guard them would cost a copy of all logits.
         """
         keep = weights != 0
-        wide = predictions.float() if predictions.dtype.itemsize < 4 else predictions
+        predictions = wide(predictions)
         if not self.pairing.classes:
-            wide = torch.where(keep, wide, 0.0)
+            predictions = torch.where(keep, predictions, 0.0)
         found = []
         for term, own in zip(self.summands, beside, strict=True):
-            losses = term.losses(wide, targets, own)
+            losses = term.losses(predictions, targets, own)
             found.append(term.share * torch.where(keep, losses * weights.to(losses.dtype), 0.0))
         return found
 

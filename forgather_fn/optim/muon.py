@@ -15,8 +15,9 @@ from forgather_fn.optim.adam import adamw
 from forgather_fn.optim.base import Optimizer, OptState, UpdateContext, slots_like
 from forgather_fn.optim.partition import Match, partitioned
 from forgather_fn.optim.rows import like
-from forgather_fn.optim.shaped import one_by_one, take, wide
+from forgather_fn.optim.shaped import one_by_one, take
 from forgather_fn.schedules import Schedule
+from forgather_fn.wide import wide
 
 COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 """Of the polynomial that is iterated: the steepest at 0 that leaves singular values near 1 near 1."""

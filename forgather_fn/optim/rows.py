@@ -17,6 +17,7 @@ from forgather_fn.flat import Flat, Layout
 from forgather_fn.gradient import Gradients
 from forgather_fn.hyper import Scalar
 from forgather_fn.optim.base import UpdateContext
+from forgather_fn.wide import wide
 
 
 @attrs.frozen(eq=False)
@@ -93,7 +94,7 @@ def operands(gradients: Gradients, params: Flat, *slots: Flat) -> Iterator[Opera
 
 def _operands(held: Sequence[Tensor], gradient: Tensor, leaves: tuple[int, ...], owners: Tensor | None) -> Operands:
     ordered = (held[0], gradient, *held[1:])
-    return Operands(tuple(t.float() if t.dtype.itemsize < 4 else t for t in ordered), tuple(held), leaves, owners)
+    return Operands(tuple(wide(t) for t in ordered), tuple(held), leaves, owners)
 
 
 _KNOWN: WeakKeyDictionary[Layout, dict[tuple[int, torch.device], tuple[tuple[int, ...], Tensor]]] = WeakKeyDictionary()

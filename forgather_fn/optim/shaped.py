@@ -10,6 +10,7 @@ from forgather_fn.finite import BAD, FINE
 from forgather_fn.flat import Flat, Layout, layout_of, zeros
 from forgather_fn.gradient import Gradients
 from forgather_fn.optim.base import UpdateContext
+from forgather_fn.wide import wide, wide_dtype
 
 
 @attrs.frozen(eq=False)
@@ -54,11 +55,6 @@ def one_by_one(gradients: Gradients, params: Flat, context: UpdateContext) -> It
         )
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Give a tensor in float32 at least."""
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
-
-
 def take(held: Tensor, new: Tensor, found_inf: Tensor) -> None:
     """Write a new value, unless the flag is set."""
     held.copy_(new if found_inf is FINE else torch.where(found_inf > 0, held, new.to(held.dtype)))
@@ -72,6 +68,6 @@ def wide_slots(layout: Layout, shapes: dict[str, tuple[int, ...]], device: torch
         shapes: By the names of parameters.
         device: Where it lies.
     """
-    dtypes = {leaf.name: leaf.dtype if leaf.dtype.itemsize >= 4 else torch.float32 for leaf in layout.leaves}
+    dtypes = {leaf.name: wide_dtype(leaf.dtype) for leaf in layout.leaves}
     like = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
     return zeros(layout_of(like), device)

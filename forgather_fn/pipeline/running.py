@@ -28,6 +28,7 @@ from forgather_fn.share import Share
 from forgather_fn.state import TrainState
 from forgather_fn.step import advance, composed, divided, inverse, known_weight, passed
 from forgather_fn.wanted import WANTS
+from forgather_fn.wide import wide
 from forgather_fn.world import STEP
 
 
@@ -78,7 +79,7 @@ def pipelining(pipeline: Pipeline) -> Execution:
 
 
 def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
-    """Run a step's microbatches through the stages; see :class:`~forgather_fn.execution.TakeGradients`."""
+    """Run a step's microbatches through the stages; see :class:`~forgather_fn.execution.RunPasses`."""
     machine, line, arrays = pipeline.machine, pipeline.line, state.read()
     built = machine.built
     line.world.begin(STEP)
@@ -210,7 +211,7 @@ class _Passes:
             raise ValueError("the objective's total does not depend on any trainable parameter of the last stage")
         scale = self.state.read().loss_scale.get("scale")
         if scale is not None:
-            total = total.float() if total.dtype.itemsize < 4 else total
+            total = wide(total)
         if len(self.microbatches) == 1 and self.pipeline.line.pipelines == 1:
             weight = means["loss"].weight
         if counts:

@@ -20,6 +20,7 @@ from forgather_fn.fsdp import Fsdp, Ready, cut, module_names, units_of
 from forgather_fn.losses import Objective
 from forgather_fn.meta import initialise_modules, on_meta, separable
 from forgather_fn.model import (
+    anatomy_of,
     buffer_names,
     buffer_slots,
     build,
@@ -27,7 +28,6 @@ from forgather_fn.model import (
     check_apart,
     class_of,
     enter_training,
-    outline,
     parameter_anatomy,
 )
 from forgather_fn.plan import Plan
@@ -153,7 +153,7 @@ class Sharding:
 
     def _cut(self, plan: Plan, module: nn.Module) -> Layout:
         """Cut the parameters. No name here may hold whole ones on when it returns."""
-        anatomy = outline(module)
+        anatomy = anatomy_of(module)
         if self.drawn is None:
             check_apart(buffer_slots(module), anatomy)
         hypers = trained_hypers(plan, module, anatomy)

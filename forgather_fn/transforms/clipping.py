@@ -13,6 +13,7 @@ from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Predicate, matches
 from forgather_fn.schedules import Schedule, rate
 from forgather_fn.transforms.base import Transform, nothing
+from forgather_fn.wide import wide_norm
 
 
 def _check(name: str, what: str, number: float) -> None:
@@ -181,6 +182,4 @@ def clipped_by_unit(ratio: float = 0.01, *, eps: float = 1e-3, match: str | Pred
 def unit_norms(tensor: Tensor) -> Tensor:
     """Give the 2-norm of each row along the first dimension, of a vector that of all of it, in at least float32."""
     dims = tuple(range(1, tensor.dim())) if tensor.dim() > 1 else tuple(range(tensor.dim()))
-    dtype = torch.float32 if tensor.dtype.itemsize < 4 else None
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
-    return norms
+    return wide_norm(tensor, dims, keepdim=True)
