@@ -7,7 +7,7 @@
 #   make docs     run the code in README.md and docs/, and build the site of them into site/
 #   make pictures  draw the pictures in docs/pictures/ again
 #   make soak     the tests that take minutes
-#   make bench    side-by-side timings          (an hour; ARGS="overhead memory": those rows)
+#   make bench    side-by-side timings          (45 minutes; ARGS="overhead memory": those rows)
 #   make clean    remove what was built and cached; distclean: .venv as well
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv.

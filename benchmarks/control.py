@@ -22,6 +22,7 @@ from benchmarks.measure import NO_DATA, Arm, Clock, Result, interleaved, ratio, 
 from benchmarks.table import Reach, Table
 from benchmarks.task import Task
 from forgather_fn.control import Inbox
+from forgather_fn.loop import Demand, Stage
 
 TASKS: Final = (
     Task(name="43 k parameters in 30 tensors", shape=models.SMALL, batch_size=4, warmup=20, steps=400),
@@ -51,9 +52,9 @@ def _stage(count: int) -> float:
     program = ff.single(plan_of(TASKS[0], lambda: Clock(TASKS[0])))
     tick = next(iter(program.steps(program.init(0), TASKS[0].batches)))
 
-    def taken(*stages: ff.loop.Stage) -> float:
+    def taken(*stages: Stage) -> float:
         nothing = ff.Steps(tick.state, [], lambda demand: itertools.repeat(tick, count))
-        ticks = toolz.pipe(nothing, *stages).open(ff.loop.Demand())
+        ticks = toolz.pipe(nothing, *stages).open(Demand())
         begun = time.perf_counter()
         for _ in ticks:
             pass
@@ -85,7 +86,7 @@ def _table(task: Task, rounds: int, results: list[Result], stage: float) -> Tabl
     )
 
 
-def _train(task: Task, clock: Clock, *stages: ff.loop.Stage) -> nn.Module:
+def _train(task: Task, clock: Clock, *stages: Stage) -> nn.Module:
     program = ff.single(plan_of(task, lambda: clock))
     toolz.pipe(program.steps(program.init(0), task.batches), *stages, ff.until(steps=task.updates), ff.last)
     return program.module()

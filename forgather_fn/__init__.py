@@ -5,7 +5,7 @@ Names are imported when they are first used, so that a command which needs no to
 
 from typing import TYPE_CHECKING
 
-from forgather_fn.deferred import deferred
+from forgather_fn.deferred import deferred_names
 
 if TYPE_CHECKING:
     from forgather_fn import (
@@ -129,42 +129,43 @@ __all__ = [
     "until",
 ]
 
-__getattr__, __dir__ = deferred(
-    __name__,
-    {
-        "": "adapters checkpoint control data diagnostics losses metrics optim reducers reports schedules testing "
-        "transforms",
-        "adapters": "lora",
-        "average": "ema power_ema swa",
-        "changes": "changing folded rollback",
-        "checkpoint.saving": "saved",
-        "compiler": "CompileError",
-        "control.serving": "serve",
-        "control.stage": "Aborted controlled",
-        "data": "Batch Stream batches",
-        "endings": "early_stopped stopped_by until",
-        "estimate": "memory",
-        "functional": "frozen",
-        "gradient": "Gradients",
-        "groups": "group",
-        "interrupt": "Preempted",
-        "joining": "members",
-        "loop": "Steps Tick fold last",
-        "mean": "Mean",
-        "observers": "evaluated report",
-        "optim.adam": "adam adamw",
-        "optim.base": "Optimizer",
-        "optim.from_torch": "from_torch",
-        "optim.sgd": "sgd",
-        "plan": "Plan",
-        "program": "Program",
-        "stages": "Observer at at_end every every_seconds",
-        "state": "ConsumedStateError NonFiniteError TrainState difference",
-        "statistics": "refreshed_statistics",
-        "strategy.accelerated": "accelerated",
-        "strategy.joined": "joined",
-        "strategy.pipelined": "pipelined",
-        "strategy.single": "single",
-        "transforms": "Transform chain clipped noise stateless",
-    },
-)
+if not TYPE_CHECKING:  # for whom a module with a __getattr__ has any name
+    __getattr__, __dir__ = deferred_names(
+        __name__,
+        {
+            "": "adapters checkpoint control data diagnostics losses metrics optim reducers reports schedules testing "
+            "transforms",
+            "adapters": "lora",
+            "average": "ema power_ema swa",
+            "changes": "changing folded rollback",
+            "checkpoint.saving": "saved",
+            "compiler": "CompileError",
+            "control.serving": "serve",
+            "control.stage": "Aborted controlled",
+            "data": "Batch Stream batches",
+            "endings": "early_stopped stopped_by until",
+            "estimate": "memory",
+            "functional": "frozen",
+            "gradient": "Gradients",
+            "groups": "group",
+            "interrupt": "Preempted",
+            "joining": "members",
+            "loop": "Steps Tick fold last",
+            "mean": "Mean",
+            "observers": "evaluated report",
+            "optim.adam": "adam adamw",
+            "optim.base": "Optimizer",
+            "optim.from_torch": "from_torch",
+            "optim.sgd": "sgd",
+            "plan": "Plan",
+            "program": "Program",
+            "stages": "Observer at at_end every every_seconds",
+            "state": "ConsumedStateError NonFiniteError TrainState difference",
+            "statistics": "refreshed_statistics",
+            "strategy.accelerated": "accelerated",
+            "strategy.joined": "joined",
+            "strategy.pipelined": "pipelined",
+            "strategy.single": "single",
+            "transforms": "Transform chain clipped noise stateless",
+        },
+    )

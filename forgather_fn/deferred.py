@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def deferred(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def deferred_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make a package's ``__getattr__`` and ``__dir__`` (PEP 562).
 
     So importing a package, or one module of it, takes no longer than what is used of it. The package imports the same
@@ -21,7 +21,7 @@ def deferred(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], An
         The two functions. A name is looked up once; then the package has it like any other.
 
     Example:
-        >>> look_up, names = deferred("collections", {"abc": "Iterator Mapping"})
+        >>> look_up, names = deferred_names("collections", {"abc": "Iterator Mapping"})
         >>> names()
         ['Iterator', 'Mapping']
         >>> look_up("Mapping").__name__
@@ -35,7 +35,10 @@ def deferred(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], An
             # With name and object, Python's traceback adds the nearest name that there is.
             missing = f"module {package!r} has no attribute {name!r}"
             raise AttributeError(missing, name=name, obj=sys.modules[package])
-        module = importlib.import_module(f"{package}.{modules[name] or name}")
+        try:
+            module = importlib.import_module(f"{package}.{modules[name] or name}")
+        except AttributeError as error:  # else it would seem to be of the package, which hasattr and import swallow
+            raise ImportError(f"{package}.{modules[name] or name} cannot be imported: {error}") from error
         value = getattr(module, name) if modules[name] else module
         setattr(sys.modules[package], name, value)
         return value

@@ -11,7 +11,7 @@ from forgather_fn.data import Batch, Stream
 from forgather_fn.data.batch import digest
 from forgather_fn.share import Microbatches, Share
 from forgather_fn.state import TrainState
-from forgather_fn.world import PeerError, World, known_to_all
+from forgather_fn.world import STEP, PeerError, World, known_to_all
 
 
 def opened(data: Iterable[Any] | Stream, state: TrainState, share: Share | None) -> Iterator[Any]:
@@ -43,6 +43,7 @@ def _compared(world: World, state: TrainState, batches: Iterator[Any]) -> Iterat
     place = f"step {state.step}, sample {state.samples}, seed {state.seed}, {state.data or 'no stream'}"
     with closing(batches):
         batch = next(batches, None)
+        world.begin("the first step of a stream")
         told = world.gather(f"{place}: {_told(batch)}")
         if len(set(told)) > 1:
             lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
@@ -112,6 +113,7 @@ def dispatched(world: World, share: Share, state: TrainState, data: Iterable[Any
                 error, sent = raised, [(None, f"{type(raised).__name__}: {raised}")] * world.size
         received: list[Any] = [sent[0]]
         if world.size > 1:
+            world.begin(STEP)
             with world.explained():
                 distributed.scatter_object_list(received, sent, group=world.control, group_src=0)
         own, text = received[0]

@@ -69,7 +69,8 @@ class Replica:
             self.built.workspace.reserve(room)
 
     def sending(self) -> contextlib.AbstractContextManager[Sending]:
-        """Send the gradient while the backward pass in a block makes it."""
+        """Send the gradient while the backward pass in a block makes it: here the step begins for the others."""
+        self.world.begin(STEP)
         where = {name: i for i, name in enumerate(self.built.binding.layout.index)}
         parameters = {site.tensor: where[name] for site, name in self.built.binding.trainable}
         flat = self.built.workspace.collect(0, 0.0).flat
@@ -129,16 +130,13 @@ def _halves(built: Built) -> tuple[RunMicrobatches, Advance]:
 def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, and add up over all; see :class:`Execution`."""
     built, arrays = replica.built, state.read()
-    replica.world.begin(STEP)
-    try:
-        built.bound(arrays)
-        microbatches = [(number, built.place(microbatch)) for number, microbatch in owned(batch, replica.share)]
-        found, gradients, buffers = replica.run(replica, state, microbatches, batch.samples)
-    except BaseException:
-        replica.world.withdraw()
-        raise
+    built.bound(arrays)
+    microbatches = [(number, built.place(microbatch)) for number, microbatch in owned(batch, replica.share)]
+    found, gradients, buffers = replica.run(replica, state, microbatches, batch.samples)
     assert gradients.flat is not None
     try:
+        if not replica.cuts:
+            replica.world.begin(STEP)
         replica.learn(found, arrays.buffers, buffers)
         added = replica.add(gradients.flat, gradients.active, replica.agreed.sums(found, built.device))
         replica.agreed.take_buffers(replica.world, buffers)

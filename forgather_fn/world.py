@@ -36,10 +36,6 @@ class Watch(Protocol):
         """
         ...
 
-    def withdraw(self) -> None:
-        """Take back what was begun last: it failed before anything was sent, and may be begun again."""
-        ...
-
     def fail(self, error: BaseException, /) -> None:
         """Tell the others that this process cannot go on, and why; they end at once."""
         ...
@@ -152,7 +148,9 @@ class World:
         return Poll(self).vote
 
     def begin(self, what: str, /) -> None:
-        """Note that a step begins here, or anything else that takes all processes.
+        """Note that a step begins here, or anything else that takes all processes: before the first word is sent.
+
+        What fails before this may be tried again, by one process alone.
 
         Args:
             what: Begins: :data:`STEP`, for which nobody is waited for, or another noun with its article, which all
@@ -163,11 +161,6 @@ class World:
         """
         if self.watch is not None:
             self.watch.begin(what)
-
-    def withdraw(self) -> None:
-        """Take back what was begun last: it failed before anything was sent, and may be begun again."""
-        if self.watch is not None:
-            self.watch.withdraw()
 
     def fail(self, error: BaseException, /) -> None:
         """Tell the other processes that this one cannot go on; they end."""

@@ -18,6 +18,7 @@ import forgather_fn as ff
 from forgather_fn import testing, tree
 from forgather_fn.compiler import CompileError
 from forgather_fn.demo.model import Transformer
+from forgather_fn.gradient import Gradients
 from forgather_fn.plan import Plan
 from tests import specimens, toys
 from tests.zoo import SPECIMENS, plan_of
@@ -130,7 +131,7 @@ def test_counts_of_updates_may_differ(viewed_elements: int) -> None:
             if step < 2:
                 kept = {name: view for name, view in gradients.views.items() if name != "0.bias"}
                 active = tuple(name in kept for name in gradients.layout.index)
-                gradients = ff.gradient.Gradients(
+                gradients = Gradients(
                     gradients.layout, active, kept, gradients.flat, gradients.samples, gradients.weight
                 )
             state, _ = program.update(state, gradients, buffers)

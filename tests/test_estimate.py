@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import forgather_fn as ff
 from benchmarks.measure import most_held
 from forgather_fn.activation_checkpointing import activation_checkpointed
+from forgather_fn.tree import tensors
 from tests import zoo
 from tests.toys import Branches, branching, classifier, labelled
 
@@ -116,7 +117,7 @@ def test_parts_are_those_of_the_state(name):
     state = program.init(0)
 
     def held(tree: Any) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in ff.tree.tensors(tree))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors(tree))
 
     assert told.parameters == held(state.params)
     assert told.averages == held(state.ema)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import forgather_fn as ff
 from forgather_fn import step as step_module
 from forgather_fn import testing
+from forgather_fn.tree import difference
 from forgather_fn.wanted import WANTS
 from tests import zoo
 from tests.toys import assert_equal, classifier, labelled, labelled_batches, program, unchanged
@@ -177,7 +178,7 @@ class TestFailures:
         state, _ = made.step(state, labelled(6))
         assert (int(state.nonfinite), int(state.updates)) == (1, 1)
         for part in ("params", "opt"):
-            assert ff.tree.difference(getattr(kept, part), getattr(state, part), part) is None
+            assert difference(getattr(kept, part), getattr(state, part), part) is None
 
     def test_metrics_that_it_cannot_give(self):
         made = fused(classifier())
@@ -248,4 +249,4 @@ def test_gradients_and_update_can_be_called_by_themselves():
     assert math.isfinite(float(gradients.norm()))
     state, _ = made.update(state, gradients, buffers)
     other, _ = usual.step(other, labelled(6))
-    assert ff.tree.difference(state.params, other.params) is None
+    assert difference(state.params, other.params) is None

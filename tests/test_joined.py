@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import forgather_fn as ff
 from forgather_fn.mean import Mean
+from forgather_fn.random import key, seeded
 from tests.toys import assert_equal, classifier, labelled, labelled_batches
 
 
@@ -111,7 +112,7 @@ def test_it_is_two_programs_stepped_by_hand():
         alone[member].init(0)
     for step in range(3):
         batch = (gaussian()[0][step * 8 : step * 8 + 8],)
-        with ff.random.seeded(ff.random.key(5, step, "joined"), torch.device("cpu")):
+        with seeded(key(5, step, "joined"), torch.device("cpu")):
             states, _ = gan_step(alone, states, batch)
         state, _ = program.step(state, batch)
     for name, member in ff.members(state).items():
@@ -127,7 +128,7 @@ def test_the_gradient_of_the_generator_goes_through_the_critic_and_not_to_it():
     for parameter in critic.parameters():
         parameter.grad = None
     judge = ff.frozen(programs["critic"], states["critic"])
-    with ff.random.seeded(ff.random.key(states["generator"].seed, 0, 0, "forward"), torch.device("cpu")):
+    with seeded(key(states["generator"].seed, 0, 0, "forward"), torch.device("cpu")):
         module = programs["generator"].module()
         loss = believed(module(noise), {"critic": critic}).value()  # through the module itself
         expected = torch.autograd.grad(loss, list(module.parameters()))

@@ -12,6 +12,8 @@ from torch import nn
 import forgather_fn as ff
 from forgather_fn import scaling, testing
 from forgather_fn import step as step_module
+from forgather_fn.state import Ownership
+from forgather_fn.tree import difference
 from tests import zoo
 from tests.toys import (
     VIEWED,
@@ -49,7 +51,7 @@ def scaled(state: ff.TrainState, scale: float) -> ff.TrainState:
     """Give a copy with another scale."""
     arrays = state.copy().read()
     held = {**arrays.loss_scale, "scale": torch.tensor(scale)}
-    return attrs.evolve(state, arrays=attrs.evolve(arrays, loss_scale=held), ownership=ff.state.Ownership())
+    return attrs.evolve(state, arrays=attrs.evolve(arrays, loss_scale=held), ownership=Ownership())
 
 
 def by_hand(model: nn.Module, batches, *, interval: int, max_norm: float | None = None):
@@ -138,7 +140,7 @@ class TestOverflow:
         assert math.isfinite(float(metrics["loss"]))
         assert not math.isfinite(float(metrics["grad_norm"]))
         for part in ("params", "opt", "ema", "updates", "nonfinite"):
-            assert ff.tree.difference(getattr(kept, part), getattr(after, part), part) is None
+            assert difference(getattr(kept, part), getattr(after, part), part) is None
         assert after.loss_scale["scale"].item() == scaling.INITIAL / 2
         assert after.loss_scale["growth_tracker"].item() == 0
         assert (int(after.skipped), int(after.tokens), after.step) == (1, 12, 2)
@@ -185,7 +187,7 @@ class TestOverflow:
         made = half(model, on_nonfinite="skip")
         before = made.init(0)
         after, _ = made.step(before.copy(), (labelled(6)[0] / 0, labelled(6)[1]))
-        assert ff.tree.difference(before.buffers, after.buffers) is None
+        assert difference(before.buffers, after.buffers) is None
 
 
 class TestScale:

@@ -13,6 +13,7 @@ import forgather_fn as ff
 from forgather_fn import fsdp
 from forgather_fn.checkpoint.saving import save
 from forgather_fn.data import Batch
+from forgather_fn.mean import of
 from forgather_fn.sharded import in_step
 from forgather_fn.share import Share
 from forgather_fn.testing.processes import processes
@@ -309,7 +310,7 @@ def fail(gradient: torch.Tensor) -> None:
 def bad_plan(**changes: Any) -> ff.Plan:
     given: dict[str, Any] = {
         "model": Bad,
-        "loss": lambda outputs, batch: ff.mean.of(outputs.square()),
+        "loss": lambda outputs, batch: of(outputs.square()),
         "optimizer": ff.adam(),
         "schedule": 0.1,
         "microbatches": 4,

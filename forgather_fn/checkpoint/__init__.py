@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forgather_fn.deferred import deferred
+from forgather_fn.deferred import deferred_names
 
 if TYPE_CHECKING:
     from forgather_fn.checkpoint.catalog import Entry, latest, list_checkpoints, verify
@@ -33,16 +33,17 @@ __all__ = [
     "verify",
 ]
 
-__getattr__, __dir__ = deferred(
-    __name__,
-    {
-        "catalog": "Entry latest list_checkpoints verify",
-        "loading": "load",
-        "lock": "RunLockedError",
-        "manifest": "CheckpointError",
-        "replaying": "Replay replay",
-        "restoring": "load_weights",
-        "rotation": "Best Policy superseded",
-        "saving": "SaveError save saved",
-    },
-)
+if not TYPE_CHECKING:  # for whom a module with a __getattr__ has any name
+    __getattr__, __dir__ = deferred_names(
+        __name__,
+        {
+            "catalog": "Entry latest list_checkpoints verify",
+            "loading": "load",
+            "lock": "RunLockedError",
+            "manifest": "CheckpointError",
+            "replaying": "Replay replay",
+            "restoring": "load_weights",
+            "rotation": "Best Policy superseded",
+            "saving": "SaveError save saved",
+        },
+    )

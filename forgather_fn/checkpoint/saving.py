@@ -171,6 +171,7 @@ class _Writer:
 
     def open(self, steps: Steps) -> None:
         self.world = steps.world
+        self.world.begin("a stream that is saved")
         self.world.first(self._begin)
         self.errors, self.last, self.stream, self.known = [], None, None, set()
 
@@ -302,6 +303,7 @@ class _Writer:
         self.settle()
         if sys.is_finalizing():
             return  # an exception held the stream until the interpreter's end, where no thread can be started
+        self.world.begin("a save")
         failures = self._failures()
         if self.last != tick.state.step or failures:
             self._save(tick)

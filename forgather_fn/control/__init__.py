@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forgather_fn.deferred import deferred
+from forgather_fn.deferred import deferred_names
 
 if TYPE_CHECKING:
     from forgather_fn.control.command import Command, ControlError
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Aborted", "Command", "ControlError", "Inbox", "controlled"]
 
-__getattr__, __dir__ = deferred(
-    __name__,
-    {
-        "command": "Command ControlError",
-        "inbox": "Inbox",
-        "stage": "Aborted controlled",
-    },
-)
+if not TYPE_CHECKING:  # for whom a module with a __getattr__ has any name
+    __getattr__, __dir__ = deferred_names(
+        __name__,
+        {
+            "command": "Command ControlError",
+            "inbox": "Inbox",
+            "stage": "Aborted controlled",
+        },
+    )

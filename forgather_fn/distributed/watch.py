@@ -63,9 +63,19 @@ def watching(world: World) -> "Watcher":
         >>> watch.begin("a step")
         >>> watch.close()
     """
-    watch = Watcher(world.rank, {peer.rank: peer for peer in connected(world)})
+    watch = Watcher(world.rank, {peer.rank: peer for peer in connected(world)}, _patience(world))
     watch.start()
     return watch
+
+
+def _patience(world: World) -> float:
+    """Give the seconds after which a process group gives up, by which a run that hangs ends."""
+    if world.control is None:
+        return math.inf
+    from torch import device
+
+    timeout = world.control._get_backend(device("cpu")).options._timeout
+    return float(timeout.total_seconds())
 
 
 @attrs.define(eq=False, weakref_slot=True)
@@ -74,10 +84,12 @@ class Watcher:
 
     Attributes:
         rank: Which process this is.
+        patience: Seconds that it waits for the others to begin something.
     """
 
     rank: int
     _peers: dict[int, Peer]
+    patience: float
     _heard: threading.Condition = attrs.field(init=False, factory=threading.Condition)
     _begun: int = attrs.field(init=False, default=0)
     _what: str = attrs.field(init=False, default=STEP)  # the last of them is
@@ -106,29 +118,38 @@ class Watcher:
         Raises:
             PeerError: Another process has failed, has left before this, or begins something else in its place.
         """
+        if self._closed:  # at the very end of the process, where nobody hears any more
+            return
         with self._heard:
             self._begun, self._what = self._begun + 1, what
             for rank, word in self._others.items():
-                self._compare(rank, word)
+                if word.number == self._begun or (word.number > self._begun and what != STEP):
+                    self._compare(rank, word)
             if what != STEP:
                 self._say(Begun(self._begun, what))
-                self._heard.wait_for(lambda: self._is_broken() or self._is_begun_by_all())
-            if not self._is_broken():
+                self._await()
+            if self._cause is None and self._shortest >= self._begun:
                 return
         cause = self.cause(0.0)
         if cause is not None:
             raise cause
 
-    def _is_broken(self) -> bool:
-        return self._cause is not None or self._shortest < self._begun
+    def _await(self) -> None:
+        """Wait until all others have begun what this process begins, or never will."""
+        end = time.monotonic() + min(self.patience, threading.TIMEOUT_MAX)
+        while self._cause is None and (missing := [rank for rank in self._peers if self._number(rank) < self._begun]):
+            gone = [rank for rank in missing if rank in self._left]
+            if gone:
+                self._know(self._parting(gone[0]))
+            elif not self._heard.wait(end - time.monotonic()) and time.monotonic() >= end:
+                self._fail(
+                    f"rank {missing[0]} has not begun {self._what} in the {self.patience:,.0f} s in which rank "
+                    f"{self.rank} has waited for it; init_process_group(timeout=...) says how long that may take"
+                )
 
-    def _is_begun_by_all(self) -> bool:
-        return all(rank in self._others and self._others[rank].number >= self._begun for rank in self._peers)
-
-    def withdraw(self) -> None:
-        """Take back what was begun last: it failed before anything was sent, and may be begun again."""
-        with self._heard:
-            self._begun -= 1
+    def _number(self, rank: int) -> int:
+        """Tell how many a process has begun, as far as it has said so."""
+        return self._others[rank].number if rank in self._others else 0
 
     def fail(self, error: BaseException, /) -> None:
         """Tell the others that this process cannot go on, and why; they end at once.
@@ -256,8 +277,11 @@ class Watcher:
             self._know(word.cause)
             return
         if isinstance(word, Begun):
+            behind = self._number(rank) < self._begun  # it has not begun what this one has, as far as it has said so
             self._others[rank] = word
-            self._compare(rank, word)
+            # This one has gone on without that one: it took a step there. Or that one has passed what this one begins.
+            if word.number <= self._begun or (behind and self._what != STEP):
+                self._compare(rank, word)
             self._heard.notify_all()
             return
         self._left[rank] = word.begun
@@ -267,16 +291,19 @@ class Watcher:
         self._heard.notify_all()
 
     def _compare(self, rank: int, word: Begun) -> None:
-        """Fail, and say so, if another process begins something else than this one does."""
-        if word.number != self._begun or word.what == self._what or self._cause is not None:
-            return
-        self._know(
-            f"rank {rank} begins {word.what} ({self._peers[rank].name}) where rank {self.rank} begins {self._what}: "
-            "every process of a run takes part in every step, evaluation and save, in the same order; call them on all "
-            "processes, and keep what they give on one"
-        )
-        assert self._cause is not None
-        self._say(Failed(self._cause))
+        """Fail if another process begins something else than this one does, or at another point."""
+        if (word.number, word.what) != (self._begun, self._what):
+            self._fail(
+                f"rank {rank} begins {word.what} ({self._peers[rank].name}) where rank {self.rank} begins "
+                f"{self._what}: every process of a run takes part in every step, evaluation and save, in the same "
+                "order; call them on all processes, and keep what they give on one"
+            )
+
+    def _fail(self, cause: str) -> None:
+        """Note that the processes cannot go on together, and tell the others why."""
+        if self._cause is None:
+            self._know(cause)
+            self._say(Failed(cause))
 
     def _parting(self, rank: int) -> str:
         return (

@@ -97,6 +97,7 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
             raise ValueError(f"init: seed must be an integer, got {shown(seed)}")
         seed = operator.index(seed)
+        strategy.world.begin("an init")
         _check_seed(strategy.world, seed)
         with turn():
             module = storage.prepare(plan, seed)

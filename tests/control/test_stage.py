@@ -12,6 +12,7 @@ import forgather_fn as ff
 from forgather_fn.checkpoint import list_checkpoints
 from forgather_fn.control import Aborted, Command, ControlError, Inbox, controlled
 from forgather_fn.control.progress import Progress
+from forgather_fn.loop import Demand
 from tests.toys import assert_equal, classifier, labelled, labelled_batches, program, trained
 
 
@@ -318,11 +319,11 @@ class TestWhatIsTold:
         control_only = ff.Tick(**{name: getattr(next(run), name) for name in ("state", "metrics", "batch", "run")})
         stream = controlled(inbox)(ff.Steps(control_only.state, [], lambda demand: iter([control_only])))
         with Tracing():
-            list(stream.open(ff.loop.Demand()))
+            list(stream.open(Demand()))
         assert looked == []
         wanted = inbox.look()
         with Tracing():
-            list(stream.open(ff.loop.Demand()))
+            list(stream.open(Demand()))
         assert looked
         assert wanted.result(timeout=0).values["loss"] == float(control_only.metrics["loss"])
 
@@ -347,7 +348,7 @@ class TestWhatIsTold:
         run = iter(ff.every(1, ff.Observer(lambda tick: None, wants=frozenset({"gradient_norms"})))(steps(made)))
         tick = next(run)
         wanted = inbox.look()
-        list(controlled(inbox)(ff.Steps(tick.state, [], lambda demand: iter([tick]))).open(ff.loop.Demand()))
+        list(controlled(inbox)(ff.Steps(tick.state, [], lambda demand: iter([tick]))).open(Demand()))
         json.dumps(wanted.result(timeout=0).values, allow_nan=False)
 
 

@@ -1,5 +1,6 @@
 """What takes all processes and is begun by one alone is refused at once, by name; nobody waits for ever."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,79 @@ def test_an_observer_on_one_process_is_refused(strategy: str, capfd: pytest.Capt
         pool.run(observed_by_one, strategy)
     said = capfd.readouterr().err + str(failed.value)
     assert "rank 0 begins an evaluation (" in said
+
+
+def before_the_first_batch(dispatch: Any) -> None:
+    program = ff.accelerated(plan(), dispatch=dispatch)
+    state = program.init(0)
+    if program.world.main:
+        program.evaluate(state, rows())
+    ff.last(program.steps(state, rows()))
+
+
+def before_a_later_batch(dispatch: Any) -> None:
+    program = ff.accelerated(plan(), dispatch=dispatch)
+    for tick in program.steps(program.init(0), rows()):
+        if program.world.main and tick.state.step == 2:
+            program.evaluate(tick.state, rows())
+
+
+def at_the_end(run: str) -> None:
+    program = ff.accelerated(plan())
+    for tick in ff.every(1, ff.saved(run))(program.steps(program.init(0), rows())):
+        if program.world.main and tick.state.step == 3:
+            program.evaluate(tick.state, rows())
+
+
+def begun_by_one_alone(run: str) -> None:
+    program = ff.accelerated(plan())
+    if program.world.main:
+        program.restore(run)
+    else:
+        program.init(0)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (before_the_first_batch, "each"),
+        (before_the_first_batch, "rank0"),
+        (before_a_later_batch, "each"),
+        (before_a_later_batch, "rank0"),
+        (at_the_end, None),
+        (begun_by_one_alone, None),
+    ],
+)
+def test_wherever_the_others_are(
+    function: Callable[[Any], None], argument: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun = time.monotonic()
+    with processes(2, timeout=SOON) as pool, pytest.raises(ProcessesFailed) as failed:
+        pool.run(function, str(tmp_path / "run") if argument is None else argument)
+    assert time.monotonic() - begun < SOON
+    assert "every process of a run takes part" in capfd.readouterr().err + str(failed.value)
+
+
+def saved_after_all_have_failed(run: str) -> int:
+    program = ff.accelerated(plan())
+    state = program.init(0)
+    state, _ = program.step(state, rows()[0])
+
+    def fail(*_: Any) -> None:
+        time.sleep(0.3 * program.world.rank)  # the others still compute when the first one saves
+        raise MemoryError("planted")
+
+    with program.module().register_forward_pre_hook(fail), contextlib.suppress(MemoryError):
+        program.step(state, rows()[1])
+    save(program, state, run)
+    program.step(state, rows()[1])
+    return 1
+
+
+def test_all_may_save_after_a_step_that_failed_on_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with processes(2, timeout=SOON) as pool:
+        assert pool.run(saved_after_all_have_failed, str(tmp_path / "run")) == [1, 1]
+    assert capfd.readouterr().err == ""
 
 
 def apply_alone() -> float:

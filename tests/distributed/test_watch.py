@@ -385,25 +385,64 @@ def test_an_evaluation_that_one_process_begins_alone_fails_the_run(then, capfd):
     assert "where rank 0 begins a step: every process of a run takes part in every step" in capfd.readouterr().err
 
 
-def begun_again():
+def at_another_point(how):
     world, watch = watched()
-    if world.rank == 0:
+    for _ in range({"behind": 3, "gone": 3, "ahead": 1}[how] if world.rank else 1):
         watch.begin(STEP)
-        watch.withdraw()
-    for what in (STEP, "an evaluation", STEP):
-        watch.begin(what)
-        world.gather(None)
+    world.gather(None)
     if world.rank == 0:
-        time.sleep(0.7)  # busy, for longer than the time of grace, when the other has left
+        if how == "gone":
+            while not watch._left:
+                time.sleep(0.01)
+        watch.begin("an evaluation")
+    elif how == "ahead":
+        watch.begin(STEP)
+        watch.begin("an evaluation")
+    elif how == "gone":
+        watch.close()
+    else:
+        time.sleep(LONG)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("behind", "rank 0 begins an evaluation"),  # of which the others hear when they have gone on
+        ("ahead", "begins an evaluation"),  # at another point of each
+        ("gone", "rank 1 has ended, in peace"),  # after it has begun more than the one that waits for it
+    ],
+)
+def test_processes_that_stand_at_other_points_do_not_wait_for_each_other(how, said, capfd):
+    errors, seconds = ended(2, at_another_point, how)
+    assert seconds < SOON
+    assert said in capfd.readouterr().err + "".join(errors.values())
+
+
+def waiting_for_one_that_hangs():
+    world, watch = watched()
+    watch.patience = 0.5
+    world.gather(None)
+    if world.rank == 1:
+        time.sleep(LONG)
+    watch.begin("a save")
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(capfd):
+    errors, seconds = ended(2, waiting_for_one_that_hangs)
+    assert seconds < SOON
+    assert "PeerError: rank 1 has not begun a save in the 0 s in which rank 0 has waited for it" in errors[0]
+
+
+def patience():
+    _, watch = watched()
     watch.close()
-    return watch.cause(0.0) is None or world.rank
+    watch.begin("a save")  # at the very end of a process, where nobody hears any more
+    return watch.patience
 
 
-def test_a_step_that_was_tried_again_counts_once(capfd):
+def test_it_waits_as_long_as_the_process_group_does():
     with processes(2) as pool:
-        pool.run(begun_again)
-        pool.run(begun_again)
-    assert capfd.readouterr().err == ""
+        assert pool.run(patience) == [1800.0, 1800.0]
 
 
 def left_behind():

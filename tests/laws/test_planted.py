@@ -19,6 +19,7 @@ from forgather_fn.binding import Binding
 from forgather_fn.data import IndexedStream, fetch, order
 from forgather_fn.flat import Flat
 from forgather_fn.gradient import Gradients
+from forgather_fn.mean import summed
 from forgather_fn.model import Modes
 from forgather_fn.random import key
 from forgather_fn.state import Ownership
@@ -38,7 +39,7 @@ def mean_of_means(patch: Patch) -> None:
             results.append(take(once, state, as_batch(part)))
             gradients.append(results[-1][0].copy())
         _, buffers, _ = results[-1]
-        means = {name: ff.mean.summed(found[name] for *_, found in results) for name in results[0][2]}
+        means = {name: summed(found[name] for *_, found in results) for name in results[0][2]}
         average = {name: torch.stack([one[name] for one in gradients]).mean(0) for name in gradients[0]}
         return attrs.evolve(gradients[0].replaced(average, by="plant"), samples=batch.samples), buffers, means
 
