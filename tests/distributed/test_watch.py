@@ -364,9 +364,12 @@ def begun_alone(then):
     watch.begin(STEP)
     world.gather(None)
     if world.rank == 1:
+        if then == "before":
+            world.gather(None)
         watch.begin("an evaluation")
     elif then == "before":
         watch.begin(STEP)
+        world.gather(None)
         time.sleep(LONG)
     else:
         while not watch._others:

@@ -8,11 +8,11 @@ import forgather_fn as ff
 from forgather.ml import TrainingArguments
 from forgather.ml.distributed import from_launcher
 from forgather_fn.distributed.launched import check_world_size
-from forgather_fn.distributed.words import LINE_LIMIT, Failed, Left, cause_of, decoded, encoded
+from forgather_fn.distributed.words import LINE_LIMIT, Begun, Failed, Left, cause_of, decoded, encoded
 from forgather_fn.strategy.processes import launched_on
 from tests.robustness.inputs import as_bytes, budget, changed, holds, mutated, values
 
-LINES = [encoded(Left(3)), encoded(Failed("rank 1 failed: ValueError: no\n  File 'x'"))]
+LINES = [encoded(Left(3)), encoded(Begun(3, "a save")), encoded(Failed("rank 1 failed: ValueError: no\n  File 'x'"))]
 
 
 @budget(100)
@@ -42,11 +42,13 @@ def test_a_line_is_a_word_or_refused(examples):
         b'{"Left": {"begun": true}}',
         b'{"Left": {"begun": -1}}',
         b'{"Left": {"begun": 1.5}}',
+        b'{"Begun": {"number": true, "what": "a save"}}',
+        b'{"Begun": {"number": 1, "what": 2}}',
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_a_line_that_is_none(line):
-    with pytest.raises(ValueError, match="expected a word of a process about its end, got"):
+    with pytest.raises(ValueError, match="expected a word of a process, of what it begins or how it ends, got"):
         decoded(line)
 
 
