@@ -17,7 +17,7 @@ from benchmarks.models import next_token_loss
 from benchmarks.overhead import DEEP, LARGE, SMALL
 from benchmarks.table import Reach, Table
 from benchmarks.task import MAX_NORM, PEAK, WEIGHT_DECAY, Task, optimizer_of
-from forgather_fn import parcel
+from forgather_fn import alike, parcel
 from forgather_fn.layout import Layout
 from forgather_fn.testing.processes import processes
 from forgather_fn.world import World
@@ -163,5 +163,5 @@ def traffic(layout: Layout, names: int, world: World) -> int:
         names: How many means the loss has.
         world: The processes.
     """
-    room = parcel.size(len(layout.leaves), 2 * names, world.size)
+    room = parcel.size(len(layout.leaves), 2 * names + alike.NUMBERS, world.size)
     return 2 * (world.size - 1) * (layout.bytes + room * layout.dtypes[0].itemsize) // world.size

@@ -6,12 +6,13 @@ from typing import Any, Final
 
 import attrs
 
+from forgather_fn.alike import where, which
 from forgather_fn.batch import as_batch, as_it_came, check_batches, outline, owned
 from forgather_fn.data import Batch, Stream
 from forgather_fn.data.batch import digest
 from forgather_fn.share import Microbatches, Share
 from forgather_fn.state import TrainState
-from forgather_fn.world import STEP, PeerError, World, known_to_all
+from forgather_fn.world import PeerError, World, check_same, known_to_all
 
 
 def opened(data: Iterable[Any] | Stream, state: TrainState, share: Share | None) -> Iterator[Any]:
@@ -40,14 +41,10 @@ def compared(world: World, state: TrainState, batches: Iterator[Any]) -> Iterato
 
 
 def _compared(world: World, state: TrainState, batches: Iterator[Any]) -> Iterator[Any]:
-    place = f"step {state.step}, sample {state.samples}, seed {state.seed}, {state.data or 'no stream'}"
     with closing(batches):
         batch = next(batches, None)
         world.begin("the first step of a stream")
-        told = world.gather(f"{place}: {_told(batch)}")
-        if len(set(told)) > 1:
-            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
-            raise known_to_all(ValueError(f"{_UNLIKE}{lines}"))
+        check_same(world.gather(f"{where(state)}: {_told(batch)}"), _UNLIKE)
         while batch is not None:
             yield batch
             batch = next(batches, None)
@@ -58,8 +55,8 @@ def _told(batch: Any) -> str:
         return "there is no batch"
     whole = as_batch(batch)
     if whole.witness is not None:
-        return f"a batch of {whole.samples} samples, the first microbatch of which is {whole.witness[:16]}"
-    return f"a batch of {whole.samples} samples, {outline(whole.data)}, which is {digest(as_it_came(whole))[:16]}"
+        return which(whole)
+    return f"{which(whole)}, {outline(whole.data)}, which is {digest(as_it_came(whole))[:16]}"
 
 
 _UNLIKE: Final = (
@@ -113,7 +110,7 @@ def dispatched(world: World, share: Share, state: TrainState, data: Iterable[Any
                 error, sent = raised, [(None, f"{type(raised).__name__}: {raised}")] * world.size
         received: list[Any] = [sent[0]]
         if world.size > 1:
-            world.begin(STEP)
+            world.begin("the reading of a batch")
             with world.explained():
                 distributed.scatter_object_list(received, sent, group=world.control, group_src=0)
         own, text = received[0]

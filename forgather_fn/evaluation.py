@@ -1,7 +1,6 @@
 """Evaluation and prediction: the model on data, without gradients, leaving the state as it is."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -9,10 +8,14 @@ import attrs
 import torch
 
 from forgather_fn import interrupt
+from forgather_fn.alike import bits, where
 from forgather_fn.average import narrowed
 from forgather_fn.batch import as_batch, check_batches
 from forgather_fn.built import Built
 from forgather_fn.data import Stream
+from forgather_fn.data.batch import digest
+from forgather_fn.data.indexed import IndexedStream
+from forgather_fn.describe import describe
 from forgather_fn.flat import Flat
 from forgather_fn.metrics import Measure
 from forgather_fn.model import evaluation_mode
@@ -20,10 +23,60 @@ from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
 from forgather_fn.state import Arrays, Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Found, Tally, combined, meter
-from forgather_fn.world import ALONE, World
+from forgather_fn.world import ALONE, World, check_same
 
 Numbered = Iterator[tuple[int | None, Any]]
 """Batches with their numbers; one whose number is None is run, but not counted."""
+
+
+@attrs.define(eq=False)
+class Pass:
+    """One pass over the data of an evaluation: the processes of a world take its batches in turn.
+
+    Attributes:
+        data: A stream, of which a process reads only its own batches and the first, or an iterable of batches.
+        world: The processes.
+        seen: How many batches have been read here; of a stream that finds its samples by number, they are not counted.
+        first: What the first of all batches is.
+    """
+
+    data: Any
+    world: World
+    seen: int = 0
+    first: str = "nothing"
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Give the batches that are this process's, with their numbers."""
+        world, data = self.world, self.data
+        if isinstance(data, IndexedStream):
+            if world.rank:
+                alone = attrs.evolve(data, workers=0, threads=0).one_pass()
+                with contextlib.closing(alone):
+                    self._note(next(alone, None))
+            for number, batch in enumerate(data.one_pass(world.rank, world.size)):
+                if not number and not world.rank:
+                    self._note(batch)
+                yield world.rank + number * world.size, batch
+            return
+        if not isinstance(data, Stream):
+            check_batches(data)
+        for number, batch in enumerate(data.one_pass() if isinstance(data, Stream) else data):
+            if not number:
+                self._note(batch)
+            self.seen += 1
+            if number % world.size == world.rank:
+                yield number, batch
+
+    def _note(self, batch: Any) -> None:
+        if self.world.size > 1:
+            self.first = digest(as_batch(batch).data)[:16]
+
+    def __str__(self) -> str:
+        if isinstance(self.data, IndexedStream):
+            read = f"{self.data.fingerprint(0)} batch_size={self.data.batch_size}"
+        else:
+            read = f"{self.seen} batches"
+        return f"{read}, the first of which is {self.first}"
 
 
 @attrs.frozen(eq=False)
@@ -33,10 +86,12 @@ class Pace:
     Attributes:
         batches: ``(batches, world) -> batches``: brings those of this process in step with those of the others.
         told: ``(world, function) -> results``: runs a function on every process, and gives all what each found.
+        bits: What the parameters of a state are told by, where all processes have the same.
     """
 
     batches: Callable[[Numbered, World], Numbered]
     told: Callable[[World, Callable[[], Any]], list[Any]]
+    bits: Callable[[Flat], Sequence[int]]
 
 
 def _in_step(batches: Numbered, world: World) -> Numbered:
@@ -50,10 +105,10 @@ def _in_step(batches: Numbered, world: World) -> Numbered:
         yield own if own is not None else (None, spare)
 
 
-UNPACED: Final = Pace(lambda batches, world: batches, lambda world, function: world.each(function))
+UNPACED: Final = Pace(lambda batches, world: batches, lambda world, function: world.each(function), bits)
 """Each process at its own pace; one that fails says so when the others have found theirs."""
 
-PACED: Final = Pace(_in_step, lambda world, function: world.gather(function()))
+PACED: Final = Pace(_in_step, lambda world, function: world.gather(function()), lambda params: ())
 """All together, where a model in shards cannot be run by some of them alone. One that fails leaves the others in the
 middle of a transfer, so that there is no asking them: they are told by ``World.watch``."""
 
@@ -79,27 +134,36 @@ def evaluate(
     raise_if_nonfinite(state)
     measuring = meter(built.plan.loss, metrics, built.device)
 
-    def found_here() -> Found:
+    taken = Pass(data, world)
+
+    def found_here() -> tuple[str, Found]:
         tally = Tally(measuring)
         with evaluating(built, state, params):
-            for number, item in pace.batches(own_batches(data, world), world):
+            for number, item in pace.batches(iter(taken), world):
                 if world.size == 1:  # several heed a signal together, after a step
                     interrupt.check()
                 with seeded(key(state.seed, state.step, number or 0, "evaluate"), built.device):
                     reading = built.seen(built.place(as_batch(item).data), measuring)
                 if number is not None:
                     tally.take(number, reading)
-        return tally.found()
+        if world.size == 1:
+            return "", tally.found()
+        return f"{told_of(state, params, metrics)} {pace.bits(state.read().params)}; {taken}", tally.found()
 
-    return combined(pace.told(world, found_here), measuring.aggregates)
+    signs, found = zip(*pace.told(world, found_here), strict=True)
+    check_same(signs, UNLIKE)
+    return combined(found, measuring.aggregates)
 
 
-def own_batches(data: Any, world: World) -> Iterator[tuple[int, Any]]:
-    """Give the batches that are this process's, with their numbers; of a stream, only they are read."""
-    if isinstance(data, Stream):
-        return zip(itertools.count(world.rank, world.size), data.one_pass(world.rank, world.size), strict=False)
-    check_batches(data)
-    return itertools.islice(enumerate(data), world.rank, None, world.size)
+def told_of(state: TrainState, params: Params, metrics: Sequence[Measure]) -> str:
+    """Tell what an evaluation is of; all its processes tell the same."""
+    return f"{where(state)}, params={params!r}, metrics={describe(list(metrics))}"
+
+
+UNLIKE: Final = (
+    "evaluate: the processes of a run must be given the same state and the same data, of which each takes some "
+    "batches; seed what draws, splits or shuffles them. They were given:"
+)
 
 
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params) -> Any:

@@ -23,11 +23,11 @@ class Parcel:
 
     Attributes:
         counts: On how many processes each flag was set, shape (flags,).
-        numbers: The sums of the numbers of all processes, float64, shape (numbers,), added in aligned pairs of ranks.
+        rows: The numbers of each process, float64, shape (processes, numbers).
     """
 
     counts: Tensor
-    numbers: Tensor
+    rows: Tensor
 
 
 def size(flags: int, numbers: int, processes: int) -> int:
@@ -62,11 +62,11 @@ def behind(buffer: Tensor, parcel: Tensor) -> Tensor:
 def opened(parcel: Tensor, flags: int, world: World) -> Parcel:
     """Read what was added up over all processes."""
     rows = parcel[flags:].to(torch.uint8).view(torch.float64).view(world.size, -1)
-    return Parcel(parcel[:flags], paired(rows))
+    return Parcel(parcel[:flags], rows)
 
 
 def paired(rows: Tensor) -> Tensor:
-    """Add up rows in aligned pairs: the same sum, to the bit, on every process that has them.
+    """Add up rows in aligned pairs of processes: the same sum, to the bit, on every process that has them.
 
     Example:
         >>> paired(torch.tensor([[1.0], [2.0], [4.0]]))

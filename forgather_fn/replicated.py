@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn import parcel
+from forgather_fn import alike, parcel
 from forgather_fn.agreement import Agreement
 from forgather_fn.batch import owned
 from forgather_fn.built import Built
@@ -65,8 +65,8 @@ class Replica:
     def learn(self, found: Sequence[Mapping[str, Mean]], before: Flat, after: Flat) -> None:
         """Agree on what the steps of all processes have in common, and make room for what is sent with a gradient."""
         if self.agreed.reach(self.world, found, before, after) and self.world.size > 1:
-            room = parcel.size(len(self.built.binding.layout.leaves), 2 * len(self.agreed.names), self.world.size)
-            self.built.workspace.reserve(room)
+            flags, numbers = len(self.built.binding.layout.leaves), 2 * len(self.agreed.names) + alike.NUMBERS
+            self.built.workspace.reserve(parcel.size(flags, numbers, self.world.size))
 
     def sending(self) -> contextlib.AbstractContextManager[Sending]:
         """Send the gradient while the backward pass in a block makes it: here the step begins for the others."""
@@ -80,7 +80,7 @@ class Replica:
     def add(self, flat: Flat, active: Sequence[bool], numbers: Tensor) -> Parcel:
         """Add up the gradient of all processes in place, and with it what else is to be known, in one transfer."""
         if self.world.size == 1:
-            return Parcel(torch.tensor(active), numbers)
+            return Parcel(torch.tensor(active), numbers[None])
         first, *others = flat.buffers
         if self.cuts:  # the gradient has arrived
             alone = parcel.packed(active, numbers, self.world, first.dtype)
@@ -138,13 +138,19 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
         if not replica.cuts:
             replica.world.begin(STEP)
         replica.learn(found, arrays.buffers, buffers)
-        added = replica.add(gradients.flat, gradients.active, replica.agreed.sums(found, built.device))
+        told = replica.agreed.sums(found, built.device)
+        if replica.world.size > 1:
+            told = torch.cat([told, alike.numbers(state, batch, built.device)])
+        added = replica.add(gradients.flat, gradients.active, told)
+        means = replica.agreed.means(parcel.paired(added.rows[:, : 2 * len(replica.agreed.names)]))
+        weight = torch.as_tensor(means["loss"].weight)
+        if replica.world.size > 1:
+            weight = alike.checked(weight, added.rows[:, -alike.NUMBERS :], replica.world, state, batch)
         replica.agreed.take_buffers(replica.world, buffers)
     except BaseException:
         built.workspace.clear()
         raise
-    means = replica.agreed.means(added.numbers)
-    return _read(replica, state, gradients, added.counts, torch.as_tensor(means["loss"].weight)), buffers, means
+    return _read(replica, state, gradients, added.counts, weight), buffers, means
 
 
 def run_eagerly(

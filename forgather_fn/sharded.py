@@ -13,8 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn import alike, parcel
 from forgather_fn import flat as flat_storage
-from forgather_fn import parcel
 from forgather_fn.agreement import Agreement
 from forgather_fn.batch import owned
 from forgather_fn.built import Built
@@ -116,13 +116,12 @@ def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gra
             found, buffers = passed(built, state, lambda: _accumulate(built, state, microbatches))
         gradients = built.workspace.collect(batch.samples, 0.0)
         holder.agreed.reach(world, found, arrays.buffers, buffers)
-        counts, square, numbers = _told(holder, gradients, found)
+        counts, square, means = _told(holder, gradients, found, state, batch)
         holder.agreed.take_buffers(world, buffers)
     except BaseException:
         holder.fsdp.recover()
         built.workspace.clear()
         raise
-    means = holder.agreed.means(numbers)
     gradients = _read(gradients, counts, square, means["loss"].weight)
     return divided(built, arrays, gradients, weight=gradients.weight), buffers, means
 
@@ -164,16 +163,24 @@ def _accumulate(
     return found
 
 
-def _told(holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
+def _told(
+    holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]], state: TrainState, batch: Batch
+) -> tuple[Tensor, Tensor, dict[str, Mean]]:
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
-    device = holder.built.device
+    device, world = holder.built.device, holder.world
     flags = parcel.flagged(gradients.active, torch.float64, device)
     order = float(holder.fsdp.order)
     others = torch.tensor([order, order * order], dtype=torch.float64, device=device)
     square = squares(gradients.whole()).sum().reshape(1)
-    numbers = added(holder.world)(torch.cat([flags, square, others, holder.agreed.sums(found, device)]))
-    counts, square, orders, means = torch.split(numbers, [len(flags), 1, 2, len(numbers) - len(flags) - 3])
-    return counts, _if_alike(orders, square[0], holder.world), means
+    sums = holder.agreed.sums(found, device)
+    parts = [flags, square, others, sums, alike.numbers(state, batch, device)]
+    rows = gathered(world, torch.cat(parts))
+    total = parcel.paired(rows[:, : -alike.NUMBERS])
+    counts, square, orders, sums = torch.split(total, [len(part) for part in parts[:-1]])
+    means = holder.agreed.means(sums)
+    weight = alike.checked(torch.as_tensor(means["loss"].weight), rows[:, -alike.NUMBERS :], world, state, batch)
+    means["loss"] = Mean(means["loss"].total, weight)
+    return counts, _if_alike(orders, square[0], world), means
 
 
 def _if_alike(orders: Tensor, square: Tensor, world: World) -> Tensor:
@@ -198,17 +205,17 @@ def _if_alike(orders: Tensor, square: Tensor, world: World) -> Tensor:
 
 def added(world: World) -> Summed:
     """Make the sum of a few numbers over processes: the same bits on each of them."""
+    return lambda numbers: parcel.paired(gathered(world, numbers.reshape(-1))).view(numbers.shape)
 
-    def add(numbers: Tensor, /) -> Tensor:
-        from torch import distributed
 
-        flat = numbers.reshape(-1)
-        rows = flat.new_empty(world.size, len(flat))
-        with world.explained():
-            distributed.all_gather_single(rows.view(-1), flat, group=world.group)
-        return parcel.paired(rows).view(numbers.shape)
+def gathered(world: World, numbers: Tensor) -> Tensor:
+    """Give every process the numbers of each: shape (processes, numbers)."""
+    from torch import distributed
 
-    return add
+    rows = numbers.new_empty(world.size, len(numbers))
+    with world.explained():
+        distributed.all_gather_single(rows.view(-1), numbers, group=world.group)
+    return rows
 
 
 def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor | float) -> Gradients:

@@ -1,7 +1,7 @@
 """The processes of a run, as one of them sees them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import attrs
@@ -25,11 +25,44 @@ def known_to_all(error: E) -> E:
     return error
 
 
+def check_same(told: Sequence[str], why: str) -> None:
+    """Make sure that all processes of a run have told the same; what they told was gathered.
+
+    Args:
+        told: By rank.
+        why: They must, and what to do; a line for each process follows it.
+
+    Raises:
+        ValueError: They have not, which all of them find.
+
+    Example:
+        >>> check_same(["seed 1", "seed 2"], "init: one seed for all:")
+        Traceback (most recent call last):
+        ValueError: init: one seed for all:
+          rank 0: seed 1
+          rank 1: seed 2
+    """
+    if len(set(told)) > 1:
+        lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(told))
+        raise known_to_all(ValueError(f"{why}{lines}"))
+
+
+@attrs.define(eq=False)
+class ProgramNumber:
+    """One of the programs that the processes of a run step together.
+
+    Attributes:
+        number: From 1, in the order in which the programs were initialised; 0 before.
+    """
+
+    number: int = 0
+
+
 class Watch(Protocol):
     """Knows when another process of the run has ended, or has failed, and tells the others of this one."""
 
-    def begin(self, what: str, /) -> None:
-        """Note that a step begins here, or anything else that takes all processes.
+    def begin(self, what: str, /, program: "ProgramNumber | None" = None) -> None:
+        """Note that a step of a program begins here, or anything else that takes all processes.
 
         Raises:
             PeerError: Another process has ended before it, or begins something else in its place.
@@ -61,6 +94,7 @@ class World:
         control: Over which objects are exchanged, on the CPU; None where it is alone.
         votes: Over which polls are held, beside what else is exchanged; None where that is ``control`` as well.
         watch: Who tells of processes that fail; None where nobody does.
+        program: Which program they run together, where it is one of several; None for what is of no program.
     """
 
     rank: int = 0
@@ -70,11 +104,16 @@ class World:
     control: Any = None
     votes: Any = None
     watch: Watch | None = None
+    program: ProgramNumber | None = None
 
     @property
     def main(self) -> bool:
         """Whether this is the process that reports, and commits files."""
         return self.rank == 0
+
+    def of_program(self) -> "World":
+        """Give the same processes as those of one more program, so that its steps are not taken for another's."""
+        return attrs.evolve(self, program=ProgramNumber())
 
     def gather(self, value: Any) -> list[Any]:
         """Give every process what each of them has, by rank; values are pickled."""
@@ -153,14 +192,15 @@ class World:
         What fails before this may be tried again, by one process alone.
 
         Args:
-            what: Begins: :data:`STEP`, for which nobody is waited for, or another noun with its article, which all
-                processes begin together, so that one that does so alone is told, and waits for nobody for ever.
+            what: Begins: :data:`STEP`, for which nobody is waited for unless the last was of another program, or
+                another noun with its article, which all processes begin together, so that one that does so alone is
+                told, and waits for nobody for ever.
 
         Raises:
             PeerError: Another process has ended before it, or begins something else in its place.
         """
         if self.watch is not None:
-            self.watch.begin(what)
+            self.watch.begin(what, self.program)
 
     def fail(self, error: BaseException, /) -> None:
         """Tell the other processes that this one cannot go on; they end."""

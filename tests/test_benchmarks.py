@@ -67,7 +67,7 @@ def test_the_other_rows_run(tmp_path: Path) -> None:
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     assert [result["microbatches"] for result in microbatches["results"]] == [1, 8]
     assert [result["layers"] for result in layers["results"]] == [1, 12]
-    assert [result["bytes"] for result in two["results"]] == [172_792]  # 2 (n - 1) / n of 43 k gradients, and a little
+    assert [result["bytes"] for result in two["results"]] == [172_984]  # 2 (n - 1) / n of 43 k gradients, and a little
     assert [result["processes"] for result in sizes["results"]] == [1, 2]
     assert bool(gpu["results"]) == torch.cuda.is_available()
 

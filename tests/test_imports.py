@@ -58,6 +58,7 @@ DATA = {"data", "share"}
 STEP = {
     "adapters",
     "agreement",
+    "alike",
     "allocations",
     "batch",
     "binding",
@@ -263,7 +264,7 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
     assert sorted(filter(is_heavy, more)) == []
 
 
-DEFERRED: Final = (PACKAGE, f"{PACKAGE}.checkpoint", f"{PACKAGE}.control")
+DEFERRED: Final = (PACKAGE, f"{PACKAGE}.checkpoint", f"{PACKAGE}.control", f"{PACKAGE}.pipeline")
 """Packages whose names are imported when they are first used."""
 
 
@@ -301,20 +302,16 @@ def test_a_name_that_is_not_there_is_missing(name: str) -> None:
     assert (caught.value.name, caught.value.obj) == (name, ff)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "checkpoint", "config", "control", "dashboard", "launch", "ls", "pp", "plot", "runs", "tb", "train"],
-)
-def test_what_needs_no_torch_does_not_wait_for_it(command: str) -> None:
-    asked = [*command.split(), "--help"]
-    script = f"""
-from forgather_fn.cli import main
-try:
-    main({asked!r})
-except SystemExit as ended:
-    assert ended.code == 0
-"""
-    assert ("torch" in loaded_by(script)) is (command == "checkpoint")
+def test_no_text_of_a_command_waits_for_torch() -> None:
+    loaded_by("""
+from forgather_fn.cli import COMMANDS, main
+for asked in (["--help"], *([command, "--help"] for command in COMMANDS)):
+    try:
+        main(asked)
+    except SystemExit as ended:
+        assert ended.code == 0
+    assert "torch" not in sys.modules, asked
+""")
 
 
 def test_nothing_loads_torch_at_once() -> None:

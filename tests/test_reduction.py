@@ -91,7 +91,7 @@ def sent(dtype: torch.dtype) -> tuple[list[float], list[float]]:
     all_reduced(world)([whole])
     found = parcel.opened(whole[4:], 2, world)
     assert whole[:4].tolist() == [world.size] * 4
-    return found.counts.tolist(), found.numbers.tolist()
+    return found.counts.tolist(), parcel.paired(found.rows).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -107,7 +107,7 @@ def added(rows: int) -> float:
     world = World(size=rows)
     numbers = [leaf[:1].double() for leaf in leaves(rows)]
     parts = [parcel.packed([], number, World(rank, rows), torch.float32) for rank, number in enumerate(numbers)]
-    return float(parcel.opened(torch.stack(parts).sum(0), 0, world).numbers)
+    return float(parcel.paired(parcel.opened(torch.stack(parts).sum(0), 0, world).rows))
 
 
 @pytest.mark.parametrize("rows", range(1, 9))

@@ -4,16 +4,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from forgather_fn.checkpoint import state_file
 from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, verify
 from forgather_fn.checkpoint.manifest import CheckpointError
-from forgather_fn.checkpoint.replaying import Replay, replay
-from forgather_fn.data import Stream
 from forgather_fn.importing import import_named
-from forgather_fn.program import Program
 from forgather_fn.terminal import instant, printable
+
+if TYPE_CHECKING:
+    from forgather_fn.checkpoint.replaying import Replay
+    from forgather_fn.data import Stream
+    from forgather_fn.program import Program
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
@@ -62,6 +63,8 @@ def _verify(entries: list[Entry]) -> int:
 
 def _show(entries: list[Entry]) -> int:
     """Print what the newest whole one says of itself."""
+    from forgather_fn.checkpoint import state_file  # when used, as torch is everywhere in this module
+
     whole = [entry for entry in entries if entry.whole and entry.manifest]
     if not whole:
         raise CheckpointError(f"{entries[-1].path}: {'; '.join(entries[-1].faults)}")
@@ -93,6 +96,8 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
     parser.epilog = "example: forgather replay runs/demo --step 400"
 
     def execute(options: argparse.Namespace) -> int:
+        from forgather_fn.checkpoint.replaying import replay
+
         program, data = _target(options.program or "forgather_fn.demo.train:rebuilt")(options.run)
         newest = max((entry.step for entry in list_checkpoints(options.run) if entry.whole), default=0)
         if options.step > newest:
@@ -103,7 +108,7 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
     return execute
 
 
-def _target(name: str) -> Callable[[Path], tuple[Program, Stream]]:
+def _target(name: str) -> "Callable[[Path], tuple[Program, Stream]]":
     module, _, function = name.partition(":")
     try:
         found: Any = getattr(import_named(module), function)
@@ -113,7 +118,7 @@ def _target(name: str) -> Callable[[Path], tuple[Program, Stream]]:
     return target
 
 
-def _tell(result: Replay) -> None:
+def _tell(result: "Replay") -> None:
     print(f"step {result.step}, from {result.restored.name if result.restored else 'the beginning'}")
     for name, value in result.metrics.items():
         if not name.startswith("grad_norm/"):

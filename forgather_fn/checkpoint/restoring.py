@@ -21,7 +21,7 @@ from forgather_fn.plan import Plan
 from forgather_fn.portion import Portion
 from forgather_fn.shards import Rows
 from forgather_fn.state import COUNTERS, RESTARTABLE, Arrays, Ownership, TrainState, check_names, counter
-from forgather_fn.world import World
+from forgather_fn.world import World, check_same
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,13 @@ def _loaded_together(world: World, path: str | Path, rows: Rows | None) -> Loade
         found.append(load(path, rows))
         return found[0].path
 
+    check_same(world.gather(str(path)), _UNLIKE)
     chosen = world.first(first)
     world.each(lambda: None if found else found.append(load(chosen, rows)))
     return found[0]
+
+
+_UNLIKE: Final = "the processes of a run load together, from one path: leave the rank out of it. They were given:"
 
 
 def _tell_of_other_world(world: World, record: Mapping[str, Any], path: Path) -> None:

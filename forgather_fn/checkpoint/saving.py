@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import attrs
-import torch
 
+from forgather_fn.alike import bits
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
 from forgather_fn.checkpoint.lock import locked
@@ -25,10 +25,15 @@ from forgather_fn.program import Program
 from forgather_fn.signature import checked
 from forgather_fn.stages import Observer, once
 from forgather_fn.state import TrainState, raise_if_nonfinite
-from forgather_fn.world import ALONE, World, known_to_all
+from forgather_fn.world import ALONE, World, check_same, known_to_all
 
 FAILURES: Final = 3
 """How many saves in a row may fail before the run does."""
+
+
+_UNLIKE: Final = (
+    "the processes of a run save together, into one run directory: leave the rank out of its name. They were given:"
+)
 
 
 class SaveError(RuntimeError):
@@ -62,6 +67,7 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
         )
     place = path_of(run, "save")
     program.world.begin("a save")
+    check_same(program.world.gather(str(run)), _UNLIKE)
     raise_if_nonfinite(program.check(state))
     portion = program.portion()
     if portion is not None:
@@ -137,7 +143,7 @@ def saved(
         best=None if best is None else Best(best, greater_is_better=greater_is_better),
         resumed_from=None if resumed_from is None else _resumed(resumed_from),
     )
-    writer = _Writer(path_of(run, "saved").resolve(), policy, async_, failures)
+    writer = _Writer(path_of(run, "saved").resolve(), str(run), policy, async_, failures)
     answers = {"save": writer.answer}
     return once(Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close, answers=answers))
 
@@ -156,6 +162,7 @@ class _Writer:
     """At most one save at a time, and what became of the last ones."""
 
     run: Path
+    named: str  # as it was given: what is absolute may be another path on another machine
     policy: Policy
     background: bool
     allowed: int
@@ -172,6 +179,7 @@ class _Writer:
     def open(self, steps: Steps) -> None:
         self.world = steps.world
         self.world.begin("a stream that is saved")
+        check_same(self.world.gather(self.named), _UNLIKE)
         self.world.first(self._begin)
         self.errors, self.last, self.stream, self.known = [], None, None, set()
 
@@ -348,11 +356,11 @@ def _whole(program: Program, state: TrainState) -> TrainState | None:
     """Give what the first process writes for all: the state that every one has, or what they have brought together."""
     whole = program.whole(state)
     if whole is state:
-        check_alike(program.world, state)
+        check_parameters(program.world, state)
     return whole
 
 
-def check_alike(world: World, state: TrainState) -> None:
+def check_parameters(world: World, state: TrainState) -> None:
     """Make sure that all processes have the same parameters, to the bit, before one of them saves for all.
 
     Raises:
@@ -360,8 +368,7 @@ def check_alike(world: World, state: TrainState) -> None:
     """
     if world.size == 1:
         return
-    params = state.read().params
-    sums = world.gather([int(buffer.view(_WORDS[buffer.dtype.itemsize]).sum()) for buffer in params.buffers])
+    sums = world.gather(bits(state.read().params))
     odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
     if odd:
         error = RuntimeError(
@@ -369,7 +376,3 @@ def check_alike(world: World, state: TrainState) -> None:
             f"{state.step}. Was a state, a gradient or a parameter changed on one process alone?"
         )
         raise known_to_all(error)
-
-
-_WORDS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers as large as an element of a parameter, to add up its bits."""

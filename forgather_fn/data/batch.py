@@ -23,6 +23,7 @@ class Batch:
         ragged: Whether it is smaller than the stream's batch size, because an epoch or the stream ended.
         varies: Whether its stream has batches of different sizes, so that a compiler does not count on this one's.
         cursor: Where its source goes on after it, if a number of samples does not say it; the next state keeps it.
+        position: How many samples of its stream came before it; None if unknown.
         witness: Of the first batch of a stream of which each process reads its part: the :func:`digest` of the first
             microbatch, which they all have read.
     """
@@ -33,6 +34,7 @@ class Batch:
     ragged: bool = False
     varies: bool = False
     cursor: str | None = None
+    position: int | None = None
     witness: str | None = None
 
 
@@ -43,10 +45,11 @@ def digest(data: Any) -> str:
         >>> digest({"x": torch.ones(2), "path": "/a"}) == digest({"x": torch.ones(2), "path": "/b"})
         True
     """
-    return fingerprint({path: tensor for path, leaf in walk(data) if (tensor := _tensor(leaf)) is not None})
+    return fingerprint({path: tensor for path, leaf in walk(data) if (tensor := tensor_of(leaf)) is not None})
 
 
-def _tensor(leaf: Any) -> Tensor | None:
+def tensor_of(leaf: Any) -> Tensor | None:
+    """Give a tensor, an array or a number as a plain tensor; None for anything else."""
     if isinstance(leaf, Tensor):
         return leaf if leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_quantized else None
     numeric = isinstance(leaf, int | float | np.generic | np.ndarray) and np.asarray(leaf).dtype.kind in "biufc"

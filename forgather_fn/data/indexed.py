@@ -229,7 +229,15 @@ class IndexedStream(Stream):
                 ragged = count < self._size(request.start)
                 if share is not None:
                     share.check(count, ragged=ragged)
-                yield Batch(data, count, request.indices, ragged=ragged, varies=self._varies, witness=witness)
+                yield Batch(
+                    data,
+                    count,
+                    request.indices,
+                    ragged=ragged,
+                    varies=self._varies,
+                    position=request.start,
+                    witness=witness,
+                )
 
     @property
     def _varies(self) -> bool:

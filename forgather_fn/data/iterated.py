@@ -231,7 +231,7 @@ class Reading:
 
     def _batch(self, samples: list[Any], *, ragged: bool, first: tuple[int, int]) -> Batch:
         place, share = self.place, self.share
-        place = Place(place.epoch, place.offset, place.samples + len(samples))
+        before, place = place, Place(place.epoch, place.offset, place.samples + len(samples))
         state = None if self.reader is None else self.reader.state()
         if share is not None:
             share.check(len(samples), ragged=ragged)
@@ -248,6 +248,7 @@ class Reading:
             ragged=ragged,
             varies=self.stream.varies,
             cursor=_cursor(attrs.evolve(place, state=state), self.stream.source.name),
+            position=before.samples,
         )
 
     def _collated(self, samples: list[Any], first: tuple[int, int], row: int) -> Any:

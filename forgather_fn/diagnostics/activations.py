@@ -92,10 +92,9 @@ def activations(
 
 
 def _of_the_first(batch: Any, world: World) -> list[Any]:
-    """Give what the first process has of a batch, so that it alone looks at it; batches are dealt out in turn."""
-    if not world.main:
-        return []
-    return [part for part in as_it_came(as_batch(batch)) for _ in range(world.size)]
+    """Give every process what the first has of a batch, once for each: batches are dealt out in turn."""
+    parts = world.broadcast(as_it_came(as_batch(batch)) if world.main else None)
+    return [part for part in parts for _ in range(world.size)]
 
 
 @contextlib.contextmanager

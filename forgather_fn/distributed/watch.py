@@ -37,10 +37,17 @@ from forgather_fn.distributed.words import (
     told_by_another,
 )
 from forgather_fn.interrupt import EXIT_CODE
-from forgather_fn.world import STEP, PeerError, World
+from forgather_fn.world import STEP, PeerError, ProgramNumber, World
 
 GRACE: Final = 2.0
 """Seconds in which a process ends by itself when another has failed; as many more where it was told, and is ending."""
+
+
+_TOGETHER: Final = (
+    "every process of a run takes part in every step, evaluation and save, of the same program, in the same order; "
+    "call them on all processes, and keep what they give on one"
+)
+_NUMBERED: Final = " (program 1 is the one that was initialised first)"
 
 
 def watching(world: World) -> "Watcher":
@@ -93,6 +100,8 @@ class Watcher:
     _heard: threading.Condition = attrs.field(init=False, factory=threading.Condition)
     _begun: int = attrs.field(init=False, default=0)
     _what: str = attrs.field(init=False, default=STEP)  # the last of them is
+    _programs: int = attrs.field(init=False, default=0)  # how many have begun anything
+    _program: int = attrs.field(init=False, default=0)  # the number of the last that has
     _others: dict[int, Begun] = attrs.field(init=False, factory=dict)  # the last word of what others have begun
     _left: dict[int, int] = attrs.field(init=False, factory=dict)  # how many steps each that left had begun
     _shortest: float = attrs.field(init=False, default=math.inf)  # of those numbers, the least
@@ -112,8 +121,10 @@ class Watcher:
         self._thread.start()
         self._undo = hooks.tell(self)
 
-    def begin(self, what: str, /) -> None:
+    def begin(self, what: str, /, program: ProgramNumber | None = None) -> None:
         """Note that a step begins here, or anything else that takes all processes; that is begun by all together.
+
+        So is the first step after one of another program: what is added up would be of both.
 
         Raises:
             PeerError: Another process has failed, has left before this, or begins something else in its place.
@@ -121,6 +132,7 @@ class Watcher:
         if self._closed:  # at the very end of the process, where nobody hears any more
             return
         with self._heard:
+            what = self._of_program(what, program)
             self._begun, self._what = self._begun + 1, what
             for rank, word in self._others.items():
                 if word.number == self._begun or (word.number > self._begun and what != STEP):
@@ -133,6 +145,22 @@ class Watcher:
         cause = self.cause(0.0)
         if cause is not None:
             raise cause
+
+    def _of_program(self, what: str, program: ProgramNumber | None) -> str:
+        """Say of which program something is, where that is not clear: there are several, and steps were of another."""
+        if program is None:
+            return what
+        if not program.number:
+            self._programs += 1
+            program.number = self._programs
+        same, self._program = self._program == program.number, program.number
+        return what if same and what == STEP else self._named(what)
+
+    def _named(self, what: str) -> str:
+        """Add the program's number to what it does, where there are several."""
+        if self._programs < 2 or not self._program:
+            return what
+        return f"{what} of program {self._program}"
 
     def _await(self) -> None:
         """Wait until all others have begun what this process begins, or never will."""
@@ -295,8 +323,8 @@ class Watcher:
         if (word.number, word.what) != (self._begun, self._what):
             self._fail(
                 f"rank {rank} begins {word.what} ({self._peers[rank].name}) where rank {self.rank} begins "
-                f"{self._what}: every process of a run takes part in every step, evaluation and save, in the same "
-                "order; call them on all processes, and keep what they give on one"
+                f"{self._named(STEP) if self._what == STEP else self._what}: {_TOGETHER}"
+                f"{_NUMBERED if self._programs > 1 else ''}"
             )
 
     def _fail(self, cause: str) -> None:
@@ -308,7 +336,7 @@ class Watcher:
     def _parting(self, rank: int) -> str:
         return (
             f"rank {rank} has ended, in peace ({self._peers[rank].name}); rank {self.rank}, which has begun "
-            f"{self._what} after it, needed it"
+            f"{self._what} after it, needed it: {_TOGETHER}"
         )
 
     def _know(self, cause: str) -> None:

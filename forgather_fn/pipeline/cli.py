@@ -5,14 +5,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from forgather_fn.importing import import_named
-from forgather_fn.pipeline.explain import explain
 from forgather_fn.pipeline.schedules import KINDS, kind_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
@@ -51,6 +50,8 @@ def page(options: argparse.Namespace) -> str:
     Raises:
         ValueError: The model cannot be built, cut, or run on so many processes.
     """
+    from forgather_fn.pipeline.explaining import explain  # when used, as torch is everywhere in this module
+
     spec = _split(options.split)
     held = kind_of(options.schedule).stages
     stages = options.stages or (len(spec) + 1 if spec else (options.ranks or 2) * (held or 1))
@@ -81,8 +82,10 @@ def _split(text: str | None) -> Any:
     return found
 
 
-def _model(name: str) -> nn.Module:
+def _model(name: str) -> "nn.Module":
     """Build a model without memory."""
+    import torch
+
     path = Path(name)
     with torch.device("meta"):
         if path.exists():
@@ -96,12 +99,12 @@ def _model(name: str) -> nn.Module:
             raise ValueError(
                 f"{name!r} cannot be built: {error}; expected a function that takes nothing and gives the model"
             ) from error
-    if not isinstance(built, nn.Module):
+    if not isinstance(built, torch.nn.Module):
         raise ValueError(f"{name!r} gave {type(built).__name__}; expected a torch.nn.Module")
     return built
 
 
-def _hugging_face(path: Path) -> nn.Module:
+def _hugging_face(path: Path) -> "nn.Module":
     """Build the model that a configuration names, or the causal language model of its kind."""
     import transformers
 

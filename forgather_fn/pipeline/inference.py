@@ -13,7 +13,7 @@ from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
 from forgather_fn.data.batch import digest
-from forgather_fn.evaluation import chosen, evaluating, own_batches
+from forgather_fn.evaluation import UNLIKE, Pass, chosen, evaluating, told_of
 from forgather_fn.metrics import Measure
 from forgather_fn.pipeline.freeing import Freed, filled
 from forgather_fn.pipeline.machine import Machine, first_sample, signature
@@ -21,7 +21,7 @@ from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
 from forgather_fn.state import Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Tally, combined, meter
-from forgather_fn.world import World
+from forgather_fn.world import World, check_same
 
 
 def evaluate(
@@ -39,12 +39,13 @@ def evaluate(
     measuring = meter(built.plan.loss, metrics, built.device)
     tally = Tally(measuring)
     line = machine.line
+    taken = Pass(data, World(rank=line.number, size=line.pipelines))
     with (
         evaluating(built, state, params),
         seeded(key(state.seed, state.step, "evaluate"), built.device),
         line.world.telling(),
     ):
-        for microbatches in _windows(machine, data):
+        for microbatches in _windows(machine, iter(taken)):
 
             def run(
                 stage: int, number: int, hidden: Tensor | None, microbatches: Mapping[int, Any] = microbatches
@@ -59,17 +60,18 @@ def evaluate(
 
             for number, reading in forward_only(line, list(microbatches), run, built.device).items():
                 tally.take(number, reading)
-    return combined(line.world.gather(tally.found()), measuring.aggregates)
+    signs, found = zip(*line.world.gather((f"{told_of(state, params, metrics)}; {taken}", tally.found())), strict=True)
+    check_same(signs, UNLIKE)
+    return combined(found, measuring.aggregates)
 
 
-def _windows(machine: Machine, data: Any) -> Iterator[dict[int, Any]]:
+def _windows(machine: Machine, batches: Iterator[tuple[int, Any]]) -> Iterator[dict[int, Any]]:
     """Give as many batches at a time as there are stages, by number, while any pipeline has some; collective.
 
     Raises:
         ValueError: The processes of a pipeline have other batches. The content of the first ones is compared too.
     """
     line, built = machine.line, machine.built
-    batches = own_batches(data, World(rank=line.number, size=line.pipelines))
 
     def read(first: bool) -> tuple[dict[int, Any], Any]:
         window = {number: as_batch(item).data for number, item in itertools.islice(batches, line.stages)}

@@ -1,6 +1,5 @@
 """The processes of a pipeline, and of its copies beside it, as one of them sees them."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -8,6 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn.fingerprint import number_of
 from forgather_fn.pipeline.schedules import Kind
 from forgather_fn.world import World, known_to_all
 
@@ -88,15 +88,15 @@ class Line:
         """Read what all processes of a pipeline are to have alike, before anything else is sent. This is collective.
 
         Args:
-            what: It is, as the error names it.
+            what: It is, as the error names it: alike on those of all pipelines.
             read: Gives what was read, and what it is compared by: anything that prints alike on all processes.
 
         Returns:
             What was read; and whether those of the other pipelines have read the same.
 
         Raises:
-            ValueError: They have not read the same; what each has is shown. Where it could not be read, the error of
-                that, as it was raised.
+            ValueError: They have not read the same, or it is another thing; what each has is shown. Where it could not
+                be read, the error of that, as it was raised.
         """
         error: Exception | None = None
         try:
@@ -104,29 +104,23 @@ class Line:
         except Exception as raised:
             error, sign = raised, f"{type(raised).__name__}: {raised}"
         text = f"{what}: {sign}"
-        told = self._numbers(-1 if error is not None else number_of(text))
+        things, told = zip(*self._numbers(number_of(what), -1 if error else number_of(text)), strict=True)
         pipelines = [told[at : at + self.ranks] for at in range(0, self.world.size, self.ranks)]
-        if -1 in told or any(len(set(one)) > 1 for one in pipelines):
+        if -1 in told or len(set(things)) > 1 or any(len(set(one)) > 1 for one in pipelines):
             lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(self.world.gather(text)))
             unlike = ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
             raise known_to_all(error or unlike) from None
         return value, len(set(told)) == 1
 
-    def _numbers(self, number: int) -> list[int]:
-        """Give every process the int64 of each, by rank."""
+    def _numbers(self, *numbers: int) -> list[list[int]]:
+        """Give every process the int64s of each, by rank."""
         from torch import distributed
 
-        mine = torch.tensor([number])
+        mine = torch.tensor(numbers)
         found = [torch.empty_like(mine) for _ in range(self.world.size)]
         with self.world.explained():
             distributed.all_gather(found, mine, group=self.world.control)
-        return [int(one) for one in found]
-
-
-def number_of(sign: str) -> int:
-    """Make a number of a text, the same in every process; at least 0."""
-    digest = hashlib.blake2b(sign.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+        return [one.tolist() for one in found]
 
 
 def lined_up(world: World, kind: Kind, stages: int, ranks: int) -> Line:

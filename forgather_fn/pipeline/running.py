@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn.alike import told_of
 from forgather_fn.batch import owned
 from forgather_fn.data import Batch
 from forgather_fn.data.batch import digest
@@ -84,7 +85,7 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     built = machine.built
     line.world.begin(STEP)
     built.bound(arrays)
-    numbers, microbatches, forms = _given(pipeline, batch)
+    numbers, microbatches, forms = _given(pipeline, state, batch)
     weight = known_weight(built.plan, microbatches) if line.pipelines == 1 else None
     with line.world.telling():
         if not machine.knows(forms):
@@ -111,10 +112,10 @@ def take_gradients(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple
     return divided(built, arrays, gradients, weight=None if taken else gradients.weight), buffers, means
 
 
-def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any], list[Signature]]:
+def _given(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[list[int], list[Any], list[Signature]]:
     """Give the microbatches of this pipeline, with their numbers and forms, when all its processes have the same.
 
-    Of the first step their content is compared too.
+    Their place in the run, and some of their content, is compared at each step, and all of it at the first.
 
     Raises:
         ValueError: They have not, or one of them could not cut the batch.
@@ -128,11 +129,11 @@ def _given(pipeline: Pipeline, batch: Batch) -> tuple[list[int], list[Any], list
         numbers = [number for number, _ in pairs]
         microbatches = [machine.built.place(microbatch) for _, microbatch in pairs]
         forms = [signature(microbatch) for microbatch in microbatches]
-        # The content once, since it looks at every number: data that were drawn without a common seed.
+        # All of the content once, since it looks at every number: data that were drawn without a common seed.
         content = digest(microbatches)[:16] if not pipeline.names else ""
         return (numbers, microbatches, forms), (forms, content)
 
-    (numbers, microbatches, forms), _ = line.alike("a step", read)
+    (numbers, microbatches, forms), _ = line.alike(told_of(state, batch), read)
     if machine.flow is None:
         line.world.each(lambda: machine.prove(microbatches[0]))
     return numbers, microbatches, forms

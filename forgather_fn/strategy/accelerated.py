@@ -78,7 +78,7 @@ def accelerated(
         raise ValueError(f"accelerated: overlap_bytes must be at least 0, or None; got {overlap_bytes}")
     found = accelerator_from(accelerator, accelerator_args)
     _check_unsharded(found)
-    world = world_of(found)
+    world = world_of(found).of_program()
     plan = _fitted(plan, found, world, sync_batch_norm)
     share = Share(plan.microbatches, world.rank, world.size)
     agree = functools.partial(_agree, plan, world)

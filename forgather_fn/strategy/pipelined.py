@@ -77,7 +77,7 @@ def pipelined(
     """
     check_plan("pipelined", plan)
     _check(plan)
-    world = launched_on(plan.device)
+    world = launched_on(plan.device).of_program()
     ranks, stages = _sizes(world, split_spec, kind_of(schedule), stages_per_rank, pipelines)
     share = Share(plan.microbatches, world.rank // ranks, pipelines)
     if ranks > 1:

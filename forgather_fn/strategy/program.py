@@ -27,7 +27,7 @@ from forgather_fn.signature import shown
 from forgather_fn.state import Params, TrainState, as_state
 from forgather_fn.strategy.storage import Agree, Storage, first_state, held_whole
 from forgather_fn.turn import turn
-from forgather_fn.world import ALONE, World, known_to_all
+from forgather_fn.world import ALONE, World, check_same
 
 
 @attrs.frozen(eq=False)
@@ -98,7 +98,10 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
             raise ValueError(f"init: seed must be an integer, got {shown(seed)}")
         seed = operator.index(seed)
         strategy.world.begin("an init")
-        _check_seed(strategy.world, seed)
+        check_same(
+            strategy.world.gather(f"seed {seed}"),
+            "init: the processes of a run must be given the same seed, by which all of them draw, and were given:",
+        )
         with turn():
             module = storage.prepare(plan, seed)
             machine = held[0][0] if held else storage.build(plan, module)
@@ -209,18 +212,6 @@ def assembled(plan: Plan, strategy: Strategy) -> Program:
         whole=storage.whole,
         check=check,
     )
-
-
-def _check_seed(world: World, seed: int) -> None:
-    """Make sure that all processes begin with the same random numbers: those of a step are drawn by many of them.
-
-    Raises:
-        ValueError: They do not.
-    """
-    told = world.gather(seed)
-    if len(set(told)) > 1:
-        given = ", ".join(map(str, told))
-        raise known_to_all(ValueError(f"init: the processes of a run must be given the same seed, and got {given}"))
 
 
 def _at(state: TrainState, cursor: str | None) -> TrainState:

@@ -8,7 +8,7 @@ from torch import nn
 from forgather_fn.cli import main
 from forgather_fn.pipeline.balance import balanced, measured
 from forgather_fn.pipeline.cuts import SplitError
-from forgather_fn.pipeline.explain import explain
+from forgather_fn.pipeline.explaining import explain
 from forgather_fn.pipeline.schedules import ScheduleError
 from tests.pipeline.models import MODELS, Plain, words
 

@@ -38,7 +38,7 @@ def begun_unlike(how: str) -> str:
     [
         ("rate", "other plans; schedule:"),
         ("model", "other plans; parameters:"),
-        ("seed", "same seed, and got 0, 1"),
+        ("seed", "same seed, by which all of them draw, and were given:\n  rank 0: seed 0\n  rank 1: seed 1"),
     ],
 )
 def test_processes_that_begin_unlike_are_refused(two: Processes, how: str, said: str) -> None:
