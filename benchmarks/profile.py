@@ -153,11 +153,11 @@ ON_SHARDS: Final = (
     Line(
         "add up losses and weights", ("forgather_fn.agreement:Agreement.sums", "forgather_fn.agreement:Agreement.means")
     ),
-    Line("tell and compare which step it is", ("forgather_fn.alike:numbers", "forgather_fn.alike:checked")),
+    Line("tell and compare which step it is", ("forgather_fn.alike:numbers", "forgather_fn.alike:compare")),
     Line("look for processes that ended", ("forgather_fn.world:World.begin",)),
     Line(
         "sums over processes, and the wait for them",
-        ("forgather_fn.strategy.sharding:added()", "forgather_fn.sharded:gathered"),
+        ("forgather_fn.strategy.sharding:added()", "forgather_fn.sharded:added()"),
         model=True,
     ),
 )

@@ -44,7 +44,8 @@ def _compared(world: World, state: TrainState, batches: Iterator[Any]) -> Iterat
     with closing(batches):
         batch = next(batches, None)
         world.begin("the first step of a stream")
-        check_same(world.gather(f"{where(state)}: {_told(batch)}"), _UNLIKE)
+        place = f"{where(state)}, {state.data or 'no stream'}"
+        check_same(world.gather(f"{place}: {_told(batch)}"), _UNLIKE)
         while batch is not None:
             yield batch
             batch = next(batches, None)

@@ -10,73 +10,20 @@ import torch
 from forgather_fn import interrupt
 from forgather_fn.alike import bits, where
 from forgather_fn.average import narrowed
-from forgather_fn.batch import as_batch, check_batches
+from forgather_fn.batch import as_batch
 from forgather_fn.built import Built
-from forgather_fn.data import Stream
-from forgather_fn.data.batch import digest
-from forgather_fn.data.indexed import IndexedStream
-from forgather_fn.describe import describe
 from forgather_fn.flat import Flat
 from forgather_fn.metrics import Measure
 from forgather_fn.model import evaluation_mode
 from forgather_fn.plan import Plan
 from forgather_fn.random import key, seeded
+from forgather_fn.reading import Pass, Read, check_alike
 from forgather_fn.state import Arrays, Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Found, Tally, combined, meter
-from forgather_fn.world import ALONE, World, check_same
+from forgather_fn.world import ALONE, World
 
 Numbered = Iterator[tuple[int | None, Any]]
 """Batches with their numbers; one whose number is None is run, but not counted."""
-
-
-@attrs.define(eq=False)
-class Pass:
-    """One pass over the data of an evaluation: the processes of a world take its batches in turn.
-
-    Attributes:
-        data: A stream, of which a process reads only its own batches and the first, or an iterable of batches.
-        world: The processes.
-        seen: How many batches have been read here; of a stream that finds its samples by number, they are not counted.
-        first: What the first of all batches is.
-    """
-
-    data: Any
-    world: World
-    seen: int = 0
-    first: str = "nothing"
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Give the batches that are this process's, with their numbers."""
-        world, data = self.world, self.data
-        if isinstance(data, IndexedStream):
-            if world.rank:
-                alone = attrs.evolve(data, workers=0, threads=0).one_pass()
-                with contextlib.closing(alone):
-                    self._note(next(alone, None))
-            for number, batch in enumerate(data.one_pass(world.rank, world.size)):
-                if not number and not world.rank:
-                    self._note(batch)
-                yield world.rank + number * world.size, batch
-            return
-        if not isinstance(data, Stream):
-            check_batches(data)
-        for number, batch in enumerate(data.one_pass() if isinstance(data, Stream) else data):
-            if not number:
-                self._note(batch)
-            self.seen += 1
-            if number % world.size == world.rank:
-                yield number, batch
-
-    def _note(self, batch: Any) -> None:
-        if self.world.size > 1:
-            self.first = digest(as_batch(batch).data)[:16]
-
-    def __str__(self) -> str:
-        if isinstance(self.data, IndexedStream):
-            read = f"{self.data.fingerprint(0)} batch_size={self.data.batch_size}"
-        else:
-            read = f"{self.seen} batches"
-        return f"{read}, the first of which is {self.first}"
 
 
 @attrs.frozen(eq=False)
@@ -86,7 +33,7 @@ class Pace:
     Attributes:
         batches: ``(batches, world) -> batches``: brings those of this process in step with those of the others.
         told: ``(world, function) -> results``: runs a function on every process, and gives all what each found.
-        bits: What the parameters of a state are told by, where all processes have the same.
+        bits: What values are told by, where all processes have the same.
     """
 
     batches: Callable[[Numbered, World], Numbered]
@@ -134,11 +81,12 @@ def evaluate(
     raise_if_nonfinite(state)
     measuring = meter(built.plan.loss, metrics, built.device)
 
-    taken = Pass(data, world)
+    taken = Pass(data, world, built.device)
 
-    def found_here() -> tuple[str, Found]:
+    def found_here() -> tuple[Read, Found]:
         tally = Tally(measuring)
-        with evaluating(built, state, params):
+        with evaluating(built, state, params) as used:
+            own = [] if world.size == 1 else [*pace.bits(used), *pace.bits(state.read().buffers)]
             for number, item in pace.batches(iter(taken), world):
                 if world.size == 1:  # several heed a signal together, after a step
                     interrupt.check()
@@ -146,24 +94,17 @@ def evaluate(
                     reading = built.seen(built.place(as_batch(item).data), measuring)
                 if number is not None:
                     tally.take(number, reading)
-        if world.size == 1:
-            return "", tally.found()
-        return f"{told_of(state, params, metrics)} {pace.bits(state.read().params)}; {taken}", tally.found()
+        return taken.read(purpose(state, params, metrics, own)), tally.found()
 
-    signs, found = zip(*pace.told(world, found_here), strict=True)
-    check_same(signs, UNLIKE)
+    reads, found = zip(*pace.told(world, found_here), strict=True)
+    check_alike(reads)
     return combined(found, measuring.aggregates)
 
 
-def told_of(state: TrainState, params: Params, metrics: Sequence[Measure]) -> str:
-    """Tell what an evaluation is of; all its processes tell the same."""
-    return f"{where(state)}, params={params!r}, metrics={describe(list(metrics))}"
-
-
-UNLIKE: Final = (
-    "evaluate: the processes of a run must be given the same state and the same data, of which each takes some "
-    "batches; seed what draws, splits or shuffles them. They were given:"
-)
+def purpose(state: TrainState, params: Params, metrics: Sequence[Measure], sums: Sequence[int] = ()) -> str:
+    """Tell what an evaluation is of, and what the bits of its values sum to; all its processes tell the same."""
+    names = [getattr(metric, "__qualname__", type(metric).__qualname__) for metric in metrics]
+    return f"{where(state)}, params={params!r}{f' of the bits {[*sums]}' if sums else ''}, metrics={names}"
 
 
 def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[str, Any], params: Params) -> Any:
@@ -177,7 +118,7 @@ def apply(built: Built, state: TrainState, inputs: tuple[Any, ...], named: dict[
 
 
 @contextlib.contextmanager
-def evaluating(built: Built, state: TrainState, params: Params) -> Iterator[None]:
+def evaluating(built: Built, state: TrainState, params: Params) -> Iterator[Flat]:
     """Bind the module to the parameters asked for, in evaluation mode; put modes and buffers back afterwards."""
     arrays = state.read()
     built.bound(arrays)
@@ -188,7 +129,7 @@ def evaluating(built: Built, state: TrainState, params: Params) -> Iterator[None
     modes = evaluation_mode(built.module)
     try:
         with torch.no_grad():
-            yield
+            yield used
     finally:
         modes.restore()
         if before is not None:

@@ -13,7 +13,7 @@ import attrs
 from torch import Tensor, nn
 
 from forgather_fn.flat import Flat, Layout
-from forgather_fn.world import World
+from forgather_fn.world import STEP, World
 
 BUCKET_BYTES: Final = 25 * 2**20
 """About how much is sent at a time: what DistributedDataParallel sends."""
@@ -85,6 +85,8 @@ class Sending:
         """Begin to add up the next bucket."""
         from torch import distributed
 
+        if not self.works:  # what fails before may be tried again
+            self.world.begin(STEP)
         bucket = self.cuts[len(self.works)]
         part: Tensor = self.flat.buffers[bucket.buffer][bucket.start : bucket.stop]
         with self.world.explained():

@@ -69,8 +69,7 @@ class Replica:
             self.built.workspace.reserve(parcel.size(flags, numbers, self.world.size))
 
     def sending(self) -> contextlib.AbstractContextManager[Sending]:
-        """Send the gradient while the backward pass in a block makes it: here the step begins for the others."""
-        self.world.begin(STEP)
+        """Send the gradient while the backward pass in a block makes it."""
         where = {name: i for i, name in enumerate(self.built.binding.layout.index)}
         parameters = {site.tensor: where[name] for site, name in self.built.binding.trainable}
         flat = self.built.workspace.collect(0, 0.0).flat
@@ -132,24 +131,25 @@ def take_gradients(replica: Replica, state: TrainState, batch: Batch) -> tuple[G
     built, arrays = replica.built, state.read()
     built.bound(arrays)
     microbatches = [(number, built.place(microbatch)) for number, microbatch in owned(batch, replica.share)]
+    several = replica.world.size > 1
+    own = alike.numbers(state, batch, built.device) if several else None  # before anything is begun, since it may fail
     found, gradients, buffers = replica.run(replica, state, microbatches, batch.samples)
     assert gradients.flat is not None
     try:
         if not replica.cuts:
             replica.world.begin(STEP)
         replica.learn(found, arrays.buffers, buffers)
-        told = replica.agreed.sums(found, built.device)
-        if replica.world.size > 1:
-            told = torch.cat([told, alike.numbers(state, batch, built.device)])
-        added = replica.add(gradients.flat, gradients.active, told)
-        means = replica.agreed.means(parcel.paired(added.rows[:, : 2 * len(replica.agreed.names)]))
-        weight = torch.as_tensor(means["loss"].weight)
-        if replica.world.size > 1:
-            weight = alike.checked(weight, added.rows[:, -alike.NUMBERS :], replica.world, state, batch)
+        sums = replica.agreed.sums(found, built.device)
+        added = replica.add(gradients.flat, gradients.active, sums if own is None else torch.cat([sums, own]))
+        means = replica.agreed.means(parcel.paired(added.rows[:, : len(sums)]))
+        if several:
+            rows = added.rows[:, len(sums) :]
+            means["loss"] = alike.checked(means["loss"], rows, replica.world, state, batch)
         replica.agreed.take_buffers(replica.world, buffers)
     except BaseException:
         built.workspace.clear()
         raise
+    weight = torch.as_tensor(means["loss"].weight)
     return _read(replica, state, gradients, added.counts, weight), buffers, means
 
 

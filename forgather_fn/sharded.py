@@ -108,7 +108,9 @@ def shard_workspace(layout: Layout, fsdp: Fsdp, device: torch.device, summed: Su
 def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gradients, Flat, dict[str, Mean]]:
     """Run forward and backward over this process's microbatches, in step with the others; see :class:`Execution`."""
     built, arrays, world = holder.built, state.read(), holder.world
+    own = alike.numbers(state, batch)  # before anything is begun, since it may fail
     world.begin(STEP)
+    alike.compare(world, own, state, batch)  # before any transfer: how many there are depends on the batch
     built.bound(arrays)
     microbatches = [(number, built.place(data)) for number, data in in_step(batch, holder.share, world)]
     try:
@@ -116,12 +118,13 @@ def take_gradients(holder: Holder, state: TrainState, batch: Batch) -> tuple[Gra
             found, buffers = passed(built, state, lambda: _accumulate(built, state, microbatches))
         gradients = built.workspace.collect(batch.samples, 0.0)
         holder.agreed.reach(world, found, arrays.buffers, buffers)
-        counts, square, means = _told(holder, gradients, found, state, batch)
+        counts, square, numbers = _told(holder, gradients, found)
         holder.agreed.take_buffers(world, buffers)
     except BaseException:
         holder.fsdp.recover()
         built.workspace.clear()
         raise
+    means = holder.agreed.means(numbers)
     gradients = _read(gradients, counts, square, means["loss"].weight)
     return divided(built, arrays, gradients, weight=gradients.weight), buffers, means
 
@@ -163,24 +166,16 @@ def _accumulate(
     return found
 
 
-def _told(
-    holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]], state: TrainState, batch: Batch
-) -> tuple[Tensor, Tensor, dict[str, Mean]]:
+def _told(holder: Holder, gradients: Gradients, found: Sequence[Mapping[str, Mean]]) -> tuple[Tensor, Tensor, Tensor]:
     """Add up over processes: how many have reached each parameter, the square of the norm, totals and weights."""
-    device, world = holder.built.device, holder.world
+    device = holder.built.device
     flags = parcel.flagged(gradients.active, torch.float64, device)
     order = float(holder.fsdp.order)
     others = torch.tensor([order, order * order], dtype=torch.float64, device=device)
     square = squares(gradients.whole()).sum().reshape(1)
-    sums = holder.agreed.sums(found, device)
-    parts = [flags, square, others, sums, alike.numbers(state, batch, device)]
-    rows = gathered(world, torch.cat(parts))
-    total = parcel.paired(rows[:, : -alike.NUMBERS])
-    counts, square, orders, sums = torch.split(total, [len(part) for part in parts[:-1]])
-    means = holder.agreed.means(sums)
-    weight = alike.checked(torch.as_tensor(means["loss"].weight), rows[:, -alike.NUMBERS :], world, state, batch)
-    means["loss"] = Mean(means["loss"].total, weight)
-    return counts, _if_alike(orders, square[0], world), means
+    numbers = added(holder.world)(torch.cat([flags, square, others, holder.agreed.sums(found, device)]))
+    counts, square, orders, means = torch.split(numbers, [len(flags), 1, 2, len(numbers) - len(flags) - 3])
+    return counts, _if_alike(orders, square[0], holder.world), means
 
 
 def _if_alike(orders: Tensor, square: Tensor, world: World) -> Tensor:
@@ -205,17 +200,17 @@ def _if_alike(orders: Tensor, square: Tensor, world: World) -> Tensor:
 
 def added(world: World) -> Summed:
     """Make the sum of a few numbers over processes: the same bits on each of them."""
-    return lambda numbers: parcel.paired(gathered(world, numbers.reshape(-1))).view(numbers.shape)
 
+    def add(numbers: Tensor, /) -> Tensor:
+        from torch import distributed
 
-def gathered(world: World, numbers: Tensor) -> Tensor:
-    """Give every process the numbers of each: shape (processes, numbers)."""
-    from torch import distributed
+        flat = numbers.reshape(-1)
+        rows = flat.new_empty(world.size, len(flat))
+        with world.explained():
+            distributed.all_gather_single(rows.view(-1), flat, group=world.group)
+        return parcel.paired(rows).view(numbers.shape)
 
-    rows = numbers.new_empty(world.size, len(numbers))
-    with world.explained():
-        distributed.all_gather_single(rows.view(-1), numbers, group=world.group)
-    return rows
+    return add
 
 
 def _read(gradients: Gradients, counts: Tensor, square: Tensor, weight: Tensor | float) -> Gradients:

@@ -275,7 +275,8 @@ def nonfinite_message(step: int, what: str = "the loss or a gradient") -> str:
     """Say what a non-finite step means and what can be done."""
     return (
         f"step {step}: {what} was not finite (inf or nan). No update was made by it or after it: parameters, optimizer "
-        "and buffers are as they were before. Lower the learning rate, clip, look at this batch, or pass "
+        "and buffers are as they were before. Lower the learning rate, clip, look at this batch "
+        "(several processes on accelerators: whether all were given it), or pass "
         'Plan(on_nonfinite="skip") to leave such steps out and go on.'
     )
 

@@ -179,7 +179,12 @@ def inverse(weight: Tensor | float, dtype: torch.dtype, device: torch.device) ->
         weight = weight.item()  # looking is free here, and one call is faster than three
     if not isinstance(weight, Tensor):
         return torch.scalar_tensor(1.0 / weight if weight else 0.0, dtype=dtype, device=device)
-    return weight.to(dtype).reciprocal().nan_to_num_(posinf=0.0)
+    return inverse_on_device(weight.to(dtype))
+
+
+def inverse_on_device(weight: Tensor) -> Tensor:
+    """Divide one by a weight that nobody waits for; nan, which stops a run, stays nan."""
+    return weight.reciprocal().nan_to_num_(nan=torch.nan, posinf=0.0)
 
 
 def advance(

@@ -2,9 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import attrs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -125,6 +128,16 @@ class World:
         with self.explained():
             distributed.all_gather_object(found, value, group=self.control)
         return found
+
+    def rows(self, numbers: "Tensor") -> "Tensor":
+        """Give every process the few numbers of each, by rank: on the CPU, shape (processes, numbers)."""
+        import torch
+        from torch import distributed
+
+        rows = torch.empty(self.size, len(numbers), dtype=numbers.dtype)
+        with self.explained():
+            distributed.all_gather_single(rows.view(-1), numbers, group=self.control)
+        return rows
 
     def broadcast(self, value: Any = None) -> Any:
         """Give every process what the first has; it is pickled."""

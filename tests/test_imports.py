@@ -83,6 +83,7 @@ STEP = {
     "parcel",
     "plan",
     "program",
+    "reading",
     "reduction",
     "replicated",
     "replicated_graphs",

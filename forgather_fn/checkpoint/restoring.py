@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from forgather_fn.checkpoint.loading import Loaded, load
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.checkpoint.record import decode, fill
 from forgather_fn.checkpoint.snapshot import STATE
+from forgather_fn.checkpoint.system import path_of
 from forgather_fn.flat import Flat, filled, layout_of, listed
 from forgather_fn.joining import MEMBERS, members
 from forgather_fn.optim.base import OptState, rewrite
@@ -78,7 +80,7 @@ def _loaded_together(world: World, path: str | Path, rows: Rows | None) -> Loade
         found.append(load(path, rows))
         return found[0].path
 
-    check_same(world.gather(str(path)), _UNLIKE)
+    check_same(world.gather(os.path.abspath(path_of(path, "load"))), _UNLIKE)
     chosen = world.first(first)
     world.each(lambda: None if found else found.append(load(chosen, rows)))
     return found[0]

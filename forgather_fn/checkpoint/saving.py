@@ -1,6 +1,7 @@
 """Saving: now, or beside the training."""
 
 import contextlib
+import os
 import sys
 import threading
 import warnings
@@ -67,7 +68,7 @@ def save(program: Program, state: TrainState, run: str | Path, *, pinned: bool =
         )
     place = path_of(run, "save")
     program.world.begin("a save")
-    check_same(program.world.gather(str(run)), _UNLIKE)
+    check_same(program.world.gather(os.path.abspath(run)), _UNLIKE)
     raise_if_nonfinite(program.check(state))
     portion = program.portion()
     if portion is not None:
@@ -143,7 +144,7 @@ def saved(
         best=None if best is None else Best(best, greater_is_better=greater_is_better),
         resumed_from=None if resumed_from is None else _resumed(resumed_from),
     )
-    writer = _Writer(path_of(run, "saved").resolve(), str(run), policy, async_, failures)
+    writer = _Writer(path_of(run, "saved").resolve(), os.path.abspath(run), policy, async_, failures)
     answers = {"save": writer.answer}
     return once(Observer(writer.observe, open=writer.open, end=writer.end, close=writer.close, answers=answers))
 
@@ -162,7 +163,7 @@ class _Writer:
     """At most one save at a time, and what became of the last ones."""
 
     run: Path
-    named: str  # as it was given: what is absolute may be another path on another machine
+    named: str  # without following links, which may lead elsewhere on another machine
     policy: Policy
     background: bool
     allowed: int

@@ -45,11 +45,10 @@ def digest(data: Any) -> str:
         >>> digest({"x": torch.ones(2), "path": "/a"}) == digest({"x": torch.ones(2), "path": "/b"})
         True
     """
-    return fingerprint({path: tensor for path, leaf in walk(data) if (tensor := tensor_of(leaf)) is not None})
+    return fingerprint({path: tensor for path, leaf in walk(data) if (tensor := _tensor(leaf)) is not None})
 
 
-def tensor_of(leaf: Any) -> Tensor | None:
-    """Give a tensor, an array or a number as a plain tensor; None for anything else."""
+def _tensor(leaf: Any) -> Tensor | None:
     if isinstance(leaf, Tensor):
         return leaf if leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_quantized else None
     numeric = isinstance(leaf, int | float | np.generic | np.ndarray) and np.asarray(leaf).dtype.kind in "biufc"

@@ -120,7 +120,7 @@ class IndexedStream(Stream):
             size: How many share the pass.
         """
         once = attrs.evolve(self, order="sequential", last="ragged", epochs=1)
-        return once._batches(once._seed(0), 0, None, slice(rank, None, size))
+        return once._batches(once._seed(0), 0, None, rank, size)
 
     def indices(self, seed: int, start: int, stop: int) -> tuple[Indices, Indices]:
         """Look up which samples lie at the positions ``start <= i < stop`` of a job.
@@ -203,10 +203,18 @@ class IndexedStream(Stream):
         return int(seed if self.seed is None else self.seed)  # a numpy integer would print, and hash, as another
 
     def _batches(
-        self, seed: int, samples: int, share: Share | None, chosen: slice = slice(None)
+        self, seed: int, samples: int, share: Share | None, rank: int = 0, size: int = 1
     ) -> Generator[Batch, None, None]:
-        requests, asked = itertools.tee(itertools.islice(self._requests(seed, samples), *_bounds(chosen)))
-        parts = (part for request in asked for part in (*_common(request, share), *_parts(request, share)))
+        """Fetch microbatches of each batch, or every so many-th batch; and what all processes read, to compare it."""
+        requests = self._requests(seed, samples)
+        first = next(requests, None)
+        if first is None:
+            return
+        common = _common(first, share, rank)
+        compared = size > 1 or (share is not None and share.size > 1)
+        chosen = itertools.islice(itertools.chain([first], requests), rank, None, size)
+        requests, asked = itertools.tee(chosen)
+        parts = itertools.chain(common, (part for request in asked for part in _parts(request, share)))
         fetch = Fetch(self._source.read, keyed if self.random else undrawn)
         pin_memory = self.pin_memory and torch.accelerator.is_available()
         each = 1 if share is None else len(share.block)
@@ -220,11 +228,12 @@ class IndexedStream(Stream):
         else:
             answers = in_process(fetch, parts, pin_memory=pin_memory)
         with contextlib.closing(answers):
+            known = [data for _, data in itertools.islice(answers, len(common))]
             for request in requests:
                 count = len(request.indices)
-                common = [data for _, data in itertools.islice(answers, len(_common(request, share)))]
                 own = [data for _, data in itertools.islice(answers, len(_parts(request, share)))]
-                witness = digest((*common, *own)[0]) if _compared(request, share) else None
+                witness = digest((*known, *own)[0]) if compared else None
+                compared = False
                 data = own[0] if share is None else Microbatches(tuple(own), share.block.start)
                 ragged = count < self._size(request.start)
                 if share is not None:
@@ -282,17 +291,8 @@ def _parts(request: Request, share: Share | None) -> list[Request]:
     return [request.rows(rows, first=i == 0) for i, rows in enumerate(share.rows(len(request.indices)))]
 
 
-def _compared(request: Request, share: Share | None) -> bool:
-    """Tell whether several processes are to find out that they read the same: by the first batch of a start."""
-    return share is not None and share.size > 1 and request.first
-
-
-def _common(request: Request, share: Share | None) -> list[Request]:
-    """Ask, besides, for the first microbatch of the first process, which all of them read then."""
-    if share is None or share.rank == 0 or not _compared(request, share):
-        return []
-    return _parts(request, attrs.evolve(share, rank=0))[:1]
-
-
-def _bounds(chosen: slice) -> tuple[int | None, int | None, int | None]:
-    return chosen.start, chosen.stop, chosen.step
+def _common(first: Request, share: Share | None, rank: int) -> list[Request]:
+    """Ask, besides, for what the first process begins with: its first microbatch, or its first batch."""
+    if share is None:
+        return [first] if rank else []
+    return _parts(first, attrs.evolve(share, rank=0))[:1] if share.rank else []

@@ -321,9 +321,13 @@ class Watcher:
     def _compare(self, rank: int, word: Begun) -> None:
         """Fail if another process begins something else than this one does, or at another point."""
         if (word.number, word.what) != (self._begun, self._what):
+            own = self._named(STEP) if self._what == STEP else self._what
+            theirs, mine = (
+                (f" as number {word.number:,}", f" as number {self._begun:,}") if word.what == own else ("", "")
+            )
             self._fail(
-                f"rank {rank} begins {word.what} ({self._peers[rank].name}) where rank {self.rank} begins "
-                f"{self._named(STEP) if self._what == STEP else self._what}: {_TOGETHER}"
+                f"rank {rank} begins {word.what}{theirs} ({self._peers[rank].name}) where rank {self.rank} begins "
+                f"{own}{mine}: {_TOGETHER}"
                 f"{_NUMBERED if self._programs > 1 else ''}"
             )
 

@@ -13,15 +13,16 @@ from forgather_fn.batch import as_batch
 from forgather_fn.binding import unbind
 from forgather_fn.built import Built
 from forgather_fn.data.batch import digest
-from forgather_fn.evaluation import UNLIKE, Pass, chosen, evaluating, told_of
+from forgather_fn.evaluation import chosen, evaluating, purpose
 from forgather_fn.metrics import Measure
 from forgather_fn.pipeline.freeing import Freed, filled
 from forgather_fn.pipeline.machine import Machine, first_sample, signature
 from forgather_fn.pipeline.wire import forward_only
 from forgather_fn.random import key, reseed, seeded
+from forgather_fn.reading import Pass, check_alike
 from forgather_fn.state import Params, TrainState, raise_if_nonfinite
 from forgather_fn.tally import Tally, combined, meter
-from forgather_fn.world import World, check_same
+from forgather_fn.world import World
 
 
 def evaluate(
@@ -39,7 +40,7 @@ def evaluate(
     measuring = meter(built.plan.loss, metrics, built.device)
     tally = Tally(measuring)
     line = machine.line
-    taken = Pass(data, World(rank=line.number, size=line.pipelines))
+    taken = Pass(data, World(rank=line.number, size=line.pipelines), built.device)
     with (
         evaluating(built, state, params),
         seeded(key(state.seed, state.step, "evaluate"), built.device),
@@ -60,8 +61,9 @@ def evaluate(
 
             for number, reading in forward_only(line, list(microbatches), run, built.device).items():
                 tally.take(number, reading)
-    signs, found = zip(*line.world.gather((f"{told_of(state, params, metrics)}; {taken}", tally.found())), strict=True)
-    check_same(signs, UNLIKE)
+    own = taken.read(purpose(state, params, metrics)), tally.found()
+    reads, found = zip(*line.world.gather(own), strict=True)
+    check_alike(reads)
     return combined(found, measuring.aggregates)
 
 
@@ -78,7 +80,7 @@ def _windows(machine: Machine, batches: Iterator[tuple[int, Any]]) -> Iterator[d
         return window, ([*map(signature, window.values())], digest(window)[:16] if first else "")
 
     for first in itertools.chain([True], itertools.repeat(False)):
-        window, everywhere = line.alike("batches of an evaluation", functools.partial(read, first))
+        window, everywhere = line.alike(lambda: "batches of an evaluation", functools.partial(read, first))
         if everywhere and not window:
             return
         if machine.flow is None:  # a pipeline may have no batch to prove it by, but the first one has
@@ -93,7 +95,7 @@ def apply(
     """Call the model on inputs in evaluation mode, and give its outputs on every process."""
     line = machine.line
     args, kwargs = built.place(inputs), built.place(named)
-    line.alike("inputs of apply", lambda: (None, (signature((args, kwargs)), digest((args, kwargs))[:16])))
+    line.alike(lambda: "inputs of apply", lambda: (None, (signature((args, kwargs)), digest((args, kwargs))[:16])))
     with (
         evaluating(built, state, params),
         seeded(key(state.seed, state.step, "apply"), built.device),

@@ -7,6 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from forgather_fn.alike import EXACT, NUMBERS, refuse, same
 from forgather_fn.fingerprint import number_of
 from forgather_fn.pipeline.schedules import Kind
 from forgather_fn.world import World, known_to_all
@@ -84,43 +85,42 @@ class Line:
                 for tensor in tensors:
                     distributed.broadcast(tensor, group=self.copies, group_src=0)
 
-    def alike(self, what: str, read: Callable[[], tuple[T, Any]]) -> tuple[T, bool]:
+    def alike(
+        self, what: Callable[[], str], read: Callable[[], tuple[T, Any]], numbers: Callable[[], Tensor] | None = None
+    ) -> tuple[T, bool]:
         """Read what all processes of a pipeline are to have alike, before anything else is sent. This is collective.
 
         Args:
-            what: It is, as the error names it: alike on those of all pipelines.
+            what: Tells what it is, in the error.
             read: Gives what was read, and what it is compared by: anything that prints alike on all processes.
+            numbers: Gives those of :func:`forgather_fn.alike.numbers`, which the processes of all pipelines have alike.
 
         Returns:
             What was read; and whether those of the other pipelines have read the same.
 
         Raises:
-            ValueError: They have not read the same, or it is another thing; what each has is shown. Where it could not
-                be read, the error of that, as it was raised.
+            ValueError: They have not read the same; what each has is shown. Where it could not be read, the error of
+                that, as it was raised.
         """
         error: Exception | None = None
+        sign, own = "", torch.zeros(NUMBERS, dtype=torch.float64)
         try:
             value, sign = read()
+            own = own if numbers is None else numbers()
         except Exception as raised:
-            error, sign = raised, f"{type(raised).__name__}: {raised}"
-        text = f"{what}: {sign}"
-        things, told = zip(*self._numbers(number_of(what), -1 if error else number_of(text)), strict=True)
+            error = raised
+        number = torch.tensor([-1 if error else number_of(f"{sign}") & EXACT], dtype=torch.float64)
+        rows = self.world.rows(torch.cat([number, own]))
+        told = rows[:, 0].tolist()
         pipelines = [told[at : at + self.ranks] for at in range(0, self.world.size, self.ranks)]
-        if -1 in told or len(set(things)) > 1 or any(len(set(one)) > 1 for one in pipelines):
+        if -1 in told or any(len(set(one)) > 1 for one in pipelines):
+            text = f"{what()}: {sign if error is None else f'{type(error).__name__}: {error}'}"
             lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(self.world.gather(text)))
             unlike = ValueError(f"the processes of a pipeline must be given the same batch, and were given:{lines}")
             raise known_to_all(error or unlike) from None
+        if not same(rows[:, 1:]):
+            refuse(self.world, what())
         return value, len(set(told)) == 1
-
-    def _numbers(self, *numbers: int) -> list[list[int]]:
-        """Give every process the int64s of each, by rank."""
-        from torch import distributed
-
-        mine = torch.tensor(numbers)
-        found = [torch.empty_like(mine) for _ in range(self.world.size)]
-        with self.world.explained():
-            distributed.all_gather(found, mine, group=self.world.control)
-        return [one.tolist() for one in found]
 
 
 def lined_up(world: World, kind: Kind, stages: int, ranks: int) -> Line:

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from forgather_fn.alike import told_of
+from forgather_fn import alike
 from forgather_fn.batch import owned
 from forgather_fn.data import Batch
 from forgather_fn.data.batch import digest
@@ -133,7 +133,8 @@ def _given(pipeline: Pipeline, state: TrainState, batch: Batch) -> tuple[list[in
         content = digest(microbatches)[:16] if not pipeline.names else ""
         return (numbers, microbatches, forms), (forms, content)
 
-    (numbers, microbatches, forms), _ = line.alike(told_of(state, batch), read)
+    own = functools.partial(alike.numbers, state, batch)
+    (numbers, microbatches, forms), _ = line.alike(lambda: alike.told_of(state, batch), read, own)
     if machine.flow is None:
         line.world.each(lambda: machine.prove(microbatches[0]))
     return numbers, microbatches, forms
