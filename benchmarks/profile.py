@@ -172,7 +172,7 @@ PIPELINE: Final = (
     Line("torch's schedule: passes, transfers, waits", ("forgather_fn.pipeline.machine:scheduled()",), model=True),
     Line(
         "sums over processes, and the wait for them",
-        ("forgather_fn.pipeline.line:Line.summed", "forgather_fn.pipeline.line:Line._numbers"),
+        ("forgather_fn.pipeline.line:Line.summed", "forgather_fn.world:World.rows"),
         model=True,
     ),
 )
