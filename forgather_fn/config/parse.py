@@ -8,6 +8,7 @@ import yaml
 from yaml import events as ev
 
 from forgather_fn.config import bounds
+from forgather_fn.config.blocks import meant
 from forgather_fn.config.errors import ConfigError, Position
 from forgather_fn.config.graph import (
     Call,
@@ -52,10 +53,12 @@ def parse(text: str) -> Graph:
     try:
         return _Parser(text).graph()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = origin(text, mark.line) if mark else None
+        marks = [mark for mark in (error.context_mark, error.problem_mark) if mark]
+        places = [origin(text, mark.line) for mark in marks]
+        place = next((one for one in places if meant(one.text)), places[-1] if places else None)
+        hint = meant(place.text) if place else ""
         context = f" {error.context}" if error.context else ""
-        raise ConfigError(f"not valid YAML{context}: {error.problem}", place) from None
+        raise ConfigError(f"not valid YAML{context}: {error.problem}{hint}", place) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}") from None
     except ValueError as error:
@@ -208,7 +211,8 @@ class _Parser:
         merged: dict[tuple[str, Value], tuple[Value, Ref]] = {}
         while not isinstance(inner := next(self.events), ev.MappingEndEvent):
             if not isinstance(inner, ev.ScalarEvent) or inner.anchor or inner.tag:
-                raise ConfigError("a key must be a plain value", self.place(inner), path)
+                place = self.place(inner)
+                raise ConfigError(f"a key must be a plain value{meant(place.text)}", place, path)
             plain = inner.implicit[0] and inner.style is None
             key = scalar(inner.value) if plain else inner.value
             below = f"{path}.{key}" if path else str(key)

@@ -63,11 +63,14 @@ def render(
     try:
         text = sandbox.get_template(name).render(known)
     except ConfigError as error:
-        raise ConfigError(error.problem, error.position or _last_place(error, sandbox), error.key) from error
+        told = ConfigError(error.problem, error.position or _last_place(error, sandbox), error.key)
+        raise sandbox.in_vain(ended=False) or told from error
     except (TemplateError, RecursionError, MemoryError, SyntaxError, ArithmeticError, TypeError, ValueError) as error:
-        raise _explained(error, sandbox, known) from error
+        raise sandbox.in_vain(ended=False) or _explained(error, sandbox, known) from error
     except (AttributeError, LookupError, OSError, AssertionError) as error:
-        raise _explained(error, sandbox, known) from error
+        raise sandbox.in_vain(ended=False) or _explained(error, sandbox, known) from error
+    if dropped := sandbox.in_vain(ended=True):
+        raise dropped
     assert isinstance(text, Text)
     files = MappingProxyType(sources.files)
     return Text(text, text.origins, files, surroundings.secrets, sandbox.names, sources.references)
@@ -103,6 +106,10 @@ def _explained(error: Exception, sandbox: Sandbox, known: Mapping[str, Any]) -> 
         return ConfigError(f"not a valid template: {error.message}", place)
     if isinstance(error, TemplateNotFound):
         return ConfigError(f"template {error.name!r} was not found", place)
+    if isinstance(error, UndefinedError) and str(error.message).startswith("there is no parent block"):
+        return ConfigError(
+            f"{str(error.message).rstrip('.')}: super() is its text in the template that this one extends", place
+        )
     if isinstance(error, UndefinedError):
         return ConfigError(f"{error.message}{_near(str(error.message), known)}", place)
     if isinstance(error, RecursionError):

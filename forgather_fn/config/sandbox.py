@@ -10,6 +10,7 @@ from jinja2 import BaseLoader, StrictUndefined, Template, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
+from forgather_fn.config import blocks
 from forgather_fn.config import text as texts
 from forgather_fn.config.bounds import NUMBER, SEARCH, SOURCE, Budget, extent
 from forgather_fn.config.errors import ConfigError, Position
@@ -60,6 +61,8 @@ class Sandbox(SandboxedEnvironment):
         self.sources = sources
         self.budget = Budget()
         self.names: set[str] = set()
+        self.outlines: dict[str, blocks.Outline] = {}
+        self.parents: dict[str, list[str]] = {}
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
         known = {name: function for name, function in self.filters.items() if name in _FILTERS}
@@ -72,10 +75,18 @@ class Sandbox(SandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         assert name is not None
+        found = self.sources.loaded[name]
+        lines = source.split("\n")
+        if unread := blocks.unread_extends(lines):
+            problem = f"this extends nothing{blocks.meant(lines[unread - 1])}"
+            raise ConfigError(problem, self.place(name, unread + found.line - 1))
         tree = super()._parse(preprocess(source), name, filename)
+        if loose := blocks.between(tree, lines):
+            problem = "a template that extends another consists of blocks, and this line is in none of them"
+            raise ConfigError(f"{problem}{blocks.meant(lines[loose - 1])}", self.place(name, loose + found.line - 1))
         tree.set_environment(self)
         self.names |= {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
-        found = self.sources.loaded[name]
+        self.outlines[name] = blocks.outline_of(tree, found.line - 1)
         return _Tracing(found.name, found.line - 1).visit(tree, None)  # type: ignore[no-any-return]
 
     def traced(self, value: Any, name: str, line: int, block: str | None) -> str:
@@ -93,6 +104,20 @@ class Sandbox(SandboxedEnvironment):
         source = self.sources.loaded[name]
         here = source.lines[line - 1] if 0 < line <= len(source.lines) else ""
         return Position(source.file, line, block, here)
+
+    def extended(self, parent: Any, name: str) -> Any:
+        """Note that a template extends another, and give the other."""
+        if isinstance(parent, str):
+            self.parents.setdefault(name, []).append(self.sources.locate(parent, name))
+        return parent
+
+    def in_vain(self, *, ended: bool) -> ConfigError | None:
+        """Make the error of a block that no template takes, if there is one; ended says whether all is rendered."""
+        found = blocks.in_vain(self.outlines, self.parents, ended=ended)
+        if found is None:
+            return None
+        template, block, problem = found
+        return ConfigError(problem, self.place(template, self.outlines[template].blocks[block][0], block))
 
     def counted(self, items: Iterable[Any]) -> Iterable[Any]:
         """Pay for all items of a loop before it begins."""
@@ -210,7 +235,9 @@ class _Tracing:
                 setattr(node, field, self.visit(value, block))
             elif isinstance(value, list):
                 value[:] = [self.visit(one, block) if isinstance(one, nodes.Node) else one for one in value]
-        if isinstance(node, nodes.Output):
+        if isinstance(node, nodes.Extends):
+            node.template = self._call("extended", node.template, nodes.Const(self.name))
+        elif isinstance(node, nodes.Output):
             node.nodes = [self._traced(one, block) for one in node.nodes]
         elif isinstance(node, nodes.For):
             node.iter = self._call("counted", node.iter)

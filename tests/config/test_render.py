@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from forgather_fn.config import ConfigError, render
+from forgather_fn.config import ConfigError, parse, render
 from forgather_fn.config.text import Text, joined, stripped
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,6 +67,75 @@ def test_an_error_says_where(template, message, line):
     assert message in error.value.problem
     assert error.value.position.line == line
     assert f"at <template>, line {line}" in str(error.value)
+
+
+CHILD = """-- extends 'projects/demo.yaml'
+
+[model_args]
+    width: 16
+[trainer_args]
+    == super()
+    max_steps: 12
+"""
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message", "line"),
+    [
+        ("[trainer_args]", "[trainer_arg]", "has a block [trainer_arg]: did you mean [trainer_args]?", 5),
+        ("[trainer_args]", "[nothing_like_it]", "has a block [nothing_like_it]: there are [config_metadata] ", 5),
+        ("[model_args]", "[model_args]:", "a block begins with [model_args] alone on its line", 3),
+        ("[model_args]", "[model-args]", "a block begins with [model_args] alone on its line", 3),
+        ("[trainer_args]", "[trainer_args]:", "a block begins with [trainer_args] alone on its line", 5),
+        ("[trainer_args]", "[trainer_args] # mine", "a block begins with [trainer_args] alone on its line", 5),
+        ("[model_args]", "x: 1", "a template that extends another consists of blocks", 3),
+        ("[model_args]", "-- if true\n== 1 + 1\n-- endif", "a template that extends another consists of blocks", 4),
+        ("[model_args]", "--set x = 1\n[model_args]", "a marker is followed by a blank: '-- set x = 1'", 3),
+        ("-- extends", "--extends", 'this extends nothing; a marker is followed by a blank: "-- extends ', 1),
+    ],
+)
+def test_what_a_child_says_is_never_dropped(was, now, message, line):
+    with pytest.raises(ConfigError) as error:
+        parse(render(CHILD.replace(was, now, 1)))
+    assert message in error.value.problem
+    assert error.value.position.line == line
+
+
+def test_a_block_that_no_parent_has_is_told_before_what_follows_from_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("[model]\n-- do raise('give a [model]')\n")
+    (tmp_path / "leaf.yaml").write_text("-- extends 'base.yaml'\n[modle]\nx: 1\n")
+    with pytest.raises(
+        ConfigError, match=r"did you mean \[model\]\? \(base.yaml\)\n  at leaf.yaml, line 2, in block modle"
+    ):
+        render("leaf.yaml", [tmp_path])
+    (tmp_path / "base.yaml").write_text("-- do raise('first')\n-- extends 'root.yaml'\n")
+    with pytest.raises(ConfigError, match=r"^first"):  # it is not known yet which blocks there are
+        render("leaf.yaml", [tmp_path])
+
+
+def test_a_block_of_a_part_has_the_line_of_the_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("[a]\nx: 1\n")
+    (tmp_path / "leaf.yaml").write_text("-- include 'p'\n#--- p ---\n-- extends 'base.yaml'\n[a]\nx: 2\n[b]\n")
+    with pytest.raises(ConfigError, match=r"has a block \[b\].*\n  at leaf.yaml, line 6, in block b"):
+        render("leaf.yaml", [tmp_path])
+
+
+def test_blocks_that_are_taken_are_no_error(tmp_path):
+    (tmp_path / "root.yaml").write_text("[a]\nx: 1\n")
+    (tmp_path / "base.yaml").write_text("-- extends 'root.yaml'\n[a]\nx: 2\n    [inner]\n    y: 2\n")
+    (tmp_path / "leaf.yaml").write_text("-- extends 'base.yaml'\n# of YAML: {{ 1 }}\n## none\n[inner]\n    y: 3\n")
+    assert render("leaf.yaml", [tmp_path]) == "x: 2\n    y: 3\n"
+    called = "-- extends 'root.yaml'\n{% block a %}{{ self.own() }}{% endblock %}\n{% block own %}x: 4{% endblock %}\n"
+    assert render(called, [tmp_path]) == "x: 4"
+    either = "-- if leaf\n-- extends 'root.yaml'\n-- endif\n[a]\nx: 5\n"
+    assert render(either, [tmp_path], {"leaf": True}) == render(either, [tmp_path], {"leaf": False}) == "x: 5\n"
+
+
+def test_super_without_a_parent_says_what_it_is():
+    with pytest.raises(
+        ConfigError, match=r"block called 'a': super\(\) is its text in the template that this one extends"
+    ):
+        render("[a]\n== super()\n")
 
 
 def test_an_error_in_a_part_has_the_line_of_the_file(tmp_path):
