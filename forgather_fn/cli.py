@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
+from forgather_fn.interrupt import INTERRUPTED
 from forgather_fn.terminal import lines_of
 
 
@@ -55,7 +56,7 @@ _EXIT_CODES: Final = """exit codes:
   2    something was asked for that cannot be done; what, and how to set it right, is said
   3    the run was aborted by forgather control; nothing was saved
   75   the run was told to end, and saved: run it again with --resume
-  130  Ctrl-C
+  130  Ctrl-C has ended it; a training has saved after the first, and --resume goes on
   141  what reads the output has ended"""
 
 
@@ -87,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has read enough; nothing is left to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("forgather: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(lines_of(": ".join(["forgather: interrupted", *map(str, error.args)])), file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         if "--debug" in arguments:
             raise

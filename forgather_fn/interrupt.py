@@ -17,6 +17,8 @@ from typing import Any, Final
 PREEMPTIONS: Final = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE: Final = 75
 """EX_TEMPFAIL of sysexits.h: not done, try again."""
+INTERRUPTED: Final = 128 + signal.SIGINT
+"""The exit code of commands that Ctrl-C has ended, as shells give it."""
 
 
 class Interrupted(Exception):

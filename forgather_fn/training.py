@@ -1,7 +1,7 @@
 """A training as one value: what a configuration builds, and what ``forgather train`` runs."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -9,11 +9,13 @@ import attrs
 import toolz
 from torch import nn
 
+from forgather_fn import interrupt
 from forgather_fn.average import Average
 from forgather_fn.checkpoint import latest, saved
 from forgather_fn.data import Stream
+from forgather_fn.dispatch import closing
 from forgather_fn.endings import until
-from forgather_fn.loop import Stage, last
+from forgather_fn.loop import Demand, Stage, Steps, Tick, last
 from forgather_fn.losses import Loss
 from forgather_fn.model import ModelFactory
 from forgather_fn.observers import evaluated, report
@@ -83,6 +85,27 @@ class Training:
         with serve(self.run) as inbox:
             final: TrainState = toolz.pipe(steps, *self.stages, controlled(inbox), last)
         return final
+
+
+def noting(signals: list[int]) -> Stage:
+    """Note which signal has ended the stream, 0 if none has: after Ctrl-C it ends as if it were done.
+
+    Args:
+        signals: What it is added to.
+    """
+
+    def stage(steps: Steps) -> Steps:
+        def opened(demand: Demand) -> Iterator[Tick]:
+            ticks = steps.open(demand)
+            try:
+                with closing(ticks):
+                    yield from ticks
+            finally:
+                signals.append(interrupt.requested())
+
+        return attrs.evolve(steps, open=opened)
+
+    return stage
 
 
 class StreamFactory(Protocol):

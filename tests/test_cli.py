@@ -127,9 +127,10 @@ def interrupting(times: int):
 
 def test_the_first_interrupt_ends_the_training_and_keeps_what_there_is(demo, capsys, monkeypatch):
     monkeypatch.setattr("forgather_fn.demo.train.show", interrupting(1))
-    assert main([*demo, "--steps", "50"]) == 0
+    assert main([*demo, "--steps", "50"]) == 130
     out, err = capsys.readouterr()
     assert "interrupted: stopping after this step" in err
+    assert err.endswith("forgather: interrupted: runs/demo is saved at step 1; the same command goes on from there\n")
     assert re.search(r", step 1\nfingerprint: [0-9a-f]{64}\n$", out)
     assert Path("runs/demo/curve.svg").exists()
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import forgather_fn as ff
+from forgather_fn import interrupt
 from forgather_fn.checkpoint import CheckpointError, latest
 from forgather_fn.demo import Settings
 from forgather_fn.demo.model import Transformer
@@ -41,6 +43,7 @@ def train(settings: Settings) -> str:
 
     Raises:
         ValueError: A setting cannot be used.
+        KeyboardInterrupt: Ctrl-C has ended the training; what there is, is saved and told.
     """
     program = program_of(settings)
     state = program.init(settings.seed)
@@ -57,7 +60,7 @@ def train(settings: Settings) -> str:
         say(f"found  {settings.run} at step {state.step}: going on from there (another --run starts anew)")
     program.world.first(lambda: remember(settings, text))
 
-    with ff.serve(settings.run) as inbox:
+    with ff.serve(settings.run) as inbox, interrupt.listening() as signalled:
         if inbox.job is not None:
             say(f"control  forgather control watch {inbox.job}  (in another terminal)")
         state = toolz.pipe(
@@ -72,6 +75,7 @@ def train(settings: Settings) -> str:
             ff.until(steps=settings.steps),
             ff.last,
         )
+        interrupted = signalled() == signal.SIGINT
 
     if program.world.main:
         curve(settings.run / "metrics.jsonl", settings.run / "curve.svg", title="Loss, nats per byte")
@@ -83,6 +87,8 @@ def train(settings: Settings) -> str:
     say(f"{versions()}, device {settings.device}, text {text.digest}, step {state.step}")
     weights = fingerprint(dict(program.export(state).named_parameters()) if settings.pipeline else state.params)
     say(f"fingerprint: {weights}")
+    if interrupted:
+        raise KeyboardInterrupt(f"{settings.run} is saved at step {state.step}; the same command goes on from there")
     return weights
 
 

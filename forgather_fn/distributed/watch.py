@@ -36,7 +36,7 @@ from forgather_fn.distributed.words import (
     is_broken_collective,
     told_by_another,
 )
-from forgather_fn.interrupt import EXIT_CODE
+from forgather_fn.interrupt import EXIT_CODE, INTERRUPTED
 from forgather_fn.world import STEP, PeerError, ProgramNumber, World
 
 GRACE: Final = 2.0
@@ -378,7 +378,7 @@ def _print(text: object) -> None:
 
 
 def _is_peaceful(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE)
+    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE, INTERRUPTED)
 
 
 def _tell_launcher(error: BaseException) -> None:

@@ -359,6 +359,28 @@ def test_a_grid_goes_on_after_a_run_that_failed(run):
     assert "step 3\n" in out
 
 
+@pytest.fixture
+def interrupting(monkeypatch):
+    """Press Ctrl-C at the first evaluation."""
+    monkeypatch.setattr("forgather_fn.demo.train.show", lambda tick: signal.raise_signal(signal.SIGINT))
+
+
+def test_ctrl_c_ends_a_run_and_is_told_by_the_exit_code(run, interrupting, monkeypatch):
+    code, out, err = run("train", "mine.yaml", *FLAGS)
+    assert (code, "step 1\nfingerprint: " in out) == (130, True)
+    assert err.endswith("forgather: interrupted: runs/mine is saved at step 1; --resume goes on from there\n")
+    monkeypatch.setattr("forgather_fn.demo.train.show", lambda tick: None)
+    code, out, _ = run("train", "mine.yaml", *FLAGS, "--resume")
+    assert (code, "step 12\nfingerprint: " in out) == (0, True)
+
+
+def test_ctrl_c_ends_a_grid(run, interrupting):
+    code, out, err = run("train", "mine.yaml", *FLAGS, "--grid", "main.seed=1,2,3")
+    assert (code, re.findall(r"^\d/3", out, re.MULTILINE)) == (130, ["1/3"])
+    assert "interrupted: runs/mine/seed=1 is saved at step 1; --resume goes on from there\n" in err
+    assert not Path("runs/mine/seed=2").exists()
+
+
 MODELS = """
 import torch
 from forgather_fn.demo.model import Transformer

@@ -125,8 +125,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(settings, lines, direct
     here = attrs.evolve(settings, run=directory / "stopped")
     with monkeypatch.context() as patch:
         patch.setattr("forgather_fn.demo.train.show", interrupted_at(1))
-        stopped = trained(here)
-    assert stopped[-2].endswith(", step 1")
+        with pytest.raises(KeyboardInterrupt, match="is saved at step 1; the same command goes on from there"):
+            train(here)
+    assert ", step 1\nfingerprint: " in capsys.readouterr().out
     finished = trained(here)
     assert finished[2] == f"found  {here.run} at step 1: going on from there (another --run starts anew)"
     assert finished[-2:] == lines[-2:]

@@ -539,9 +539,14 @@ def forked(rank, store, how):
         raise ValueError("what")
     elif how == "exit":
         raise interrupt.Preempted(signal.SIGTERM)
+    elif how == "interrupted":
+        raise SystemExit(interrupt.INTERRUPTED)
 
 
-@pytest.mark.parametrize(("how", "codes"), [("raise", [1, 1]), ("exit", [0, 75]), ("return", [0, 0])])
+@pytest.mark.parametrize(
+    ("how", "codes"),
+    [("raise", [1, 1]), ("exit", [0, 75]), ("interrupted", [0, 130]), ("return", [0, 0])],
+)
 def test_processes_that_multiprocessing_forks_tell_how_they_end(how, codes, tmp_path, capfd):
     context = multiprocessing.get_context("fork")
     store = (tmp_path / "store").as_uri()
@@ -553,3 +558,4 @@ def test_processes_that_multiprocessing_forks_tell_how_they_end(how, codes, tmp_
     assert [process.exitcode for process in started] == codes
     said = capfd.readouterr().err
     assert ("rank 1 failed: ValueError: what" in said) is (how == "raise")
+    assert ("failed" in said) is (how == "raise")

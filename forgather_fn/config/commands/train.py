@@ -2,11 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+import attrs
 
 from forgather_fn.config import record as records
 from forgather_fn.config.arguments import arguments, differences
@@ -77,6 +80,7 @@ def _loaded(options: argparse.Namespace, given: Mapping[str, str]) -> Loaded:
 def _run(loaded: Loaded, options: argparse.Namespace) -> None:
     from forgather_fn.checkpoint import latest
     from forgather_fn.checkpoint.lock import locked
+    from forgather_fn.training import Training, noting
 
     run = Path(str(loaded.variables[OUTPUT]))
     record = loaded.record("main", options.command_line)
@@ -88,9 +92,15 @@ def _run(loaded: Loaded, options: argparse.Namespace) -> None:
             records.write(run, record)
         print(f"run    {run} (configuration {record.hash[:12]})", flush=True)
     resume = Path(options.resume) if isinstance(options.resume, str) else bool(options.resume and latest(run))
+    signals: list[int] = []
+    if isinstance(main, Training):  # a trainer of the class layer leaves Ctrl-C to Python
+        main = attrs.evolve(main, stages=(*main.stages, noting(signals)))
     result = start(main, resume, changes=options.allow_changes)
     if first:
         _tell(result)
+    if signal.SIGINT in signals:
+        found = latest(run)
+        raise KeyboardInterrupt(f"{run} is saved at step {found.step}; --resume goes on from there" if found else run)
 
 
 def start(main: Any, resume: bool | Path, *, changes: bool) -> Any:
@@ -169,7 +179,10 @@ def _free(path: str) -> str:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """Make one run after the other, also after one that failed, whatever by; the exit code is 1 if any did."""
+    """Make one run after the other, also after one that failed, whatever by; the exit code is 1 if any did.
+
+    Ctrl-C ends the run that it is pressed in, and all.
+    """
     if options.resume and isinstance(options.resume, str):
         raise ConfigError("--resume of a grid goes on with each run that is there: it takes no path")
     failed: list[str] = []
