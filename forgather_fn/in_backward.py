@@ -24,14 +24,15 @@ from forgather_fn.optim.base import Rates, UpdateContext, rates_at
 from forgather_fn.program import Metrics
 from forgather_fn.state import Arrays, NonFiniteError, TrainState
 from forgather_fn.step import eager, following, take_gradients, update_arrays
+from forgather_fn.terminal import ordinal
 from forgather_fn.wanted import check_wants, named
 from forgather_fn.wide import wide_norm
 from forgather_fn.workspace import dense
 
 _PARTLY: Final = (
-    "step {step}: the gradient of {name} was not finite (inf or nan). Parameters whose gradients came before it have "
-    'been updated already, since update="in_backward" does not wait for the others, and the state is consumed: go on '
-    'from a checkpoint. Plan(donate=False) or Plan(update="after_backward") keeps the state.'
+    "step {step} (the {nth}): the gradient of {name} was not finite (inf or nan). Parameters whose gradients came "
+    'before it have been updated already, since update="in_backward" does not wait for the others, and the state is '
+    'consumed: go on from a checkpoint. Plan(donate=False) or Plan(update="after_backward") keeps the state.'
 )
 _FAILED: Final = (
     'Some parameters have been updated already, since update="in_backward" does not wait for all gradients, and the '
@@ -204,7 +205,8 @@ class _Updates:
         except NonFiniteError:
             if self._taken is None:
                 raise
-            raise NonFiniteError(_PARTLY.format(step=self.state.step, name=name)) from None
+            step = self.state.step
+            raise NonFiniteError(_PARTLY.format(step=step, nth=ordinal(step + 1), name=name)) from None
         if self._taken is None:
             self._taken = self.state.consume(f"step {self.state.step}")
         arrays = self._taken

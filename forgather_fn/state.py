@@ -9,6 +9,7 @@ from torch import Tensor
 
 from forgather_fn import tree
 from forgather_fn.flat import Flat
+from forgather_fn.terminal import ordinal
 
 _CONSUMED: Final = """this TrainState was consumed by {where}: its tensors were updated in place and belong to the \
 state that was returned.
@@ -274,9 +275,9 @@ def raise_if_nonfinite(state: TrainState) -> None:
 def nonfinite_message(step: int, what: str = "the loss or a gradient") -> str:
     """Say what a non-finite step means and what can be done."""
     return (
-        f"step {step}: {what} was not finite (inf or nan). No update was made by it or after it: parameters, optimizer "
-        "and buffers are as they were before. Lower the learning rate, clip, look at this batch "
-        "(several processes on accelerators: whether all were given it), or pass "
+        f"step {step} (the {ordinal(step + 1)}): {what} was not finite (inf or nan). No update was made by it or after "
+        "it: parameters, optimizer and buffers are as they were before. Lower the learning rate, clip, look at this "
+        "batch (several processes on accelerators: whether all were given it), or pass "
         'Plan(on_nonfinite="skip") to leave such steps out and go on.'
     )
 

@@ -23,6 +23,17 @@ def lines_of(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def ordinal(number: int) -> str:
+    """Show which of several something is, counted from 1.
+
+    Example:
+        >>> ordinal(1), ordinal(12), ordinal(23), ordinal(61), ordinal(111)
+        ('1st', '12th', '23rd', '61st', '111th')
+    """
+    teen = 10 <= number % 100 < 20
+    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+
+
 def instant(seconds: float) -> str:
     """Show an instant, in seconds since 1970, by the clock of the place; a question mark where it is none.
 

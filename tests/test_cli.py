@@ -46,7 +46,7 @@ def test_a_demo_ends_well(demo, capsys):
         ("--steps 0", "steps=0: expected an integer of at least 1"),
         ("--context 1", "context=1: expected an integer of at least 2"),
         ("--learning-rate nan", "learning_rate=nan: expected a positive, finite number"),
-        ("--learning-rate 1e30 --steps 9", "step 1: the loss or a gradient was not finite"),
+        ("--learning-rate 1e30 --steps 9", "step 1 (the 2nd): the loss or a gradient was not finite"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(demo, capsys, arguments, message):

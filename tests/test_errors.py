@@ -162,7 +162,7 @@ CASES = {
     ),
     "a step that is not finite": (
         lambda: trains([(labelled(6)[0] / 0, labelled(6)[1])]),
-        r'step 0: .*not finite.*on_nonfinite="skip"',
+        r'step 0 \(the 1st\): .*not finite.*on_nonfinite="skip"',
     ),
     "a model with nothing to train": (
         lambda: trains(model=nn.Linear(5, 3).requires_grad_(False)),

@@ -119,7 +119,7 @@ class TestFailures:
         state = made.init(0)
         before = state.copy()
         with pytest.raises(
-            ff.NonFiniteError, match=r"step 0: the gradient of first\.\w+ .* consumed: go on from a chec"
+            ff.NonFiniteError, match=r"step 0 \(the 1st\): the gradient of first\.\w+ .* consumed: go on from a chec"
         ):
             made.step(state, labelled(6))
         assert state.consumed is donate

@@ -220,6 +220,6 @@ def test_the_flag_of_the_device_is_raised_with_the_first_bad_step(made):
     state = made.init(0)
     raise_if_nonfinite(state)
     state.nonfinite.fill_(5)
-    with pytest.raises(ff.NonFiniteError, match=r"step 5: .*not finite") as caught:
+    with pytest.raises(ff.NonFiniteError, match=r"^step 5 \(the 6th\): .*not finite") as caught:
         raise_if_nonfinite(state)
     assert 'on_nonfinite="skip"' in str(caught.value)

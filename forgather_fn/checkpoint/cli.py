@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, verify
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.importing import import_named
-from forgather_fn.terminal import instant, printable
+from forgather_fn.terminal import instant, ordinal, printable
 
 if TYPE_CHECKING:
     from forgather_fn.checkpoint.replaying import Replay
@@ -87,7 +87,13 @@ def _show(entries: list[Entry]) -> int:
 def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
     """Add the arguments of ``forgather replay`` to a parser, and give what runs it."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="the step: 0 is the first")
+    parser.add_argument(
+        "--step",
+        type=int,
+        required=True,
+        metavar="N",
+        help='the step: 0 is the first; step 60 is the 61st, reported in row "step": 61 of metrics.jsonl',
+    )
     parser.add_argument(
         "--program",
         metavar="MODULE:FUNCTION",
@@ -119,7 +125,10 @@ def _target(name: str) -> "Callable[[Path], tuple[Program, Stream]]":
 
 
 def _tell(result: "Replay") -> None:
-    print(f"step {result.step}, from {result.restored.name if result.restored else 'the beginning'}")
+    origin = result.restored.name if result.restored else "the beginning"
+    after = result.step + 1
+    where = f'the {ordinal(after)}: it is reported in row "step": {after} of metrics.jsonl'
+    print(f"step {result.step} ({where}), from {origin}")
     for name, value in result.metrics.items():
         if not name.startswith("grad_norm/"):
             print(f"  {name}: {value!r}")

@@ -102,7 +102,10 @@ def test_the_command_tells_what_the_step_was(run, seen, capsys, step, more):
     out, err = capsys.readouterr()
     expected = replay(everything(), run, drawing(), step=step)
     assert isinstance(expected, Replay)
-    assert out.startswith(f"step {step}, from {expected.restored.name}\n")
+    assert out.startswith(
+        f'step {step} (the {step + 1}th: it is reported in row "step": {step + 1} of metrics.jsonl), '
+        f"from {expected.restored.name}\n"
+    )
     assert f"  loss: {expected.metrics['loss']!r}\n" in out
     assert f"  samples: {' '.join(map(str, expected.indices))}\n" in out
     norms = [float(norm) for norm in re.findall(r"^ +(\S+)  \S+$", out.partition("largest first:")[2], re.MULTILINE)]

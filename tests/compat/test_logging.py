@@ -101,7 +101,7 @@ def broken(library, folder, **options):
 
 def test_a_nan_is_shown_and_stops_the_run(tmp_path):
     made = broken(ours, tmp_path)
-    with pytest.raises(NonFiniteError, match="step 2: ") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 2 \(the 3rd\): ") as caught:
         made.train()
     assert 'give on_nonfinite="skip"' in "".join(caught.value.__notes__)
     last = made.state.log_history[-1]
