@@ -1,10 +1,11 @@
 """``forgather checkpoint list | verify | show`` and ``forgather replay``."""
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from forgather_fn.checkpoint.catalog import Entry, added, list_checkpoints, verify
 from forgather_fn.checkpoint.manifest import CheckpointError
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from forgather_fn.checkpoint.replaying import Replay
     from forgather_fn.data import Stream
     from forgather_fn.program import Program
+
+
+_RECORDED: Final = "record.json"
+_MAKERS: Final = {
+    _RECORDED: "forgather_fn.config.commands.train:rebuilt",
+    "run.json": "forgather_fn.demo.train:rebuilt",
+}
+"""What makes the program and the stream of a run again, by a file that it has."""
 
 
 def command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Namespace], int]:
@@ -97,14 +106,22 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
     parser.add_argument(
         "--program",
         metavar="MODULE:FUNCTION",
-        help="a function of the run directory that gives (program, stream); known for runs of forgather demo",
+        help="a function of the run directory that gives (program, stream); known for runs of forgather demo and train",
+    )
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="what the configuration of a run of forgather train may build, as it was allowed there",
     )
     parser.epilog = "example: forgather replay runs/demo --step 400"
 
     def execute(options: argparse.Namespace) -> int:
         from forgather_fn.checkpoint.replaying import replay
 
-        program, data = _target(options.program or "forgather_fn.demo.train:rebuilt")(options.run)
+        program, data = _maker(options.run, options.program, options.allow)(options.run)
         newest = max((entry.step for entry in list_checkpoints(options.run) if entry.whole), default=0)
         if options.step > newest:
             print(f"after the newest checkpoint: {options.step - newest:,} steps are executed first", file=sys.stderr)
@@ -112,6 +129,22 @@ def replay_command(parser: argparse.ArgumentParser, /) -> Callable[[argparse.Nam
         return 0
 
     return execute
+
+
+def _maker(run: Path, named: str | None, allow: Sequence[str]) -> "Callable[[Path], tuple[Program, Stream]]":
+    """Find what makes the program and the stream of a run again: what was named, or what has made it."""
+    found = next((name for name in _MAKERS if (run / name).is_file()), None)
+    if allow and (named or found != _RECORDED):
+        raise ValueError(f"--allow {' '.join(allow)}: {run} is not made again from the record of forgather train")
+    if named:
+        return _target(named)
+    if found is None:
+        raise ValueError(
+            f"{run} is no run of forgather train or demo, which write {' or '.join(_MAKERS)}: give --program "
+            "MODULE:FUNCTION, where FUNCTION(run) gives (program, stream)"
+        )
+    maker: Callable[..., tuple[Program, Stream]] = _target(_MAKERS[found])
+    return functools.partial(maker, allow=allow) if found == _RECORDED else maker
 
 
 def _target(name: str) -> "Callable[[Path], tuple[Program, Stream]]":

@@ -1,5 +1,6 @@
 """The command line: training, resuming, reproducing, comparing; exit codes and messages."""
 
+import json
 import os
 import re
 import signal
@@ -379,6 +380,41 @@ def test_ctrl_c_ends_a_grid(run, interrupting):
     assert (code, re.findall(r"^\d/3", out, re.MULTILINE)) == (130, ["1/3"])
     assert "interrupted: runs/mine/seed=1 is saved at step 1; --resume goes on from there\n" in err
     assert not Path("runs/mine/seed=2").exists()
+
+
+def written(directory):
+    return {path: path.stat().st_mtime_ns for path in Path(directory).rglob("*")}
+
+
+def test_a_step_of_a_run_is_replayed_from_its_record(run):
+    run("train", "mine.yaml", *FLAGS, "--set", "main.logging_steps=1")
+    before = written("runs/mine")
+    code, out, _ = run("replay", "runs/mine", "--step", "5")
+    assert (code, written("runs/mine")) == (0, before)
+    rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["step"] == 6]
+    assert out.startswith('step 5 (the 6th: it is reported in row "step": 6 of metrics.jsonl), from checkpoint-4\n')
+    assert f"  loss: {row['loss']!r}\n" in out
+
+
+def test_a_replay_builds_what_is_allowed(run, folder, monkeypatch):
+    Path("models_to_replay.py").write_text(
+        "from forgather_fn.demo.model import Transformer\ndef tiny(): return Transformer(width=8, layers=1, heads=1)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    allowed = ("--allow", "models_to_replay:tiny")
+    run("train", "mine.yaml", *FLAGS, "--set", "main.model=!partial:models_to_replay:tiny []", *allowed)
+    code, _, err = run("replay", "runs/mine", "--step", "5")
+    assert (code, "--allow models_to_replay:tiny" in err) == (2, True)
+    assert run("replay", "runs/mine", "--step", "5", *allowed)[0] == 0
+
+
+def test_a_replay_of_what_is_not_known_says_what_to_give(run):
+    Path("runs/own").mkdir(parents=True)
+    code, _, err = run("replay", "runs/own", "--step", "3")
+    assert (code, "give --program MODULE:FUNCTION, where FUNCTION(run) gives (program, stream)" in err) == (2, True)
+    code, _, err = run("replay", "runs/own", "--step", "3", "--allow", "x:y")
+    assert (code, "--allow x:y: runs/own is not made again from the record" in err) == (2, True)
 
 
 MODELS = """

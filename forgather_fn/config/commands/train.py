@@ -5,9 +5,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
@@ -19,6 +19,10 @@ from forgather_fn.config.grid import points
 from forgather_fn.config.load import OUTPUT, Loaded, again, load
 from forgather_fn.distributed.launched import number_in
 from forgather_fn.terminal import lines_of, printable
+
+if TYPE_CHECKING:
+    from forgather_fn.data import Stream
+    from forgather_fn.program import Program
 
 _ONE_PROCESS = "!partial:forgather_fn:single"
 _EXAMPLES = """examples:
@@ -125,6 +129,23 @@ def start(main: Any, resume: bool | Path, *, changes: bool) -> Any:
     if isinstance(main, Trainer):
         return main.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume or None)
     raise ConfigError(f"main is {type(main).__name__}: expected a Training, or something with a method train")
+
+
+def rebuilt(run: Path, allow: Collection[str] = ()) -> "tuple[Program, Stream]":
+    """Make the program and the stream of a run again from its record, for ``forgather replay``.
+
+    Raises:
+        ConfigError: It was trained by a trainer of the class layer, or builds what is not allowed.
+    """
+    from forgather_fn.training import Training
+
+    main = again(records.read(run), {}, str(run)).build("main", allow)
+    if not isinstance(main, Training):
+        raise ConfigError(
+            f"{run} was made by {type(main).__name__}, of which no step can be replayed by itself; a program and a "
+            "stream that do the same can: give --program MODULE:FUNCTION, where FUNCTION(run) gives them"
+        )
+    return main.program, main.data
 
 
 def _check_run(run: Path, record: records.Record, options: argparse.Namespace) -> None:
