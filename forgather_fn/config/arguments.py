@@ -7,13 +7,14 @@ from typing import Any, Final
 
 import attrs
 
-from forgather_fn.config.errors import ConfigError
+from forgather_fn.config.errors import ConfigError, Position
 from forgather_fn.config.graph import Call, Graph, Items, Node, Pairs, Ref, Scalar, Var, graph_of
 from forgather_fn.config.hints import nearest
 from forgather_fn.config.parse import parse
 from forgather_fn.config.redact import REDACTED
 from forgather_fn.config.scalars import Value
 from forgather_fn.config.secrets import is_secret
+from forgather_fn.config.text import at
 
 _STEP: Final = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
 
@@ -117,7 +118,7 @@ def replaced(graph: Graph, path: str, text: str) -> Graph:
 
 def _value(path: str, text: str) -> Graph:
     try:
-        return parse(f"x: {text}")
+        return parse(at(f"x: {text}", Position(f"{path}={text}")))
     except ConfigError as error:
         raise ConfigError(f"{path}={text}: {error.problem}") from None
 

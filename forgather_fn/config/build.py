@@ -3,8 +3,8 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Any, Final, Union, get_args, get_origin
 
 import attrs
 
@@ -13,6 +13,8 @@ from forgather_fn.config.errors import ConfigError
 from forgather_fn.config.graph import Call, Graph, Items, Pairs, Ref, Scalar, Var, children
 from forgather_fn.config.hints import nearest
 from forgather_fn.config.walk import make
+
+_KINDS: Final = {int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def build(
@@ -78,6 +80,21 @@ def reached(graph: Graph, start: Ref) -> Iterator[Ref]:
         waiting += new
 
 
+def _numbers(function: Any) -> dict[str, str]:
+    """Tell, of the parameters that are annotated as numbers and nothing else, what they expect."""
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except Exception:  # it has no signature, or its annotations name what is not there
+        return {}
+    found = {}
+    for name, parameter in parameters.items():
+        annotation = parameter.annotation
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        if all(isinstance(one, type) and one in _KINDS for one in kinds):
+            found[name] = " or ".join(_KINDS[one] for one in kinds)
+    return found
+
+
 @attrs.frozen(eq=False)
 class _Builder:
     """Makes objects of nodes."""
@@ -109,6 +126,7 @@ class _Builder:
         function = self._resolved(node, key)
         named = {name: value for name, value in kwargs if name != "submodule_searchpath" or ".py:" not in node.target}
         self._check_names(function, node, named, key)
+        self._check_numbers(function, node, named, key)
         if node.kind == "partial":
             return functools.partial(function, *args, **named) if args or named else function
         try:
@@ -136,6 +154,13 @@ class _Builder:
                 hint = f"did you mean {near}?" if near else f"it has {', '.join(parameters) or 'none'}"
                 where = self.graph.nodes[dict(node.kwargs)[name]].where
                 raise ConfigError(f"{node.target} has no argument {name}: {hint}", where, f"{key}.{name}")
+
+    def _check_numbers(self, function: Any, node: Call, named: Mapping[str, Any], key: str) -> None:
+        """Refuse text, or a collection, for an argument that is a number, at the argument's place."""
+        for name, expected in _numbers(function).items():
+            if isinstance(value := named.get(name), str | list | tuple | dict):
+                where = self.graph.nodes[dict(node.kwargs)[name]].where
+                raise ConfigError(f"{node.target}: {name}={value!r}: expected {expected}", where, f"{key}.{name}")
 
     def _resolved(self, node: Call, key: str) -> Any:
         try:

@@ -23,6 +23,14 @@ class Thing:
         self.args, self.kwargs = args, kwargs
 
 
+def sized(size: int, sizes: list[int] = [], rate: "float | None" = None, other: "Missing" = 1) -> object:  # noqa: B006, F821
+    return size, sizes, rate
+
+
+def numbered(size: int, sizes: list[int] = [], rate: "float | None" = None, text: int | str = 0) -> object:  # noqa: B006
+    return size, sizes, rate, text
+
+
 def nothing() -> None:
     COUNT.append("nothing")
 
@@ -294,3 +302,26 @@ def test_names_that_are_alike_are_told_apart_in_code():
     assert "from torch.nn.modules import Linear as Linear_3\n" in source
     assert namespace["Linear"]().out_features == 2
     assert namespace["samplers"]()[1] is torch.nn.Linear
+
+
+@pytest.mark.parametrize("kind", ["call", "partial"])
+@pytest.mark.parametrize(
+    ("arguments", "message", "line"),
+    [
+        ("size: many", "numbered: size='many': expected an integer", 3),
+        ("size: [3]", r"numbered: size=\[3\]: expected an integer", 3),
+        ("size: 3\n    rate: 1e-3x", "numbered: rate='1e-3x': expected a number or null", 4),
+    ],
+)
+def test_what_is_no_number_is_told_at_its_place(kind, arguments, message, line):
+    with pytest.raises(ConfigError, match=message) as error:
+        build(parse(f"x: 1\nmain: !{kind}:{HERE}:numbered\n    {arguments}\n"), allow=[f"{HERE}:numbered"])
+    assert error.value.position.line == line
+    assert error.value.key == f"main.{arguments.split(chr(10))[-1].partition(':')[0].strip()}"
+
+
+def test_what_may_be_something_else_is_left_to_what_is_called():
+    text = "main: !call:{}:numbered {{size: 3, sizes: [4], rate: ~, text: x}}"
+    assert build(parse(text.format(HERE)), allow=[f"{HERE}:numbered"]) == (3, [4], None, "x")
+    text = "main: !call:{}:sized {{size: x}}"  # whose annotations cannot be told
+    assert build(parse(text.format(HERE)), allow=[f"{HERE}:sized"]) == ("x", [], None)

@@ -249,6 +249,7 @@ def test_what_a_configuration_declares_is_in_the_help(run, capsys):
         ("train min.yaml", "there is no configuration 'min.yaml': did you mean 'mine.yaml'?"),
         ("train mine.yaml --set x=1", "no template refers to the variable x"),
         ("train mine.yaml --set contxt=1", "no template refers to the variable contxt: did you mean context?"),
+        ("train mine.yaml --set main.max_steps=many", "assembled: max_steps='many': expected an integer"),
         ("train mine.yaml --set main.max_stps=1", "assembled has no argument max_stps: did you mean max_steps?"),
         ("train mine.yaml --set context", "--set context: expected NAME=VALUE"),
         ("train mine.yaml --set context=!call:x", "context=!call:x: a variable takes plain values; it calls x"),
@@ -292,6 +293,11 @@ def test_an_error_shows_the_line_of_the_template(run):
         "    | max_steps: !int 3",
         "  key main.max_steps",
     ]
+
+
+def test_an_error_shows_the_setting(run):
+    _, _, err = run("train", "mine.yaml", *FLAGS, "--set", "main.max_steps=many")
+    assert err.splitlines()[1:] == ["  at main.max_steps=many", "  key main.max_steps"]
 
 
 def test_debug_shows_where_an_error_arose(run):
