@@ -45,8 +45,11 @@ def tell(ending: Ending) -> Callable[[], None]:
     own = threading.current_thread()
     before, before_in_threads = sys.excepthook, threading.excepthook
 
+    last: list[BaseException] = []
+
     def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         ending.fail(error)
+        last.append(error)
         before(kind, error, trace)
 
     def uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
@@ -62,7 +65,7 @@ def tell(ending: Ending) -> Callable[[], None]:
 
     def leaving() -> None:
         _told.discard(ending)
-        ending.leave(sys.exc_info()[1])
+        ending.leave(sys.exc_info()[1] or (last[-1] if last else None))
 
     def undo() -> None:
         at_exit.cancel()
@@ -77,7 +80,7 @@ def tell(ending: Ending) -> Callable[[], None]:
     sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
     # What atexit calls, and what processes call that multiprocessing has forked, which end without atexit, and without
     # excepthook. (What it does is undone by a process that was forked from this one.)
-    # As of Python 3.13 the error is no longer there by then: it was printed, which is what can be heard of it.
+    # As of Python 3.13 the error is no longer there by then: it was printed, which is when it is heard of.
     before_in_forks = traceback.print_exc
     traceback.print_exc = uncaught_in_fork
     at_exit = Finalize(None, leaving, exitpriority=100)

@@ -235,6 +235,8 @@ class Watcher:
             return
         if error is not None and not _is_peaceful(error):
             self.fail(error)
+            if self._cause is None:  # all raise it, and so it is told to none; but the launcher is to name it
+                _tell_launcher(error)
         self._say(Left(self._begun) if self._cause is None else Failed(self._cause))
         self._closed = True
         self._rouse()

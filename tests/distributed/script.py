@@ -11,7 +11,7 @@ from torch import distributed
 
 from forgather_fn import interrupt
 from forgather_fn.distributed.watch import watching
-from forgather_fn.world import World
+from forgather_fn.world import World, known_to_all
 
 
 def main(how: str) -> None:
@@ -22,6 +22,8 @@ def main(how: str) -> None:
     with interrupt.listening() as signalled:
         total = accelerator.reduce(torch.ones(1))  # after it, all of them listen
         say(f"rank {world.rank} of {accelerator.num_processes}: {total.item():g}, {sys.argv[1:]}")
+        if how == "together":
+            raise known_to_all(ValueError("what all are told"))
         if how != "wait" and world.rank == 1:
             time.sleep(0.5)
             say(f"failing at {time.time()}")

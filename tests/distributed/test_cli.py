@@ -127,6 +127,13 @@ def test_an_error_on_one_process_ends_the_run_and_is_named():
     assert re.search(r"Root Cause[^=]*rank +: 1[^=]*ValueError: what", done.stderr)
 
 
+def test_an_error_that_all_processes_raise_is_in_the_summary():
+    done = subprocess.run([*FORGATHER, SCRIPT, "together"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "failed: " not in done.stderr  # it is told by each, and of none
+    assert re.search(r"Root Cause[^=]*rank +: [01][^=]*ValueError: what all are told", done.stderr)
+
+
 def test_a_process_that_is_killed_ends_a_run_of_accelerate_launch():
     done = subprocess.run([*ACCELERATE, SCRIPT, "kill"], capture_output=True, text=True, timeout=120, check=False)
     ended = time.time()

@@ -1,5 +1,6 @@
 import sys
 import threading
+from unittest.mock import Mock
 
 import attrs
 import pytest
@@ -12,12 +13,14 @@ class Noting:
     """Notes what it is told."""
 
     told: list[object] = attrs.field(factory=list)
+    ended: list[object] = attrs.field(factory=list)
 
     def fail(self, error):
         self.told.append(error)
 
     def leave(self, error):
         self.told.append("left")
+        self.ended.append(error)
 
     def forget(self):
         self.told.append("forgotten")
@@ -49,6 +52,19 @@ def test_an_error_that_nobody_caught_is_told_and_passed_on(previous):
     undo()
     sys.excepthook(ValueError, error, None)
     assert (ending.told, previous) == ([error], [error, error])
+
+
+def test_an_error_that_nobody_caught_is_known_at_the_end(previous, monkeypatch):
+    finalize = Mock()  # what is called where Python 3.13 has forgotten the error
+    monkeypatch.setattr(hooks, "Finalize", finalize)
+    ending, error = Noting(), ValueError()
+    undo = hooks.tell(ending)
+    leaving = finalize.call_args.args[1]
+    leaving()
+    sys.excepthook(ValueError, error, None)
+    leaving()
+    undo()
+    assert (ending.told, ending.ended) == (["left", error, "left"], [None, error])
 
 
 def test_threads_count_where_they_train(previous):
