@@ -69,3 +69,18 @@ def superseded(entries: Sequence[Entry], policy: Policy) -> list[Entry]:
     if policy.resumed_from is not None:
         kept.add(policy.resumed_from)
     return [entry for entry in ours if entry.path not in kept and not (entry.manifest and entry.manifest.pinned)]
+
+
+def replaced(entries: Sequence[Entry], step: int) -> Entry | None:
+    """Find the newest checkpoint of another training, which one that begins at a step did not go on from.
+
+    A training that goes on, or goes back and branches, begins at the step of a checkpoint, or after the newest.
+
+    Args:
+        entries: In the order of their commits.
+        step: Where the training begins.
+    """
+    ours = [entry for entry in entries if entry.whole and entry.manifest]
+    if not ours or step >= ours[-1].step or any(entry.step == step for entry in ours):
+        return None
+    return ours[-1]

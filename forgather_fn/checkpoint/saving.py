@@ -16,7 +16,7 @@ from forgather_fn.alike import bits
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
 from forgather_fn.checkpoint.lock import locked
-from forgather_fn.checkpoint.rotation import Best, Policy
+from forgather_fn.checkpoint.rotation import Best, Policy, replaced
 from forgather_fn.checkpoint.shards import commit_portions
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
@@ -114,6 +114,9 @@ def saved(
     training goes on; the failure is reported as ``save_failures``, the next look tries again, and the run fails after
     several in a row, or at its end. Of several processes the first one writes, and all of them know of its failures.
 
+    When the stream begins before the newest checkpoint of the run, and at a step of which there is none, a warning says
+    that it replaces those of another training; it is silent where ``resumed_from`` says what it goes on from.
+
     Args:
         run: The run directory; checkpoints lie in its ``checkpoints/``.
         keep: How many of the newest are kept; None for all.
@@ -181,14 +184,28 @@ class _Writer:
         self.world = steps.world
         self.world.begin("a stream that is saved")
         check_same(self.world.gather(self.named), _UNLIKE)
-        self.world.first(self._begin)
+        self.world.first(lambda: self._begin(steps.state.step))
         self.errors, self.last, self.stream, self.known = [], None, None, set()
 
-    def _begin(self) -> None:
+    def _begin(self, step: int) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.run))
             self.session = open_session(self.run)
+            if self.policy.resumed_from is None:
+                self._tell_of_other(step)
             self.stack = stack.pop_all()
+
+    def _tell_of_other(self, step: int) -> None:
+        """Warn of checkpoints that the state which the stream begins with was not made from."""
+        other = replaced(catalog.list_checkpoints(self.run), step)
+        if other is not None:
+            warnings.warn(
+                f"saved({str(self.run)!r}): the run holds checkpoints up to step {other.step} of an earlier training, "
+                f"and the stream begins at step {step}, of which there is none: go on with program.restore(run), or "
+                "use another directory. The older checkpoints are replaced as their steps pass, and until the first "
+                "save the newest of the run is one of them",
+                stacklevel=2,
+            )
 
     def observe(self, tick: Tick) -> Mapping[str, float]:
         self.world.begin("a save")

@@ -38,6 +38,9 @@ from tests.checkpoint.faults import (
 from tests.checkpoint.subjects import BATCHES, STEPS, finished, small, trajectory
 from tests.toys import assert_equal
 
+# A scenario goes on, in the run of another training, from a state of which the run has no checkpoint.
+pytestmark = pytest.mark.filterwarnings("ignore:.* of an earlier training")
+
 
 @functools.cache
 def program():

@@ -229,7 +229,8 @@ class TestTheEnd:
         stage = ff.every(5, saved(tmp_path))
         trained(program, stage, batches=BATCHES[:3])
         other, _ = program.step(ff.fold(program.step, program.init(0), BATCHES[:2]), BATCHES[5])
-        trained(program, stage, batches=[*BATCHES[:2], BATCHES[5]])
+        with pytest.warns(UserWarning, match="of an earlier training"):
+            trained(program, stage, batches=[*BATCHES[:2], BATCHES[5]])
         assert_equal(program.restore(tmp_path), other)
 
     def test_is_waited_for(self, program, tmp_path):
@@ -243,6 +244,45 @@ class TestTheEnd:
         assert not [thread for thread in threading.enumerate() if "checkpoint" in thread.name]
 
 
+class TestARunThatHoldsCheckpoints:
+    def test_of_another_training_is_told_when_the_stream_begins(self, program, tmp_path):
+        trained(program, ff.every(4, saved(tmp_path)))
+        stage = ff.every(100, saved(tmp_path))
+        ticks = iter(stage(program.steps(program.init(1), BATCHES)))
+        with pytest.warns(
+            UserWarning, match=r"checkpoints up to step 8 of an earlier training, .*program\.restore\(run"
+        ):
+            next(ticks)
+        ticks.close()
+
+    def test_as_an_error_gives_the_lock_up(self, program, tmp_path):
+        trained(program, ff.every(4, saved(tmp_path)))
+        with pytest.raises(UserWarning, match="of an earlier training"):
+            trained(program, ff.every(4, saved(tmp_path)))
+        toolz.pipe(program.steps(program.restore(tmp_path), BATCHES), ff.every(4, saved(tmp_path)), ff.last)
+
+    def test_that_is_gone_on_from_is_no_news(self, program, tmp_path, recwarn):
+        trained(program, ff.every(4, saved(tmp_path)), ff.until(steps=6))
+        toolz.pipe(program.steps(program.restore(tmp_path), BATCHES[6:]), ff.every(4, saved(tmp_path)), ff.last)
+        assert steps(tmp_path) == [4, 6, 8]
+        assert not recwarn.list
+
+    def test_that_went_back_to_one_of_them_is_no_news(self, program, tmp_path, recwarn):
+        trained(program, ff.every(2, saved(tmp_path)))
+        earlier = program.restore(tmp_path / "checkpoints" / "checkpoint-4")
+        toolz.pipe(program.steps(earlier, BATCHES[4:]), ff.every(1, saved(tmp_path)), ff.until(steps=5), ff.last)
+        toolz.pipe(program.steps(program.restore(tmp_path), BATCHES[5:]), ff.every(4, saved(tmp_path)), ff.last)
+        assert steps(tmp_path) == [2, 4, 6, 5, 8]
+        assert not recwarn.list
+
+    def test_from_which_weights_alone_are_taken_is_no_news_where_that_is_said(self, program, tmp_path, recwarn):
+        trained(program, ff.every(4, saved(tmp_path)))
+        state = program.restore(tmp_path, without={"progress"})
+        stage = ff.every(4, saved(tmp_path, resumed_from=tmp_path))
+        toolz.pipe(program.steps(state, BATCHES), stage, ff.until(steps=2), ff.last)
+        assert not recwarn.list
+
+
 class TestStages:
     @pytest.mark.parametrize("async_", [True, False])
     @pytest.mark.parametrize(
@@ -253,7 +293,8 @@ class TestStages:
         trained(program, ff.at(1, saver), last(saver), ff.at(4, saver))
         assert steps(tmp_path / "run") == found
         assert_equal(program.restore(tmp_path / "run"), trajectory()[STEPS])
-        trained(program, ff.every(4, saved(tmp_path / "run")))  # the lock was given up
+        again = program.steps(program.restore(tmp_path / "run"), BATCHES)
+        toolz.pipe(again, ff.every(4, saved(tmp_path / "run")), ff.last)  # the lock was given up
 
     def test_two_of_them_tell_of_their_failures_together(self, program, tmp_path):
         seen = []
@@ -326,8 +367,9 @@ class TestKeep:
 
     def test_a_pinned_one_stays(self, program, tmp_path):
         program.init(0)
-        save(program, trajectory()[1], tmp_path, pinned=True)
-        trained(program, ff.every(2, saved(tmp_path, keep=1)))
+        state = trajectory()[1]
+        save(program, state, tmp_path, pinned=True)
+        toolz.pipe(program.steps(state.copy(), BATCHES[1:]), ff.every(2, saved(tmp_path, keep=1)), ff.last)
         assert steps(tmp_path) == [1, 8]
 
     @pytest.mark.parametrize("kind", ["checkpoint", "relative", "link", "run"])
@@ -421,7 +463,7 @@ class TestTrouble:
 
     def test_too_often_in_a_row_ends_the_run(self, program, tmp_path):
         program.init(0)
-        save(program, trajectory()[1], tmp_path)
+        save(program, program.init(0), tmp_path)
         seen = []
         with (
             Calls(from_then_on(1, failing(errno.ENOSPC))).watched(),
@@ -431,7 +473,7 @@ class TestTrouble:
         text = str(caught.value)
         assert text.startswith(f"3 saves to {tmp_path} in a row have failed, the last with OSError: [Errno 28]")
         assert "The newest whole checkpoint is " in text
-        assert "checkpoint-1." in text
+        assert "checkpoint-0." in text
         assert isinstance(caught.value.__cause__, OSError)
         assert seen == [1, 2, 3]
 
@@ -499,8 +541,9 @@ class TestTrouble:
     def test_leaves_what_was_saved_as_it_was(self, program, tmp_path):
         trained(program, ff.at(2, saved(tmp_path)), batches=BATCHES[:2])
         before = content(tmp_path / "checkpoints")
+        on = ff.every(4, saved(tmp_path, keep=1))(program.steps(program.restore(tmp_path), BATCHES[2:]))
         with Calls(from_then_on(3, failing(errno.ENOSPC))).watched(), pytest.raises(SaveError):
-            trained(program, ff.every(4, saved(tmp_path, keep=1)))
+            ff.last(on)
         assert latest(tmp_path).step == 2
         kept = content(tmp_path / "checkpoints")
         assert {name: kept[name] for name in before} == before
