@@ -114,6 +114,12 @@ class TestByUnit:
         chosen = {name: adaptive(plain[name], before[name], 1e-3, 1e-3) for name in ("0.weight", "0.bias")}
         assert_close(found, dict(plain) | chosen)
 
+    @pytest.mark.parametrize("match", ["head.*", lambda name, tensor: tensor.dim() > 7])
+    def test_a_pattern_that_matches_nothing_is_refused(self, match):
+        made = program(classifier(), transforms=[transforms.clipped_by_unit(match=match)])
+        with pytest.raises(ValueError, match=r"clipped_by_unit: .* matches no parameter; the parameters are '0\.bias'"):
+            made.init(0)
+
 
 class TestCentralised:
     @STORAGES

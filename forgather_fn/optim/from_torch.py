@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forgather_fn.describe import describe, described
-from forgather_fn.flat import Flat
+from forgather_fn.flat import Flat, listed
 from forgather_fn.gradient import Gradients
 from forgather_fn.groups import Group, Predicate, assigner, matrices, schedules_of
 from forgather_fn.hyper import Scheduled
@@ -58,7 +58,8 @@ def from_torch(
         groups: Parameters with hyperparameters of their own.
 
     Raises:
-        ValueError: When a state is made: the optimizer needs a closure, or is not an optimizer.
+        ValueError: When a state is made: the optimizer needs a closure, is not an optimizer, or has other parameters
+            than those that it was given, or other groups of them.
     """
     mine = f"from_torch {next(_numbers)}"
 
@@ -113,7 +114,34 @@ def _adapt(factory: TorchFactory, params: Flat) -> Adapted:
             f"from_torch: {type(optimizer).__name__} evaluates the loss several times a step (its step needs a "
             "closure), which a pure update cannot do"
         )
+    _check_parameters(factory, optimizer, rows, leaves)
     return Adapted(optimizer, leaves, _options(optimizer))
+
+
+def _check_parameters(
+    factory: TorchFactory,
+    optimizer: torch.optim.Optimizer,
+    given: Sequence[Mapping[str, Any]],
+    leaves: Mapping[str, Tensor],
+) -> None:
+    """Make sure that the optimizer steps what it was given, and nothing else: others would not move, or alone."""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    held = [id(leaf) for row in optimizer.param_groups for leaf in row["params"]]
+    missing = [name for name in leaves if id(leaves[name]) not in held]
+    strange = sum(one not in names for one in held)
+    made = f"from_torch: {describe(factory)} made {type(optimizer).__name__}"
+    if missing or strange:
+        raise ValueError(
+            f"{made} over other parameters than those that it was given: it lacks {listed(missing)}, and has {strange} "
+            "others. Give it the parameter groups that the function takes: lambda groups: torch.optim.SGD(groups, "
+            "lr=0.1); parameters that are not to be trained have requires_grad=False in the model"
+        )
+    sizes, found = ([len(row["params"]) for row in rows] for rows in (given, optimizer.param_groups))
+    if sizes != found:
+        raise ValueError(
+            f"{made} with {len(found)} groups, of {found} parameters, and was given {len(sizes)}, of {sizes}: hand "
+            "them on as they are, since each has a learning rate and a weight decay of its own"
+        )
 
 
 def _options(optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], ...]:

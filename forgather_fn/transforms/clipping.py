@@ -21,6 +21,12 @@ def _check(name: str, what: str, number: float) -> None:
         raise ValueError(f"{name}: {what} must be a positive number, got {number}")
 
 
+def _check_matching(name: str, one: str | Predicate, params: Mapping[str, Tensor]) -> None:
+    """Refuse a pattern, or a predicate, that would clip nothing."""
+    if not any(matches(one, parameter, tensor) for parameter, tensor in params.items()):
+        raise ValueError(f"{name}: {describe(one)} matches no parameter; the parameters are {listed(sorted(params))}")
+
+
 @described
 def clipped(max_norm: float | Schedule | None) -> Transform:
     """Scale the gradient down so that its 2-norm over all parameters is at most ``max_norm``.
@@ -118,11 +124,7 @@ def clipped_by_group(limits: Mapping[str | Predicate, float]) -> Transform:
 
     def init(params: Mapping[str, Tensor]) -> None:
         for one in limits:
-            if not any(matches(one, name, tensor) for name, tensor in params.items()):
-                raise ValueError(
-                    f"clipped_by_group: {describe(one)} matches no parameter; the parameters are "
-                    f"{listed(sorted(params))}"
-                )
+            _check_matching("clipped_by_group", one, params)
 
     def update(
         gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
@@ -158,10 +160,13 @@ def clipped_by_unit(ratio: float = 0.01, *, eps: float = 1e-3, match: str | Pred
         match: Which parameters: a pattern for the qualified name, or a predicate of name and tensor.
 
     Raises:
-        ValueError: A number is not positive.
+        ValueError: A number is not positive; or, when a state is made, ``match`` matches no parameter.
     """
     _check("clipped_by_unit", "ratio", ratio)
     _check("clipped_by_unit", "eps", eps)
+
+    def init(params: Mapping[str, Tensor]) -> None:
+        _check_matching("clipped_by_unit", match, params)
 
     def update(
         gradients: Gradients, state: Any, *, params: Mapping[str, Tensor], step: int | Tensor, seed: int | Tensor
@@ -176,7 +181,7 @@ def clipped_by_unit(ratio: float = 0.01, *, eps: float = 1e-3, match: str | Pred
             view.mul_(factor.to(view.dtype))
         return gradients, state
 
-    return Transform(nothing, update)
+    return Transform(init, update)
 
 
 def unit_norms(tensor: Tensor) -> Tensor:

@@ -172,8 +172,17 @@ class NeedsClosure(torch.optim.Optimizer):
         (lambda rows: torch.optim.LBFGS(rows[0]["params"]), "LBFGS evaluates the loss several times"),
         (lambda rows: "sgd", "returned str, not an optimizer"),
         (NeedsClosure, "closure"),
+        (
+            lambda rows: torch.optim.SGD(classifier().parameters(), lr=0.1),
+            r"SGD over other parameters than those that it was given: it lacks '0\.weight', .* and has 4 others",
+        ),
+        (lambda rows: torch.optim.SGD(rows[0]["params"][1:], lr=0.1), r"lacks '0\.weight', and has 0 others"),
+        (
+            lambda rows: torch.optim.SGD([{"params": [one]} for one in rows[0]["params"]], lr=0.1),
+            r"SGD with 4 groups, of \[1, 1, 1, 1\] parameters, and was given 1, of \[4\]",
+        ),
     ],
-    ids=["lbfgs", "none", "closure"],
+    ids=["lbfgs", "none", "closure", "other parameters", "fewer parameters", "other groups"],
 )
 def test_what_cannot_be_a_pure_update_is_refused_and_consumes_nothing(factory, message):
     states = []
