@@ -386,5 +386,9 @@ def fold(
 
     Training is a fold: ``fold(step, state, a + b) == fold(step, fold(step, state, a), b)``, and going on from a saved
     state is its corollary.
+
+    Raises:
+        TypeError: ``batches`` is a stream, which says too little: ``stream.start(seed=0, samples=0)`` gives batches.
     """
-    return functools.reduce(lambda state, batch: step(state, batch)[0], batches, state)
+    # iter: a stream says how it is read, where reduce would say that it does not support iteration
+    return functools.reduce(lambda state, batch: step(state, batch)[0], iter(batches), state)

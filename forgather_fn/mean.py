@@ -21,6 +21,9 @@ class Mean:
         >>> import torch
         >>> float(Mean(torch.tensor(6.0), 2) + Mean(torch.tensor(1.0), 5))
         1.0
+        >>> mean = Mean(torch.tensor(2.0), 3)
+        >>> f"{mean:.3f}", mean.item()
+        ('0.667', 0.6666666865348816)
     """
 
     total: Tensor
@@ -43,6 +46,14 @@ class Mean:
     def __float__(self) -> float:
         """Divide on the host. This waits for the device."""
         return float(self.value())
+
+    def __format__(self, spec: str) -> str:
+        """Write the quotient, as ``f"{mean:.3f}"`` asks for it; without a format, sum and weight as ``repr`` does."""
+        return format(float(self), spec) if spec else repr(self)
+
+    def item(self) -> float:
+        """Divide on the host, as ``float`` does: what a loss that is a tensor has under this name."""
+        return float(self)
 
 
 def summed(means: Iterable[Mean]) -> Mean:

@@ -192,6 +192,11 @@ class TestFold:
             parts = labelled_batches(4)[:cut], labelled_batches(4)[cut:]
             assert_equal(ff.fold(made.step, ff.fold(made.step, begun, parts[0]), parts[1]), whole)
 
+    def test_a_stream_says_how_it_is_folded_over(self, made):
+        stream = ff.batches(labelled(8), batch_size=4)
+        with pytest.raises(TypeError, match=r"stream\.start\(seed=0, samples=0\)"):
+            ff.fold(made.step, made.init(0), stream)
+
     def test_nothing_to_fold_gives_the_state_itself(self, made):
         state = made.init(0)
         assert ff.fold(made.step, state, []) is state

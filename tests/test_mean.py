@@ -33,6 +33,12 @@ def test_a_mean_over_nothing_is_nan():
     assert math.isnan(float(Mean(torch.tensor(0.0), torch.tensor(0))))
 
 
+def test_a_mean_is_written_and_read_as_a_number_is():
+    mean = Mean(torch.tensor(1.0), 8)
+    assert (f"{mean:.3f}", f"{mean:8.2e}", mean.item()) == ("0.125", "1.25e-01", 0.125)
+    assert f"{mean}" == str(mean) == repr(mean) == "Mean(total=tensor(1.), weight=8)"
+
+
 def test_long_sums_of_detached_means_stay_exact():
     # 1 + 2**-25 is 1 in float32: ten million of such additions would be lost.
     part = Mean(torch.tensor(2.0**-25), 0).detach()
