@@ -1,7 +1,8 @@
 """Control: stages that end the stream."""
 
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 
@@ -24,7 +25,7 @@ def until(
 ) -> Stage:
     """End the stream when any of these is reached; it never pulls past its last tick.
 
-    A state that is already there gives no tick.
+    A state that is already there gives no tick. Where the data end before, a warning says so.
 
     Args:
         steps: The state's step.
@@ -70,10 +71,26 @@ def until(
                         return
                     if seconds is not None and agreed(clock() - started >= seconds):
                         return
+            course = demand.outcome.course
+            if demand.outcome.exhausted and course is not None and upstream.world.main:
+                _tell_of_short_data(course.state.step, ends, data)
 
         return attrs.evolve(upstream, open=opened)
 
     return stage
+
+
+def _tell_of_short_data(step: int, ends: Mapping[str, float], data: Data) -> None:
+    """Warn of data that ended before what was asked for; time is what may be used, and not what is to be reached."""
+    asked = " or ".join(f"{end} {name}" for name, end in ends.items() if name != "seconds")
+    if not asked:
+        return
+    why = (
+        "the stream was made with epochs=..., or its source ends: leave epochs out, and it goes on for ever"
+        if isinstance(data, Stream)
+        else f"a {type(data).__name__} is read once: ff.batches(dataset, batch_size=...) reads it again and again"
+    )
+    warnings.warn(f"the data ended at step {step}, before the {asked} that until was asked for; {why}", stacklevel=3)
 
 
 def _horizon(epochs: float | None, data: Data, state: TrainState) -> int | None:
@@ -94,8 +111,10 @@ def early_stopped(
     checkpoint counts on. A state that is there already gives no tick, as with :func:`until`; to train it further,
     restore it with ``without={"controls"}``.
 
+    A stream that ends without a result of this name, in which it could not act, ends with a warning.
+
     Args:
-        metric: The name of a result of an observer, upstream or downstream.
+        metric: The name of a result of an observer, upstream or downstream; not of a metric of the step.
         patience: After how many looks without improvement in a row the stream ends.
         min_delta: By how much a result must be better than the best to count.
         greater_is_better: Of the numbers compared; False where less is better.

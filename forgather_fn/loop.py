@@ -7,22 +7,21 @@ observers want of a step is known before it runs, so that a step that nobody loo
 """
 
 import contextlib
-import difflib
 import functools
-import itertools
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import attrs
 
 from forgather_fn import interrupt, joining
+from forgather_fn.course import Course as Course
+from forgather_fn.course import Demand as Demand
+from forgather_fn.course import heard, tell_of_silence
 from forgather_fn.data import Stream
 from forgather_fn.dispatch import closing
 from forgather_fn.plan import Plan
 from forgather_fn.program import Metrics, Program
-from forgather_fn.reducers import Control
 from forgather_fn.state import TrainState, as_state, raise_if_nonfinite
 from forgather_fn.world import ALONE, World
 
@@ -30,21 +29,6 @@ Clock = Callable[[], float]
 Data = Iterable[Any] | Stream
 """What a run is trained on: a stream, which starts anywhere, or any iterable of batches, which starts where it does."""
 Batch = TypeVar("Batch")
-
-
-@attrs.define(eq=False)
-class Course:
-    """Where an open stream stands: the one thing that stages may replace between two steps.
-
-    Attributes:
-        state: What the next step consumes.
-        controls: What is made of results as they are found; see :class:`~forgather_fn.reducers.Control`.
-        found: The names of all results so far, and what found each the last time.
-    """
-
-    state: TrainState
-    controls: tuple[Control, ...]
-    found: dict[str, object] = attrs.field(factory=dict)
 
 
 @attrs.frozen(eq=False)
@@ -170,56 +154,6 @@ def _position(state: TrainState) -> tuple[Any, ...]:
     return state.step, state.samples, state.seed, state.data, state.batch_size, state.cursor
 
 
-@attrs.frozen(eq=False)
-class Demand:
-    """What stages downstream ask of the source, before it runs.
-
-    Attributes:
-        wants: For each observer, ``step -> names``: what it wants of the step that leads to that number.
-        horizon: The step at which the stream will end, if known.
-        controls: What is to be made of results where they are found, so that whatever saves after that saves it too.
-        kept: Under which names stages keep something in the state's ``controls``.
-    """
-
-    wants: tuple[Callable[[int], frozenset[str]], ...] = ()
-    horizon: int | None = None
-    controls: tuple[Control, ...] = ()
-    kept: frozenset[str] = frozenset()
-
-    def at(self, step: int) -> frozenset[str]:
-        """Join what all observers want of the step that leads to this number."""
-        return frozenset(itertools.chain.from_iterable(want(step) for want in self.wants))
-
-    def wanting(self, wants: Callable[[int], frozenset[str]]) -> "Demand":
-        """Add an observer's wants."""
-        return attrs.evolve(self, wants=(*self.wants, wants))
-
-    def keeping(self, control: Control) -> "Demand":
-        """Add what a stage makes of results.
-
-        Raises:
-            ValueError: Another stage keeps something under the same name.
-        """
-        return attrs.evolve(self.keeping_as(control.name), controls=(*self.controls, control))
-
-    def keeping_as(self, name: str) -> "Demand":
-        """Add the name under which a stage keeps something.
-
-        Raises:
-            ValueError: Another stage keeps something under it.
-        """
-        if name in self.kept:
-            raise ValueError(
-                f"two stages keep something under controls[{name!r}]; leave one of them out, or give it another name"
-            )
-        return attrs.evolve(self, kept=self.kept | {name})
-
-    def ending(self, step: int | None) -> "Demand":
-        """Add an end; the earliest counts."""
-        known = [end for end in (self.horizon, step) if end is not None]
-        return attrs.evolve(self, horizon=min(known, default=None))
-
-
 class Answer(Protocol):
     """Do at a tick, because someone asked for it, what is otherwise done on a schedule."""
 
@@ -254,9 +188,12 @@ class Steps(Iterable[Tick]):
     def __iter__(self) -> Iterator[Tick]:
         """Run the stream; signals that ask it to end are heeded while it runs."""
         with interrupt.listening() as signalled:
-            yield from self.open(Demand())
+            demand = Demand()
+            yield from self.open(demand)
             if signalled() in interrupt.PREEMPTIONS:
                 raise interrupt.Preempted(signalled())
+            if not signalled() and demand.outcome.course is not None:
+                tell_of_silence(demand.outcome.course)
 
 
 Stage = Callable[[Steps], Steps]
@@ -330,40 +267,21 @@ def _ticks(program: Program, state: TrainState, data: Data, demand: Demand) -> I
         demand = demand.ending(None if left is None else state.step + left)
     for name in (*(control.name for control in program.plan.controls), joining.MEMBERS):
         demand.keeping_as(name)
-    course = Course(state, (*program.plan.controls, *demand.controls))
+    course = demand.outcome.course = Course(state, (*program.plan.controls, *demand.controls))
     run = Run(program, data, state.step, demand.horizon, course)
     batches = program.batches(state, data)
     agreed = program.world.polled()
-    with program.world.telling(), _heard(course), closing(batches), contextlib.suppress(interrupt.Interrupted):
+    with program.world.telling(), heard(course), closing(batches), contextlib.suppress(interrupt.Interrupted):
         if program.world.size == 1:  # several heed a signal together, after a step
             interrupt.check()
         for batch in batches:
             course.state, metrics = program.step(course.state, batch, wants=demand.at(course.state.step + 1))
+            course.metrics = metrics
             yield Tick(course.state, metrics, batch, run)
             if number := agreed(interrupt.requested()):
                 interrupt.adopt(number)
                 return
-
-
-@contextlib.contextmanager
-def _heard(course: Course) -> Iterator[None]:
-    """Warn at the end of a stream of what waited for a result that never came, where there were others."""
-    try:
-        yield
-    finally:
-        for control in course.controls:
-            tell_unheard(control.name, control.metric, course.found)
-
-
-def tell_unheard(name: str, metric: str, found: Collection[str]) -> None:
-    """Warn that a result never came, where there were others; of those the ones first that are called alike."""
-    if found and metric not in found:
-        known = difflib.get_close_matches(metric, found, n=5, cutoff=0.0)
-        warnings.warn(
-            f"{name!r} waited for a result named {metric!r}, which no observer found; they found "
-            f"{', '.join(map(repr, known))}",
-            stacklevel=3,
-        )
+        demand.outcome.exhausted = True
 
 
 def last(steps: Steps) -> TrainState:

@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import math
+import signal
 
 import pytest
 import toolz
@@ -82,6 +84,67 @@ class TestUntil:
         assert (state.step, state.tokens.item()) == (3, 6)
 
 
+class TestDataThatEndBefore:
+    @pytest.mark.parametrize(
+        ("given", "ends", "message"),
+        [
+            (
+                labelled_batches(3),
+                {"steps": 30},
+                r"step 3, before the 30 steps that until was asked for; a list is read on",
+            ),
+            (labelled_batches(2), {"tokens": 99, "seconds": 1e9}, "step 2, before the 99 tokens that until was"),
+            (
+                data(epochs=1),
+                {"epochs": 2, "steps": 9},
+                "step 3, before the 9 steps or 2 epochs that .*; the stream was m",
+            ),
+            ([], {"steps": 1}, "the data ended at step 0, before the 1 steps"),
+        ],
+        ids=["a list", "tokens", "a stream", "nothing"],
+    )
+    def test_are_told_once(self, made, given, ends, message):
+        with pytest.warns(UserWarning, match=message) as told:
+            toolz.pipe(made.steps(made.init(0), given), ff.until(**ends), ff.every(1, lambda tick: None), ff.last)
+        assert len(told) == 1
+
+    @pytest.mark.parametrize(
+        ("ends", "stages"),
+        [
+            ({"steps": 3}, []),
+            ({"steps": 9}, [ff.until(steps=3)]),
+            ({"steps": 9}, [ff.stopped_by(lambda tick: tick.state.step == 3)]),
+            ({"seconds": 1e9}, []),
+        ],
+        ids=["reached", "an earlier end", "another end", "time"],
+    )
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_but_no_other_end_is(self, made, ends, stages, place, recwarn):
+        stages = [*stages, ff.until(**ends)] if place == "before" else [ff.until(**ends), *stages]
+        toolz.pipe(made.steps(made.init(0), labelled_batches(3)), *stages, ff.last)
+        assert not recwarn.list
+
+    def test_nor_a_loop_that_is_left_or_broken(self, made, recwarn):
+        for tick in ff.until(steps=9)(made.steps(made.init(0), labelled_batches(3))):
+            if tick.state.step == 3:
+                break
+        ticks = iter(ff.until(steps=9)(made.steps(made.init(0), labelled_batches(3))))
+        next(ticks)
+        with pytest.raises(KeyError):
+            ticks.throw(KeyError("mine"))
+        assert not recwarn.list
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_nor_a_signal(self, made, number, recwarn):
+        def send(tick):
+            if tick.state.step == 3:
+                signal.raise_signal(number)
+
+        with contextlib.suppress(ff.Preempted):
+            toolz.pipe(made.steps(made.init(0), labelled_batches(3)), ff.every(1, send), ff.until(steps=9), ff.last)
+        assert not recwarn.list
+
+
 class TestHorizon:
     def horizon(self, made, stream, *stages, begun=0):
         state = toolz.pipe(made.steps(made.init(0), stream), ff.until(steps=begun), ff.last)
@@ -144,6 +207,33 @@ class TestEarlyStopped:
     def test_other_results_are_not_looked_at_and_named_at_the_end(self, made):
         with pytest.warns(UserWarning, match="waited for a result named 'eval_accuracy', which no observer found"):
             assert stopped_at(made, [1, 1, 1, 1], metric="eval_accuracy", patience=1) == 4
+
+    def test_where_no_observer_found_anything_is_told_at_the_end(self, made):
+        with pytest.warns(
+            UserWarning, match=r"'eval_loss', and no observer found any while .* step 2: .*evaluated"
+        ) as told:
+            assert stopped_at(made, [None, None], patience=1) == 2
+        assert len(told) == 1
+
+    @pytest.mark.parametrize("values", [[None, None], [1.0, 1.0]], ids=["no result", "another result"])
+    def test_a_metric_of_the_step_is_told_from_a_result(self, made, values):
+        with pytest.warns(UserWarning, match=r"\. 'loss' is a metric of the step, and .*\{'train_loss': float"):
+            stopped_at(made, values, metric="loss", patience=1)
+
+    def test_what_was_found_before_a_run_went_on_is_enough(self, made, recwarn):
+        state = toolz.pipe(
+            made.steps(made.init(0), labelled_batches(2)),
+            ff.every(1, lambda tick: {"eval_loss": 1.0}),
+            ff.early_stopped(patience=5),
+            ff.last,
+        )
+        toolz.pipe(made.steps(state, labelled_batches(2)), ff.early_stopped(patience=5), ff.last)
+        assert not recwarn.list
+
+    def test_a_loop_that_is_left_says_nothing(self, made, recwarn):
+        for _ in ff.early_stopped(patience=5)(made.steps(made.init(0), labelled_batches(2))):
+            break
+        assert not recwarn.list
 
     @pytest.mark.parametrize("options", [{"patience": 0}, {"patience": 2, "min_delta": -0.1}])
     def test_negative_numbers_are_refused(self, options):

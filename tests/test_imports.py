@@ -94,7 +94,7 @@ STEP = {
     "wanted",
     "workspace",
 }
-LOOP = {"changes", "endings", "loop", "observers", "stages", "statistics"}
+LOOP = {"changes", "course", "endings", "loop", "observers", "stages", "statistics"}
 
 BELOW: Final[Mapping[str, set[str]]] = {
     "base": set(),

@@ -257,7 +257,7 @@ class TestWants:
             ff.stopped_by(lambda tick: False),
             ff.at_end(lambda tick: None),
             ff.every_seconds(1.0, lambda tick: None, clock=Clock()),
-            ff.every(1, lambda tick: None),
+            ff.every(1, lambda tick: {"eval_loss": 1.0 / tick.state.step}),
             ff.at(2, wanting("a")),
         ]
         assert self.wanted(*stages) == [frozenset(), {"a"}, frozenset(), frozenset()]

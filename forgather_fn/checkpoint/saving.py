@@ -16,11 +16,12 @@ from forgather_fn.alike import bits
 from forgather_fn.checkpoint import catalog
 from forgather_fn.checkpoint.commit import Session, commit, open_session, rotate
 from forgather_fn.checkpoint.lock import locked
-from forgather_fn.checkpoint.rotation import Best, Policy, replaced
+from forgather_fn.checkpoint.rotation import Best, Policy, best_of, replaced
 from forgather_fn.checkpoint.shards import commit_portions
 from forgather_fn.checkpoint.snapshot import Memory, Snapshot, snapshot
 from forgather_fn.checkpoint.system import path_of
-from forgather_fn.loop import Run, Steps, Tick, tell_unheard
+from forgather_fn.course import tell_unheard
+from forgather_fn.loop import Run, Steps, Tick
 from forgather_fn.portion import Portion
 from forgather_fn.program import Program
 from forgather_fn.signature import checked
@@ -121,7 +122,7 @@ def saved(
         run: The run directory; checkpoints lie in its ``checkpoints/``.
         keep: How many of the newest are kept; None for all.
         best: A result of an observer upstream, such as ``"eval_loss"``: the checkpoint with the best is kept too. A
-            warning at the end of the stream says that there was none of this name, where there were others.
+            warning at the end of the stream says that there was none of this name.
         greater_is_better: Of the numbers compared; False where less is better. Only with ``best``.
         resumed_from: The checkpoint that this run goes on from, which is never removed; of a run directory, its latest.
         async_: Copy and write while training goes on: only the next update waits for the copy. False waits.
@@ -347,18 +348,21 @@ class _Writer:
 
     def _tell_of_best(self) -> None:
         """Warn of a result by which no checkpoint of the stream could be the best."""
-        best = self.policy.best.metric if self.policy.best else None
-        if best is None or best in self.known or self.stream is None:
+        wanted = self.policy.best
+        if wanted is None or wanted.metric in self.known or self.stream is None:
             return
-        found = self.stream.course.found
-        if best in found:
+        best = wanted.metric
+        course = self.stream.course
+        if best in course.found:
             warnings.warn(
                 f"saved(best={best!r}): no checkpoint has this result, which was found at other steps than those that "
                 "were saved, or after them; evaluate in the same stage, before: ff.every(100, ff.evaluated(...), "
                 "ff.saved(...))",
                 stacklevel=2,
             )
-        tell_unheard("saved", best, found)
+        tell_unheard("saved", best, course)
+        if self.session is not None and best_of(catalog.list_checkpoints(self.run), wanted) is None:
+            course.waiting["saved"] = best
 
     def _failed(self, failures: Sequence[str]) -> SaveError:
         newest = catalog.latest(self.run)

@@ -350,7 +350,21 @@ class TestResults:
         with pytest.warns(UserWarning, match="no checkpoint has this result, .* evaluate in the same stage, before"):
             trained(program, late)
 
-    @pytest.mark.parametrize("found", [[{}], [{"x": 1.0, "eval_loss": 1.0}, {"x": 1.0}], [{"eval_loss": math.nan}]])
+    def test_a_best_where_nothing_was_found_is_told(self, program, tmp_path):
+        with pytest.warns(
+            UserWarning, match="'saved' waited for a result named 'loss', .* is a metric of the step"
+        ) as told:
+            trained(program, ff.every(2, saved(tmp_path, best="loss")))
+        assert len(told) == 1
+
+    def test_a_best_of_the_run_that_went_on_is_enough(self, program, tmp_path, recwarn):
+        found = ff.every(2, lambda tick: {"x": 1.0}, saved(tmp_path, best="x"))
+        trained(program, found, ff.until(steps=4))
+        again = ff.every(2, saved(tmp_path, best="x"))
+        toolz.pipe(program.steps(program.restore(tmp_path), BATCHES[4:]), again, ff.last)
+        assert not recwarn.list
+
+    @pytest.mark.parametrize("found", [[{"x": 1.0, "eval_loss": 1.0}, {"x": 1.0}], [{"eval_loss": math.nan}]])
     def test_otherwise_there_is_no_warning(self, program, tmp_path, found, recwarn):
         results = iter(found)
         look = ff.every(2, lambda tick: next(results, {}), saved(tmp_path, best="eval_loss"))
