@@ -108,14 +108,15 @@ def observing(due: Callable[[Tick], bool], wants: Callable[[int], bool], *observ
         def opened(demand: Demand) -> Iterator[Tick]:
             ticks = steps.open(demand.wanting(lambda step: names if wants(step) else frozenset()) if names else demand)
             last: Tick | None = None
-            with _all_open(steps, lifted), closing(ticks):
+            with _all_open(steps, lifted):
                 try:
-                    for tick in ticks:
-                        last = tick
-                        if due(tick):
-                            tick = _observed(tick, lifted, saves)
-                        yield tick
-                except GeneratorExit:
+                    with closing(ticks):
+                        for tick in ticks:
+                            last = tick
+                            if due(tick):
+                                tick = _observed(tick, lifted, saves)
+                            yield tick
+                except GeneratorExit:  # of a stage downstream: what stands upstream has ended now
                     _ended(last, lifted)
                     raise
                 _ended(last, lifted)
@@ -142,6 +143,7 @@ def _ended(last: Tick | None, observers: Iterable[Observer]) -> None:
     if newest is not last.state and newest.step == last.state.step:
         last = attrs.evolve(last, state=newest)
     if not last.state.consumed:
+        last = attrs.evolve(last, results={**last.results, **last.run.course.ended})
         for observer in observers:
             observer.end(last)
 
@@ -250,7 +252,9 @@ def every_seconds(seconds: float, *observers: Observer | Observe, clock: Clock =
 def at_end(*observers: Observer | Observe) -> Stage:
     """Look at the last tick, when the stream has ended: by ``until``, by Ctrl-C, or because the data ended.
 
-    A stream that ends by an exception has no last tick. Stages downstream do not see what these observers find.
+    A stream that ends by an exception has no last tick. Stages act at the end in the order in which they are written,
+    too: those downstream that look there (another ``at_end``, a last save) see what these observers find. Nothing
+    reacts to it any more.
     """
     lifted = [_as_observer(observer) for observer in observers]
 
@@ -262,6 +266,7 @@ def at_end(*observers: Observer | Observe) -> Stage:
                 check_found(results, tick, found)
                 found |= results
                 tick = attrs.evolve(tick, results={**tick.results, **found})
+        tick.run.course.ended |= found
         _ended(tick, lifted)
 
     wants = frozenset(itertools.chain.from_iterable(observer.wants for observer in lifted))

@@ -95,6 +95,27 @@ class TestWhen:
                 break
         assert seen == [2]
 
+    @pytest.mark.parametrize("ending", ["before", "after", "data", "left"])
+    def test_at_the_end_they_look_in_the_order_of_the_text_too(self, ending):
+        seen, made = [], program(classifier())
+
+        def one(tick):
+            seen.append(("one", dict(tick.results)))
+            return {"x": 1.0}
+
+        def two(tick):
+            seen.append(("two", dict(tick.results)))
+            return {"y": tick.results["x"] + 1.0}
+
+        last = ff.Observer(lambda tick: None, end=lambda tick: seen.append(("end", dict(tick.results))))
+        stages = [ff.at_end(one), ff.every(9, last), ff.at_end(two)]
+        stages = {"before": [ff.until(steps=2), *stages], "after": [*stages, ff.until(steps=2)]}.get(ending, stages)
+        for tick in toolz.pipe(made.steps(made.init(0), labelled_batches(2)), *stages):
+            if ending == "left" and tick.state.step == 2:
+                break
+        del tick
+        assert seen == [("one", {}), ("end", {"x": 1.0}), ("two", {"x": 1.0})]
+
     def test_at_end_without_a_tick(self):
         made, seen = program(classifier()), []
         toolz.pipe(made.steps(made.init(0), []), ff.at_end(noting(seen)), ff.last)
