@@ -88,7 +88,9 @@ class Built:
             arrays.params.kept["fits"] = self
 
     def _check_fits(self, arrays: Arrays) -> None:
-        check_layout("this state", arrays.params.layout, self.binding.layout)
+        here, there = (flat_storage.listed(sorted(names)) for names in (self.slots, arrays.opt))
+        slots = f"the optimizer's slots: {there} there, {here} here" if here != there else ""
+        check_layout("this state", arrays.params.layout, self.binding.layout, slots)
         missing = sorted(self.slots - set(arrays.opt))
         sides = {
             "an average of the parameters": (arrays.ema is not None, self.plan.average is not None),
@@ -180,14 +182,28 @@ def own_gradients(layout: Layout, tensors: Mapping[str, Tensor], batch: Batch | 
     return Gradients(layout, active, views, None, batch.samples, batch.samples, cursor=batch.cursor)
 
 
-def check_layout(what: str, given: Layout, expected: Layout) -> None:
+def check_layout(what: str, given: Layout, expected: Layout, slots: str = "") -> None:
     """Make sure that flat storage is laid out as this program's.
+
+    Args:
+        what: That it is of.
+        given: Its layout.
+        expected: The program's.
+        slots: How the optimizer's slots differ, which explains groups that do.
 
     Raises:
         ValueError: It is of another model, or grouped otherwise; the first difference is shown.
     """
     if given is expected or (given.leaves, given.groups) == (expected.leaves, expected.groups):
         return
-    names = set(given.index) ^ set(expected.index)
-    odd = flat_storage.listed(sorted(names)) if names else "in shapes, data types or parameter groups"
-    raise ValueError(f"{what} is of another model or plan than this program: they differ in {odd}")
+    kinds, own = ({leaf.name: (leaf.shape, leaf.dtype) for leaf in layout.leaves} for layout in (given, expected))
+    odd = sorted(given.index.keys() ^ expected.index.keys())
+    if odd:
+        found = flat_storage.listed(odd)
+    elif unlike := sorted(name for name in kinds if kinds[name] != own[name]):
+        found = f"shapes or data types: of {flat_storage.listed(unlike)}"
+    elif slots:
+        found = f"{slots}; old.convert(state, new, without={{'optimizer'}}) makes a state of another program"
+    else:
+        found = "the parameter groups: the learning rates, weight decays or parts of the optimizer"
+    raise ValueError(f"{what} is of another model or plan than this program: they differ in {found}")

@@ -85,8 +85,7 @@ def _check_kind(structure: Any, like: Any, path: str) -> None:
         return
     found = next((text for kind, (_, text) in _KINDS.items() if kind in structure), repr(structure.get("value")))
     raise CheckpointError(
-        f"{path}: expected {_KINDS[expected][1]}, the checkpoint has {found}: it was saved by another plan; restore "
-        "without this part, which begins afresh then: without={...}"
+        f"{path}: expected {_KINDS[expected][1]}, the checkpoint has {found}: it was saved by another plan"
     )
 
 

@@ -109,6 +109,15 @@ def _explained(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {STATE} cannot be read: {type(error).__name__}: {error}") from error
 
 
+@contextlib.contextmanager
+def _refused(part: str) -> Iterator[None]:
+    """Say of what does not fit how a run goes on without it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. To let this part begin afresh: restore(..., without={{{part!r}}})") from error
+
+
 def _check_plan(plan: Plan, saved: Mapping[str, str], path: Path, allow: Collection[str]) -> None:
     here = plan.describe()
     unlike = [name for name in MEANING if name not in allow and saved.get(name) != here[name]]
@@ -130,9 +139,10 @@ def _arrays(plan: Plan, fresh: Arrays, loaded: Loaded, without: Collection[str])
     for name, part, group in _SLOTS if _both_scaled(fresh, record) else _SLOTS[:-1]:
         if part not in without:
             found = loaded.tensors.get(group, {})
-            kept[name] = decode(
-                record["structure"][name], found, getattr(fresh, name), device, f"{loaded.path}: {name}"
-            )
+            with _refused(part):
+                kept[name] = decode(
+                    record["structure"][name], found, getattr(fresh, name), device, f"{loaded.path}: {name}"
+                )
     saved = len(kept.get("transforms", fresh.transforms))
     if saved != len(fresh.transforms):
         raise CheckpointError(

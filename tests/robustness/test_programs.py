@@ -83,6 +83,25 @@ def test_a_state_of_another_program_is_refused(use, state, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
+def test_a_state_of_another_optimizer_says_which_slots_differ():
+    old, new = program(classifier(), optimizer=ff.adamw()), program(classifier(), optimizer=ff.sgd())
+    new.init(0)
+    state = old.init(0)
+    with pytest.raises(
+        ValueError, match=r"differ in the optimizer's slots: 'count', .* there, none here; old\.convert"
+    ):
+        new.step(state, BATCH)
+    state, _ = new.step(old.convert(state, new, without={"optimizer"}), BATCH)
+    assert state.step == 1
+
+
+def test_a_state_of_other_groups_says_so():
+    old, new = (program(classifier(), optimizer=ff.adamw(weight_decay=decay)) for decay in (0.1, 0.2))
+    new.init(0)
+    with pytest.raises(ValueError, match="they differ in the parameter groups: the learning rates, weight decays"):
+        new.step(old.init(0), BATCH)
+
+
 @pytest.mark.parametrize("seed", [None, "1", 1.5, True, [1], np.float64(1)], ids=repr)
 def test_a_seed_that_is_none_is_refused(made, seed):
     with pytest.raises(ValueError, match="init: seed must be an integer, got"):
