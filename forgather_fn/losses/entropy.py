@@ -88,7 +88,10 @@ cross_entropy = Objective(
     terms=entropy_terms(BY_CLASS),
 )
 """Classification: logits ``[batch, classes]`` (or ``[batch, ..., classes]``, or torch's ``[batch, classes, ...]``)
-against class indices, -100 left out, or against class probabilities."""
+against class indices, -100 left out, or against class probabilities.
+
+Where both layouts fit class indices (logits ``[40, 3, 3]``, target ``[40, 3]``), the classes are those of the last
+dimension: for logits with classes in dimension 1, give ``logits.movedim(1, -1)``."""
 
 
 @described

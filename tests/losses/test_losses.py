@@ -86,6 +86,14 @@ class TestLosses:
             assert float(mean) == pytest.approx(expected.item(), rel=1e-6)
             assert int(mean.weight) == int((LABELS != -100).sum())
 
+    def test_cross_entropy_takes_classes_last_where_both_layouts_fit(self):
+        logits, target = torch.randn(4, 3, 3), torch.randint(0, 3, (4, 3))
+        expected = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        mean = ff.losses.cross_entropy(logits, (None, target))
+        assert float(mean) == pytest.approx(expected.item(), rel=1e-6)
+        moved = ff.losses.cross_entropy(logits.movedim(1, -1), (None, target))
+        assert float(moved) == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
+
     def test_cross_entropy_over_images(self):
         logits, target = LOGITS.reshape(2, 5, 3, 4), torch.randint(0, 5, (2, 3, 4))
         mean = ff.losses.cross_entropy(logits, (None, target))
