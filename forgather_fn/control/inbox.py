@@ -60,6 +60,7 @@ class Inbox:
         last_error: What went wrong last and did not end the run.
         world_size: How many processes the run has.
         ended: Why nothing can be asked for any more; None while it can.
+        attended: Whether something has looked at what was asked for, or is about to; see :attr:`unattended`.
     """
 
     run: Path | None = None
@@ -70,9 +71,20 @@ class Inbox:
     last_error: str | None = None
     world_size: int = 1
     ended: str | None = None
+    attended: bool = False
     _waiting: deque[Request] = attrs.field(factory=deque)
     _taken: list[Request] = attrs.field(factory=list)
     _looks: deque["Future[Numbers]"] = attrs.field(factory=deque)
+
+    @property
+    def unattended(self) -> str | None:
+        """Say that what was asked for waits, and nothing in the run has ever looked at it; None otherwise."""
+        if self.attended or not self._waiting:
+            return None
+        return (
+            "nothing in this run has looked yet at what it is asked for: a stream of steps does that has "
+            "ff.controlled(inbox) among its stages"
+        )
 
     def post(self, command: Command | str) -> "Future[Reply]":
         """Ask for something; any thread may.
@@ -95,6 +107,7 @@ class Inbox:
 
     def take(self) -> Request | None:
         """Give the oldest command that nobody has taken, or None. The loop takes, and answers what it has taken."""
+        self.attended = True
         if not self._waiting:
             return None
         try:

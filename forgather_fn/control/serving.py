@@ -36,6 +36,7 @@ PATH_LIMIT: Final = 107
 TOKEN_LENGTH: Final = 16
 """Characters that a token has at least."""
 _ATTEMPTS: Final = 20
+_UNATTENDED: Final = 30.0  # seconds that a command waits for something in the run that looks at it
 _FRESH: Final = 0.5  # seconds that a status waits for the numbers of the next step
 
 
@@ -251,7 +252,11 @@ def _responding(inbox: Inbox, endpoint: Endpoint) -> Respond:
             return as_json(HTTPStatus.ACCEPTED, {"command": str(order.command), "accepted": True})
         try:
             # Shielded: whoever hangs up has still asked.
-            reply: Reply = await asyncio.shield(asyncio.wrap_future(answer))
+            waited = asyncio.shield(asyncio.wrap_future(answer))
+            await asyncio.wait([waited], timeout=_UNATTENDED)
+            if (unattended := inbox.unattended) is not None:
+                raise Refused(HTTPStatus.CONFLICT, f"{order.command}: {unattended}. It stays asked for")
+            reply: Reply = await waited
             return as_json(HTTPStatus.OK, reply)
         except ControlError as error:
             raise Refused(HTTPStatus.CONFLICT, str(error)) from None

@@ -57,6 +57,7 @@ def controlled(inbox: Inbox) -> Stage:
 
     def stage(steps: Steps) -> Steps:
         def opened(demand: Demand) -> Iterator[Tick]:
+            inbox.attended = True  # before the first step, which may take long
             control = _Control(inbox, steps.answers, steps.world, agreeing(steps.world))
             alone = interrupt.watching(control.leave) if steps.world.size == 1 else contextlib.nullcontext()
             ticks = steps.open(demand)

@@ -39,7 +39,7 @@ def status(inbox: Inbox, endpoint: Endpoint) -> dict[str, Any]:
         "remaining": remaining,
         "estimated_end": now + remaining if remaining is not None else None,
         "checkpoint": _newest(inbox, now),
-        "last_error": inbox.last_error,
+        "last_error": inbox.last_error or inbox.unattended,
         "waiting": [str(command) for command in inbox.waiting()],
         "ended": inbox.ended,
     }

@@ -88,6 +88,37 @@ class TestWhatIsTaken:
         thread.join()
         assert answers == [(200, '{"command": "save", "step": 7, "paths": ["/x"]}\n')]
 
+    def test_a_command_that_nothing_ever_looks_at_is_told(self, served, monkeypatch):
+        inbox, raw = served
+        assert json.loads(raw.request()[1])["last_error"] is None
+        monkeypatch.setattr(serving, "_UNATTENDED", 0.05)
+        status, body = raw.request("POST", "/control", b'{"command": "save"}')
+        assert status == 409
+        assert "save: nothing in this run has looked yet at what it is asked for: " in body
+        assert "ff.controlled(inbox) among its stages. It stays asked for" in body
+        assert inbox.waiting() == (Command.SAVE,)
+        assert "ff.controlled(inbox)" in json.loads(raw.request()[1])["last_error"]
+        made = program(classifier())  # a stream that begins later finds it
+        final = made.steps(made.init(0), labelled_batches(2))
+        ff.last(ff.controlled(inbox)(final))
+        assert inbox.waiting() == ()
+        assert json.loads(raw.request()[1])["last_error"] is None
+
+    def test_one_that_a_long_step_keeps_waiting_is_not(self, served, monkeypatch):
+        inbox, raw = served
+        monkeypatch.setattr(serving, "_UNATTENDED", 0.01)
+        inbox.take()
+        answers = []
+        order = b'{"command": "save"}'
+        thread = threading.Thread(target=lambda: answers.append(raw.request("POST", "/control", order)))
+        thread.start()
+        time.sleep(0.1)
+        while (request := inbox.take()) is None:
+            time.sleep(0.005)
+        request.done(step=7)
+        thread.join()
+        assert answers == [(200, '{"command": "save", "step": 7}\n')]
+
     def test_numbers_that_json_has_not_are_texts(self, served):
         inbox, raw = served
         inbox.numbers = Numbers(1, float("inf"), {"loss": float("nan"), "x": float("-inf")})
