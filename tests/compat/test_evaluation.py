@@ -230,18 +230,38 @@ def test_an_override_that_takes_any_keyword_gets_the_number_of_items(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_evaluation_leaves_the_training_mode_of_parts(tmp_path):
-    seen = []
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+def test_the_model_stays_in_evaluation_mode_until_the_next_step(looks, tmp_path):
+    """A callback that samples, and code after train(), must not get dropout; every step enters training mode."""
+    events = ("on_evaluate", "on_log", "on_save", "on_step_begin", "on_step_end", "on_epoch_end", "on_train_end")
 
-    class Freezes(ours.TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            assert (model.training, model.hidden.training) == (True, True)
-            model.hidden.eval()
+    def watched(library):
+        seen = []
 
-        def on_evaluate(self, args, state, control, model, **kwargs):
-            seen.append((model.training, model.hidden.training))
+        class Looks(library.TrainerCallback):
+            if looks:
 
-    made = trainer(ours, tmp_path, "regression", eval_strategy="steps", eval_steps=1, max_steps=3)
-    made.add_callback(Freezes())
-    made.train()
-    assert seen == [(True, False)] * 3
+                def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+                    seen.append(("on_pre_optimizer_step", model.training, model.hidden.training))
+
+        def look(event):
+            def looked(self, args, state, control, model, **kwargs):
+                seen.append((event, model.training, model.hidden.training))
+
+            return looked
+
+        for event in events:
+            setattr(Looks, event, look(event))
+        options = {
+            "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "logging_steps": 1, "save_strategy": "steps",
+            "save_steps": 2,
+        }  # fmt: skip
+        made = trainer(library, tmp_path / library.__name__, "regression", callbacks=[Looks()], **options)
+        made.model.register_forward_pre_hook(lambda model, inputs: seen.append(("forward", model.training)))
+        made.train()
+        return [*seen, ("afterwards", made.model.training)]
+
+    one, other = (watched(library) for library in (ours, transformers))
+    assert one == other
+    assert ("on_evaluate", False, False) in one
+    assert one[-1] == ("afterwards", False)

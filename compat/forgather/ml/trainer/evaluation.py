@@ -20,7 +20,6 @@ from forgather.ml.trainer.nested import plain_numbers
 from forgather.ml.trainer.prediction import PredictionMixin
 from forgather.ml.trainer.sharing import Sharing
 from forgather.ml.trainer.trainer_types import EvalLoopOutput, EvalPrediction, PredictionOutput, speed_metrics
-from forgather_fn.model import evaluation_mode
 from forgather_fn.share import Share
 
 
@@ -102,18 +101,14 @@ class EvaluationMixin(PredictionMixin, DataMixin, LogMixin):
         if prediction_loss_only is None:
             prediction_loss_only = args.prediction_loss_only
         prepared = self._prepare_evaluation(model)
-        modes = evaluation_mode(model)
+        model.eval()  # it stays so, for callbacks and code after train() that sample; the next step calls train()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         kept = Kept.empty(args.eval_do_concat_batches)
         limit = getattr(args, "max_eval_steps", -1)
         batches = self._own_batches(dataloader, limit if limit > 0 else None)
-        try:
-            with mixed_precision(model, args):
-                self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
-        finally:
-            if self.is_in_train:
-                modes.restore()
+        with mixed_precision(model, args):
+            self._evaluate_batches(kept, batches, description, prediction_loss_only, ignore_keys)
         if self._world.size > 1:
             kept.gather(self._world)
         number = self._number_of_samples(dataloader, kept.samples if limit <= 0 else -1, kept.samples)
