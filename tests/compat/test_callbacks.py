@@ -1,5 +1,6 @@
 """Callbacks: how they are called, against transformers' own; and what each built-in one does."""
 
+import importlib
 import io
 import json
 from pathlib import Path
@@ -139,6 +140,31 @@ def test_callbacks_come_and_go_by_class_and_by_instance(caplog: pytest.LogCaptur
     with pytest.raises(ValueError, match="is not among the callbacks"):
         handler.remove_callback(again)
     assert handler.callback_list == "DefaultFlowCallback"
+
+
+def test_a_class_of_transformers_stands_for_its_counterpart(caplog: pytest.LogCaptureFixture) -> None:
+    """Scripts remove transformers' PrinterCallback and the like, which finds what stands in its place here."""
+    integrations = importlib.import_module("transformers.integrations")
+    notebook = type("NotebookProgressCallback", (), {"__module__": "transformers.utils.notebook"})  # it needs IPython
+
+    class Mine(theirs.ProgressCallback): ...  # type: ignore[misc]  # it has no types
+
+    mine = Mine()
+    handler = ours.CallbackHandler(
+        [ours.DefaultFlowCallback, ours.TBLogger(), ours.ProgressCallback, ours.PrinterCallback, mine]
+    )
+    assert handler.pop_callback(Mine) is mine
+    handler.remove_callback(integrations.TensorBoardCallback)
+    assert isinstance(handler.pop_callback(theirs.PrinterCallback), ours.PrinterCallback)
+    assert handler.pop_callback(theirs.EarlyStoppingCallback) is None
+    assert handler.pop_callback(theirs.PrinterCallback) is None
+    assert not caplog.records
+    handler.add_callback(theirs.ProgressCallback)
+    assert "there is one already" in caplog.text
+    handler.remove_callback(notebook)
+    assert isinstance(handler.pop_callback(theirs.ProgressCallback), theirs.ProgressCallback)
+    handler.remove_callback(theirs.DefaultFlowCallback)
+    assert not handler.callbacks
 
 
 def test_a_callback_that_is_added_while_running_is_called(args: TrainingArguments) -> None:

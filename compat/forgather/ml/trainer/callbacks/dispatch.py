@@ -29,6 +29,43 @@ _BASES: Final = {
     ("transformers.trainer_callback", "TrainerCallback"),
 }
 
+_INTEGRATIONS: Final = "transformers.integrations.integration_utils"
+_COUNTERPARTS: Final[Mapping[tuple[str, str], str]] = {
+    ("transformers.trainer_callback", "TrainerCallback"): "TrainerCallback",
+    ("transformers.trainer_callback", "DefaultFlowCallback"): "DefaultFlowCallback",
+    ("transformers.trainer_callback", "PrinterCallback"): "PrinterCallback",
+    ("transformers.trainer_callback", "ProgressCallback"): "ProgressCallback",
+    ("transformers.utils.notebook", "NotebookProgressCallback"): "ProgressCallback",
+    ("transformers.trainer_callback", "EarlyStoppingCallback"): "EarlyStoppingCallback",
+    (_INTEGRATIONS, "TensorBoardCallback"): "TBLogger",
+}
+"""The class here that does what one of transformers does, which is told by module and name: it is not imported."""
+
+
+def is_of(callback: Any, kind: type) -> bool:
+    """Tell whether a callback is of a class, or of the one here that a class of transformers stands for.
+
+    Example:
+        >>> from forgather.ml.trainer.callbacks import PrinterCallback, TrainerCallback
+        >>> is_of(PrinterCallback(), TrainerCallback), is_of(TrainerCallback(), PrinterCallback)
+        (True, False)
+    """
+    name = _counterpart(kind)
+    return isinstance(callback, kind) or name in [base.__name__ for base in type(callback).__mro__ if _is_here(base)]
+
+
+def _counterpart(kind: type) -> str | None:
+    return _COUNTERPARTS.get((kind.__module__, kind.__name__))
+
+
+def _is_here(kind: type) -> bool:
+    return kind.__module__.startswith("forgather.ml.trainer.callbacks.")
+
+
+def _known(kind: type) -> type | str:
+    """Give what tells whether two callbacks are of one class, or of two of which one stands for the other."""
+    return kind.__name__ if _is_here(kind) else _counterpart(kind) or kind
+
 
 def overrides(callback: Any, event: str) -> bool:
     """Tell whether a callback does anything at an event: whether it has a method of the name that is not its base's.
@@ -106,7 +143,7 @@ class CallbackHandler:
                 f"{shown(callback)} is no callback: it has no method of an event, such as on_log or on_step_end; "
                 "derive it from forgather.ml.TrainerCallback"
             )
-        if type(made) in [type(one) for one in self.callbacks]:
+        if _known(type(made)) in [_known(type(one)) for one in self.callbacks]:
             logger.warning(
                 "You are adding a %s to the callbacks of this Trainer, but there is one already. They are:\n%s",
                 type(made),
@@ -115,9 +152,12 @@ class CallbackHandler:
         self.callbacks.append(made)
 
     def pop_callback(self, callback: Any) -> Any:
-        """Take one out, or the first of a class, and return it; None if there is none."""
+        """Take one out, or the first of a class, and return it; None if there is none.
+
+        A class of transformers, such as ``PrinterCallback``, stands for the one here of the same use too.
+        """
         for one in self.callbacks:
-            if isinstance(one, callback) if isinstance(callback, type) else one == callback:
+            if is_of(one, callback) if isinstance(callback, type) else one == callback:
                 self.callbacks.remove(one)
                 return one
         return None
