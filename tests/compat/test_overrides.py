@@ -150,6 +150,32 @@ def test_every_step_puts_the_whole_model_into_training_mode(keeps, looks, tmp_pa
     torch.testing.assert_close(found[0][3], found[1][3])
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["asked late", "asked early"])
+def test_an_override_is_told_which_microbatch_is_the_last(early, tmp_path):
+    """As Accelerate tells it, by which overrides act once for a step."""
+    found = []
+    for library in BOTH:
+        seen = []
+
+        def make(base, seen=seen):
+            class Mine(base):
+                def training_step(self, *args, **kwargs):
+                    if early:
+                        seen.append(self.accelerator.sync_gradients)
+                    loss = super().training_step(*args, **kwargs)
+                    seen.append(self.accelerator.sync_gradients)
+                    return loss
+
+            return Mine
+
+        options = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 1, **PLAIN}
+        made = trainer(library, tmp_path / library.__name__, cls=make(library.Trainer), **options)
+        made.train()
+        found.append((seen, made.accelerator.sync_gradients))
+    assert found[0] == found[1]
+    assert {True, False} == set(found[0][0])
+
+
 def test_training_step_fills_gradients(tmp_path):
     def make(base):
         class Mine(base):

@@ -134,7 +134,7 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
         self.current_flos, self._flops = 0, 0.0
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        self._share, self._uses_items = 1.0, None
+        self._share, self._is_last, self._uses_items = 1.0, True, None
         self._initial_num_input_tokens_seen = 0
         self._train_batch_size = self.args.train_batch_size
 
@@ -236,6 +236,7 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
 
         made = Accelerator(cpu=self.args.device.type == "cpu")
         made.scaler = self._scaler if self.args.fp16 else None
+        made.gradient_state._set_sync_gradients(self._is_last)
         return made
 
     @property

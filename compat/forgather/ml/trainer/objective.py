@@ -28,6 +28,7 @@ class ObjectiveMixin(Attributes):
     _share: float
     _in_parts: bool
     _called: bool
+    _is_last: bool
     _uses_items: bool | None
 
     def compute_loss(
@@ -140,6 +141,13 @@ class ObjectiveMixin(Attributes):
     def _loss_scale(self) -> Tensor | None:
         """Give what float16 multiplies the loss by, where it does."""
         return None
+
+    def _tell_last(self, is_last: bool) -> None:
+        """Tell Accelerate's object, where there is one, whether the microbatch is the last one of its step."""
+        self._is_last = is_last
+        held = self.__dict__.get("accelerator")
+        if held is not None:
+            held.gradient_state._set_sync_gradients(is_last)
 
     def _backward(self, loss: Tensor) -> None:
         held = self.__dict__.get("accelerator")

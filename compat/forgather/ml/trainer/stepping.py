@@ -213,7 +213,10 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
             p.grad = None
         self._scaler.used = not window.batches
         before = _copied(state.buffers)
-        loss = self._train_microbatches(window)
+        try:
+            loss = self._train_microbatches(window)
+        finally:
+            self._tell_last(True)
         warn_of_none(self.model)
         if state.loss_scale:
             unscale(self.model, state.loss_scale["scale"], self._scaler)
@@ -246,6 +249,7 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         items = divisor(window.items)
         for i, (batch, weight) in enumerate(zip(window.batches, window.weights, strict=True)):
             self._share = window.share(weight)
+            self._tell_last(i == last)
             with seeded(key(engine.state.seed, engine.state.step, window.first + i, "forward"), args.device):
                 part = self.training_step(self.model, batch, items)
             loss = loss + part if i else part
