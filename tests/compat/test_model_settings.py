@@ -2,9 +2,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.models
 import torch
+import transformers
 from torch import nn
 
+import forgather.ml
 from forgather.ml import Trainer
 from forgather.ml.trainer.arguments import TrainingArguments
 from forgather.ml.trainer.model_settings import constructed, model_settings
@@ -156,3 +160,39 @@ class TestUpdatesInTheBackwardPass:
         )
         with pytest.raises(ValueError, match="nobody can look between gradients and update"):
             Own(model=tiny.llama(), args=args, train_dataset=tiny.rows("llama")).train()
+
+
+def words() -> transformers.PreTrainedTokenizerFast:
+    known = {f"w{i}": i for i in range(20)} | {"<pad>": 20, "<unk>": 21, "<end>": 22}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
+    )
+
+
+@pytest.mark.parametrize("given", ["a tokenizer", "a processor", "nothing"])
+def test_the_special_tokens_of_a_model_are_those_of_its_tokenizer(given: str, tmp_path: Path) -> None:
+    """A classifier of several rows needs to know its padding, and what is saved must generate with these."""
+
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self) -> None:
+            self.tokenizer = words()
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None: ...
+
+    found = []
+    for library in (forgather.ml, transformers):
+        given_one = {"a tokenizer": words, "a processor": Processor, "nothing": lambda: None}[given]()
+        args = library.TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+        rows = tiny.rows("llama", 4)
+        model = tiny.llama()
+        trainer = library.Trainer(
+            model=model, args=args, train_dataset=rows, processing_class=given_one,
+            data_collator=transformers.default_data_collator,
+        )  # fmt: skip
+        trainer.train()
+        pads = model.config.pad_token_id, model.generation_config.pad_token_id
+        ends = model.config.eos_token_id, model.generation_config.eos_token_id
+        found.append((pads, ends))
+    assert found[0] == found[1]
+    assert found[0][0] == ((None, None) if given == "nothing" else (20, 20))

@@ -17,7 +17,7 @@ from forgather.ml.trainer.between import BetweenMixin, out_of_memory
 from forgather.ml.trainer.data import Lengths
 from forgather.ml.trainer.feed import closing, feed
 from forgather.ml.trainer.logs import Losses
-from forgather.ml.trainer.model_settings import model_settings
+from forgather.ml.trainer.model_settings import align_special_tokens, model_settings
 from forgather.ml.trainer.position import PositionMixin
 from forgather.ml.trainer.preemption import noting_preemption
 from forgather.ml.trainer.running import Running
@@ -84,6 +84,7 @@ class LoopMixin(SteppingMixin, BetweenMixin, PositionMixin):
     def _train_with(self, resume: Any, ignore_keys: list[str] | None) -> TrainOutput:
         """Train the model, built anew if it is built by a function, as arguments want it to be."""
         self._rebuild_model()
+        align_special_tokens(self.model, self.processing_class)
         with model_settings(self.model, self.args), finite_outputs(self.model, self.args.debug):
             return self._train_in_batches(resume, ignore_keys)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,29 @@ def built(model_init: Callable[[], nn.Module], args: "TrainingArguments") -> nn.
         if args.construct_model_on != "default":
             stack.enter_context(torch.device("meta" if args.construct_model_on == "meta" else args.device))
         return model_init()
+
+
+def align_special_tokens(model: nn.Module, processing_class: Any) -> None:
+    """Let a model's padding, beginning and end be those of its tokenizer, as transformers does before it trains.
+
+    Its own function does it, and warns of what it changes.
+
+    Args:
+        model: Whose config, and that of its generation, are changed.
+        processing_class: A tokenizer of transformers, or a processor that has one; anything else changes nothing.
+    """
+    bases = {(kind.__module__, kind.__name__) for kind in type(processing_class).__mro__}
+    if bases.isdisjoint(_KNOW_TOKENS) or not hasattr(getattr(model, "config", None), "get_text_config"):
+        return
+    from transformers import trainer_utils  # whose class the tokenizer is of
+
+    trainer_utils.align_special_tokens(model, processing_class)  # type: ignore[no-untyped-call]
+
+
+_KNOW_TOKENS: Final = (
+    ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase"),
+    ("transformers.processing_utils", "ProcessorMixin"),
+)
 
 
 @contextlib.contextmanager
