@@ -176,6 +176,26 @@ def test_an_override_is_told_which_microbatch_is_the_last(early, tmp_path):
     assert {True, False} == set(found[0][0])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_parameter_that_a_training_step_unfreezes_is_trained_in_that_step(accumulate, tmp_path):
+    """It counts in the norm too, and its slots go on where they were."""
+
+    def make(base):
+        class Mine(base):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                model.hidden.weight.requires_grad_(self.state.global_step % 3 != 1)
+                return super().training_step(model, inputs, num_items_in_batch)
+
+        return Mine
+
+    class Looks(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            pass
+
+    even = {"per_device_train_batch_size": 11, "gradient_accumulation_steps": accumulate, "learning_rate": 0.05}
+    alike(tmp_path, make, max_steps=8, callbacks=[Looks()], **even)
+
+
 def test_training_step_fills_gradients(tmp_path):
     def make(base):
         class Mine(base):

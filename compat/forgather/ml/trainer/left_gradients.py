@@ -34,6 +34,17 @@ def taken(model: nn.Module, state: TrainState, samples: int, weight: float) -> G
     return Gradients(layout, active, named, None, samples, weight)
 
 
+def has_room(model: nn.Module, state: TrainState) -> bool:
+    """Tell whether all parameters with gradients are trained by a state; one that was unfrozen since may not be."""
+    params = state.params
+    assert isinstance(params, Flat)
+    return all(
+        name in params.layout.index
+        for site, name in parameter_anatomy(model).sites
+        if site.tensor.requires_grad and site.tensor.grad is not None
+    )
+
+
 def warn_of_none(model: nn.Module) -> None:
     """Warn if no parameter has a gradient: a training step may leave a batch out, and may forget the backward pass."""
     if all(p.grad is None for p in model.parameters()):

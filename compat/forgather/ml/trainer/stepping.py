@@ -9,7 +9,7 @@ from torch import Tensor
 import forgather_fn as ff
 from forgather.ml.trainer.agreeing import AgreeingMixin
 from forgather.ml.trainer.evaluation import EvaluationMixin
-from forgather.ml.trainer.left_gradients import add_up, clipped, taken, warn_of_none
+from forgather.ml.trainer.left_gradients import add_up, clipped, has_room, taken, warn_of_none
 from forgather.ml.trainer.live_optimizer import Adopted, Called, adopted
 from forgather.ml.trainer.loss_scaling import unscale
 from forgather.ml.trainer.microbatches import divisor, microbatches
@@ -218,6 +218,9 @@ class SteppingMixin(OptimizerMixin, EvaluationMixin, AgreeingMixin):
         finally:
             self._tell_last(True)
         warn_of_none(self.model)
+        if not has_room(self.model, state):  # training_step has unfrozen a parameter
+            engine = self._refresh_engine()
+            state = engine.state
         if state.loss_scale:
             unscale(self.model, state.loss_scale["scale"], self._scaler)
         gradients = taken(self.model, state, samples, total)
