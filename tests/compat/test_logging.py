@@ -160,34 +160,69 @@ class Words(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.reshape(-1, 23), labels.reshape(-1)), "logits": logits}
 
 
+class Looks(ours.TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        pass
+
+
+def partly_labelled(folder, model, looks, accumulate, labelled, callbacks=(), **options):
+    """Make a trainer whose samples after the first so many have no labels."""
+    data = rows("llama", 8, ragged=False)
+    for row in data[labelled:]:
+        row["labels"] = torch.full((7,), -100)
+    made = trainer(
+        ours, folder, "llama", model=model, callbacks=[*([Looks()] if looks else []), *callbacks],
+        train_sampling_strategy="sequential", per_device_train_batch_size=4 // accumulate,
+        gradient_accumulation_steps=accumulate, **{**PLAIN, "max_steps": 2, **options},
+    )  # fmt: skip
+    made.train_dataset = made.eval_dataset = data
+    return made
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
-@pytest.mark.parametrize("kind", ["llama", "words"])
-def test_a_step_without_labels_moves_nothing(kind, looks, accumulate, tmp_path):
-    class Looks(ours.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            pass
-
+def test_a_step_without_labels_moves_nothing_where_its_loss_is_a_sum_of_none(looks, accumulate, tmp_path):
+    class Sees(ours.TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             seen.append([p.detach().clone() for p in model.parameters()])
 
-    class Sees(ours.TrainerCallback):
-        on_step_end = Looks.on_step_end
-
-    seen, data = [], rows("llama", 8, ragged=False)
-    for row in data[4:]:
-        row["labels"] = torch.full((7,), -100)
-    made = trainer(
-        ours, tmp_path, "llama", model=Words() if kind == "words" else None, callbacks=[Looks() if looks else Sees()],
-        train_sampling_strategy="sequential", per_device_train_batch_size=4 // accumulate,
-        gradient_accumulation_steps=accumulate, optim="sgd", **{**PLAIN, "max_steps": 2},
-    )  # fmt: skip
-    made.train_dataset = data
+    seen = []
+    made = partly_labelled(tmp_path, None, looks, accumulate, 4, callbacks=[Sees()], optim="sgd")
     made.train()
     first, second = (log["loss"] for log in made.state.log_history if "loss" in log)
     assert first > 0
     assert second == 0.0
     assert all(map(torch.equal, *seen))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+def test_a_step_without_labels_is_refused_where_its_loss_is_a_mean_of_none(looks, accumulate, tmp_path):
+    """Such a mean is nan, which must not be logged as 0 while weight decay goes on."""
+    made = partly_labelled(tmp_path, Words(), looks, accumulate, 4)
+    with pytest.raises(NonFiniteError, match="step 1: "):
+        made.train()
+    first, last = (log["loss"] for log in made.state.log_history if "loss" in log)
+    assert first > 0
+    assert last != last
+    assert all(bool(torch.isfinite(p).all()) for p in made.model.parameters())
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["whole", "halves"])
+def test_a_microbatch_without_labels_counts_for_nothing(looks, tmp_path):
+    found = []
+    for accumulate in (1, 2):
+        made = partly_labelled(tmp_path / str(accumulate), Words(), looks, accumulate, 2, max_steps=1)
+        made.train()
+        found.append([log["loss"] for log in made.state.log_history if "loss" in log])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("skips", [{}, {"on_nonfinite": "skip"}], ids=["raise", "skip"])
+def test_an_evaluation_without_labels_gives_nan(skips, tmp_path):
+    for kind, model in (("words", Words()), ("llama", None)):
+        metrics = partly_labelled(tmp_path / kind, model, False, 1, 0, **skips).evaluate()
+        assert metrics["eval_loss"] != metrics["eval_loss"]
 
 
 def test_label_smoothing_is_that_of_transformers(tmp_path):

@@ -198,10 +198,11 @@ class EvaluationMixin(PredictionMixin, DataMixin, LogMixin):
         loss = loss.detach().mean()
         if "loss" in self.args.include_for_metrics:
             kept.losses.add(loss.repeat(size))
+        loss = loss.double() if loss.device.type != "mps" else loss
         if weight == 0 or (self._filters_nonfinite() and not math.isfinite(float(loss))):
-            kept.means.append(None)
+            kept.means.append(ff.Mean(torch.zeros_like(loss), 0.0))  # where all are so, their mean is nan
             return
-        kept.means.append(ff.Mean(loss.double() * weight if loss.device.type != "mps" else loss * weight, weight))
+        kept.means.append(ff.Mean(loss * weight, weight))
 
     def _filters_nonfinite(self) -> bool:
         """Tell whether values that are not finite are left out of means: only where training goes on."""

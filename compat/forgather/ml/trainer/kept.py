@@ -20,7 +20,7 @@ class Kept:
     """What an evaluation keeps of its batches.
 
     Attributes:
-        means: The loss of each batch, times its weight, and the weight; None for those that do not count.
+        means: The loss of each batch, times its weight, and the weight; 0 for those that do not count.
         losses: The loss of each sample, as far as it is known: that of its batch.
         predictions: The outputs that metrics are computed of.
         labels: What they are compared with.
@@ -33,7 +33,7 @@ class Kept:
     predictions: Gathered
     labels: Gathered
     inputs: Gathered
-    means: list[ff.Mean | None] = attrs.field(factory=list)
+    means: list[ff.Mean] = attrs.field(factory=list)
     samples: int = 0
     metrics: Mapping[str, Any] | None = None
 
@@ -43,13 +43,12 @@ class Kept:
         return Kept(Gathered(join), Gathered(join), Gathered(join), Gathered(join))
 
     def loss(self) -> float | None:
-        """Give the mean loss, added up batch after batch; None where no batch had one."""
-        found = [mean for mean in self.means if mean is not None]
-        return float(functools.reduce(operator.add, found)) if found else None
+        """Give the mean loss, added up batch after batch; nan where none counts, None where no batch had one."""
+        return float(functools.reduce(operator.add, self.means)) if self.means else None
 
     def gather(self, world: World) -> None:
         """Take what other processes keep, so that all have all batches, in the order of the data."""
-        own = [mean and ff.Mean(mean.total.cpu(), float(mean.weight)) for mean in self.means]
+        own = [ff.Mean(mean.total.cpu(), float(mean.weight)) for mean in self.means]
         found = world.gather((own, self.samples))
         self.means = interleaved([means for means, _ in found])
         self.samples = sum(samples for _, samples in found)

@@ -64,8 +64,11 @@ class Window:
         return int(self.all.count)
 
     def share(self, weight: float) -> float:
-        """Tell what part of the step a weight is."""
-        return weight / self.all.weight if self.all.weight else 0.0
+        """Tell what part of the step a weight is; of a step that weighs nothing, as one without labels, all the same.
+
+        So a mean over no labels, which is nan, is seen there, and counts for nothing where others have labels.
+        """
+        return weight / self.all.weight if self.all.weight else 1 / self.count
 
 
 def told(batches: Sequence[Any], weights: Sequence[float], **more: float) -> Told:
