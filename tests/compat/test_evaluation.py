@@ -265,3 +265,39 @@ def test_the_model_stays_in_evaluation_mode_until_the_next_step(looks, tmp_path)
     assert one == other
     assert ("on_evaluate", False, False) in one
     assert one[-1] == ("afterwards", False)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_metric_gives_the_mean_of_batch_means_that_transformers_gives(batch, tmp_path):
+    """With batches of one sample, each row counts the same; the loss itself is the mean over labels."""
+
+    def mean_of_means(prediction):
+        return {"loss": float(np.mean(prediction.losses))}
+
+    data, found = rows("llama", 10, seed=2), []
+    for library, metrics in ((ours, mean_of_means), (transformers, None), (ours, None)):
+        options = {"per_device_eval_batch_size": batch, "include_for_metrics": ["loss"] if metrics else []}
+        made = trainer(library, tmp_path, "llama", metrics=metrics, evaluated=data, **options)
+        found.append(made.evaluate()["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert abs(found[2] - found[0]) > 1e-4
+    if batch == 1:
+        each = [made.model(**{name: value[None] for name, value in row.items()}).loss.item() for row in data]
+        assert found[0] == pytest.approx(np.mean(each), rel=1e-6)
+
+
+@pytest.mark.parametrize("library", [ours, transformers], ids=["ours", "theirs"])
+def test_a_model_that_names_no_kind_of_loss_is_divided_by_labels_that_it_does_not_predict(library, tmp_path):
+    data = rows("gpt2", 8, ragged=False)  # of 7 labels, 6 are predicted
+    options = {"evaluated": data, "max_steps": 1, "logging_steps": 1}
+    made = trainer(library, tmp_path, "gpt2", **options)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    expected = made.model(**batch).loss.item()
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected * 6 / 7, rel=1e-5)
+    model = MODELS["gpt2"]()
+    model.loss_type = "ForCausalLM"
+    args = library.TrainingArguments(str(tmp_path), max_steps=1, logging_steps=1, **QUIET)
+    made = library.Trainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+    assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)

@@ -196,6 +196,29 @@ def test_a_parameter_that_a_training_step_unfreezes_is_trained_in_that_step(accu
     alike(tmp_path, make, max_steps=8, callbacks=[Looks()], **even)
 
 
+def test_a_mean_of_another_kind_accumulates_as_it_says(tmp_path):
+    """One over sequences, whatever their numbers of labels: nothing but its author knows what the step's mean is."""
+
+    class EachSequence(ours.Trainer):
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits, labels = model(input_ids=inputs["input_ids"]).logits[:, :-1], inputs["labels"][:, 1:]
+            losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+            loss = (losses.sum(-1) / labels.ne(-100).sum(-1)).mean() / self.current_gradient_accumulation_steps
+            return (loss, {}) if return_outputs else loss
+
+    found = []
+    for accumulate in (1, 4):
+        made = trainer(
+            ours, tmp_path, "llama", cls=EachSequence, per_device_train_batch_size=8 // accumulate, max_steps=1,
+            gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential", **PLAIN,
+        )  # fmt: skip
+        made.train()
+        found.append((losses(made), norms(made)))
+    assert found[1] == (pytest.approx(found[0][0], rel=1e-5), pytest.approx(found[0][1], rel=1e-5))
+
+
 def test_training_step_fills_gradients(tmp_path):
     def make(base):
         class Mine(base):
