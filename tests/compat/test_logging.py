@@ -1,6 +1,8 @@
 """What is logged, and when: the values of transformers, and nan where there is nan."""
 
+import io
 import json
+import logging
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import transformers
 from torch import nn
 
 import forgather.ml as ours
+from forgather.ml.trainer.messages import LOGGERS
 from forgather_fn.state import NonFiniteError
 from tests.compat.test_checkpoints import trainer
 from tests.compat.tiny import MODELS, Regression, gpt2, rows
@@ -313,3 +316,23 @@ def test_debugging_names_the_module_that_overflows(tmp_path):
     with pytest.raises(ValueError, match=r"inf/nan detected in the output of norm \(Overflows\)"):
         made.train()
     assert not any(child._forward_hooks for child in made.model.modules())
+
+
+@pytest.mark.parametrize("level", ["info", "passive"])
+@pytest.mark.parametrize("own", [False, True], ids=["no logging set up", "logging set up"])
+def test_messages_of_the_level_that_is_asked_for_are_seen(level, own, tmp_path, monkeypatch, capsys):
+    root, kept = logging.getLogger(), {name: logging.getLogger(name).level for name in LOGGERS}
+    written = io.StringIO()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(written)] if own else [])
+    try:
+        made = trainer(ours, tmp_path, log_level=level, **PLAIN)
+        made.train()
+        made.train()
+    finally:
+        for name, before in kept.items():
+            logging.getLogger(name).setLevel(before)
+            logging.getLogger(name).handlers.clear()
+    line = "  Num examples = 22\n"
+    shown, others = capsys.readouterr().err, written.getvalue()
+    assert shown.count(f"[forgather] {line}") == (2 if level == "info" and not own else 0)
+    assert others.count(line) == (2 if level == "info" and own else 0)

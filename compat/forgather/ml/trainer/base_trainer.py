@@ -3,7 +3,6 @@
 import abc
 import functools
 import inspect
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
@@ -20,6 +19,7 @@ from forgather.ml.trainer.card import CardMixin
 from forgather.ml.trainer.checking import CheckingMixin, optimizer_pair, several
 from forgather.ml.trainer.collators import default_collator
 from forgather.ml.trainer.loop import LoopMixin
+from forgather.ml.trainer.messages import show_messages
 from forgather.ml.trainer.model_settings import constructed
 from forgather.ml.trainer.reporting import reporters
 from forgather.ml.trainer.seeding import enable_full_determinism, set_seed
@@ -143,8 +143,7 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
         if self.args.should_save:
             os.makedirs(self.args.output_dir, exist_ok=True)
         if self.args.log_level != "passive":
-            for name in ("forgather", "forgather_fn"):
-                logging.getLogger(name).setLevel(self.args.get_process_log_level())
+            show_messages(self.args.get_process_log_level())
         self.control = TrainerControl()
         self.state = TrainerState(
             is_local_process_zero=self.is_local_process_zero(),

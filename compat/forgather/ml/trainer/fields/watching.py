@@ -29,7 +29,10 @@ class Logging:
         default="no", metadata=does("Count input tokens: 'all', 'non_padding', 'no', or a truth value for all or no.")
     )
 
-    log_level: str = field(default="passive", metadata=does("Level of the first process's logger.", choices=LEVELS))
+    log_level: str = field(
+        default="passive",
+        metadata=does("Level of the first process's loggers, shown on standard error.", choices=LEVELS),
+    )
     log_level_replica: str = field(
         default="warning", metadata=does("Level of the other processes' loggers.", choices=LEVELS)
     )
