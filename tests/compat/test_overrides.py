@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 import forgather.ml as ours
 from forgather.ml.trainer.checking import NEVER_CALLED
+from forgather.ml.trainer.lacking import LACKING
 from tests.compat.test_checkpoints import trainer
 from tests.compat.tiny import rows
 
@@ -569,3 +570,39 @@ def test_where_a_model_is_moved_to_is_for_an_override_to_say(tmp_path):
         return Mine
 
     assert set(alike(tmp_path, make).moved) == {"cpu"}
+
+
+def test_an_attribute_of_transformers_is_here_or_says_what_is_instead(tmp_path):
+    mine, theirs = (trainer(library, tmp_path, max_steps=1, neftune_noise_alpha=None, **PLAIN) for library in BOTH)
+    theirs.train()
+    names = {*vars(theirs), *dir(type(theirs))} - {"__backends", "__dict__"}
+    missing = {name for name in names if not hasattr(mine, name)}
+    assert missing <= {*LACKING, *NEVER_CALLED}
+    for name in missing:
+        with pytest.raises(AttributeError, match=f"Trainer has no {name}, which transformers' Trainer has: "):
+            getattr(mine, name)
+    with pytest.raises(AttributeError, match="'Trainer' object has no attribute 'gather_functions'"):
+        mine.gather_functions  # noqa: B018 - it is the look at it that fails
+
+
+def test_what_a_property_of_a_subclass_lacks_is_named(tmp_path):
+    class Broken(ours.Trainer):
+        @property
+        def depth(self):
+            return self.model.depth
+
+    with pytest.raises(AttributeError, match="'Regression' object has no attribute 'depth'"):
+        trainer(ours, tmp_path, cls=Broken).depth  # noqa: B018 - it is the look at it that fails
+
+
+def test_what_a_copied_evaluation_loop_gathers_with_is_there(tmp_path):
+    class Gathers(ours.Trainer):
+        def evaluation_loop(self, *args, **kwargs):
+            seen.append(self.gather_function(torch.arange(3)).tolist())
+            self.gather_function = self.accelerator.gather
+            seen.append(self.gather_function(torch.arange(2)).tolist())
+            return super().evaluation_loop(*args, **kwargs)
+
+    seen = []
+    assert trainer(ours, tmp_path, cls=Gathers, **PLAIN).evaluate()["eval_loss"] > 0
+    assert seen == [[0, 1, 2], [0, 1]]

@@ -18,6 +18,7 @@ from forgather.ml.trainer.callbacks import PrinterCallback, ProgressCallback
 from forgather.ml.trainer.card import CardMixin
 from forgather.ml.trainer.checking import CheckingMixin, optimizer_pair, several
 from forgather.ml.trainer.collators import default_collator
+from forgather.ml.trainer.lacking import LackingMixin
 from forgather.ml.trainer.loop import LoopMixin
 from forgather.ml.trainer.messages import show_messages
 from forgather.ml.trainer.model_settings import constructed
@@ -28,7 +29,7 @@ from forgather_fn.program import Program
 from forgather_fn.world import ALONE, World
 
 
-class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
+class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer, LackingMixin):
     """The work that all trainers share: everything but the strategy by which a plan becomes a program.
 
     A drop-in for ``transformers.Trainer``. Positional arguments are in its order; those of Forgather's trainers are
@@ -61,6 +62,8 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
 
     _arguments_class: Any = None
     is_model_parallel = is_deepspeed_enabled = is_fsdp_enabled = False
+    is_fsdp_xla_enabled = is_fsdp_xla_v1_enabled = is_fsdp_xla_v2_enabled = False
+    is_distributed_loading_by_transformers = False
     deepspeed = hp_name = hp_search_backend = None
 
     def __init__(
@@ -237,6 +240,12 @@ class BaseTrainer(CheckingMixin, CardMixin, LoopMixin, ExtensibleTrainer):
         made.scaler = self._scaler if self.args.fp16 else None
         made.gradient_state._set_sync_gradients(self._is_last)
         return made
+
+    @functools.cached_property
+    def gather_function(self) -> Any:
+        """Accelerate's ``gather_for_metrics``, for overrides; what an evaluation keeps is gathered when it ends."""
+        gather = self.accelerator.gather_for_metrics
+        return functools.partial(gather, use_gather_object=self.args.eval_use_gather_object)
 
     @property
     def tokenizer(self) -> Any:

@@ -30,7 +30,7 @@ NEVER_CALLED = {
     "_finalize_training": "write a callback with on_train_end",
     "_clip_grad_norm": "write a callback with on_pre_optimizer_step, and set max_grad_norm=0",
     "_get_grad_norm": "write a callback with on_pre_optimizer_step",
-    "_wrap_model": "wrap the model before it is given to the trainer",
+    "_wrap_model": "self.model has no wrapper; one of yours is put around it before the trainer is made",
     "_validate_args": "override __init__",
     "_load_callback_state": "give the callback state() and from_state()",
     "_load_scaler": "there is no scaler object: the scale of a float16 loss is part of the state",
