@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import forgather.ml as ours
@@ -107,6 +108,23 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     file.write_bytes(bytes(data))
     with pytest.raises(ValueError, match=r"checkpoint-5 is damaged: optimizer\.pt"):
         trainer(ours, tmp_path, **LONG).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_rewritten_weights_are_damage_unless_there_is_nothing_to_compare_with(tmp_path, caplog):
+    trainer(ours, tmp_path, max_steps=4, save_steps=2, learning_rate=0.0).train()
+    folder = tmp_path / "checkpoint-4"
+    found = load_file(folder / "model.safetensors")
+    save_file({name: value + 1 for name, value in found.items()}, folder / "model.safetensors")
+
+    def resumed(**options):
+        made = trainer(ours, tmp_path, max_steps=5, save_strategy="no", learning_rate=0.0, **options)
+        made.train(resume_from_checkpoint=True)
+        return weights(made)["out.bias"]
+
+    torch.testing.assert_close(resumed(), found["out.bias"])
+    assert "checkpoint-4 is passed over: model.safetensors" in caplog.text
+    (folder / "manifest.json").unlink()
+    torch.testing.assert_close(resumed(), found["out.bias"] + 1)
 
 
 def without_optimizer(folder):
