@@ -124,15 +124,22 @@ def tell_unheard(name: str, metric: str, course: Course) -> None:
         )
 
 
-def tell_of_silence(course: Course) -> None:
-    """Warn at the end of a stream of what waited for a result, where no observer found any."""
+def tell_of_silence(course: Course, *, evaluated: bool) -> None:
+    """Warn at the end of a stream of what waited for a result, where no observer found any.
+
+    Args:
+        course: Of the stream.
+        evaluated: Whether a stage evaluates, when it is time.
+    """
     if course.found or not course.metrics:
         return
+    advice = "write one that does, as ff.every(100, ff.evaluated(data)) finds 'eval_loss'"
+    if evaluated:
+        advice = "the evaluation that is there was not due before; let it look more often"
     for name, metric in course.waiting.items():
         warnings.warn(
             f"{name!r} waited for a result named {metric!r}, and no observer found any while the stream ran, up to "
-            f"step {course.state.step}: write one that does, as ff.every(100, ff.evaluated(data)) finds 'eval_loss'"
-            f"{_own(metric, course)}",
+            f"step {course.state.step}: {advice}{_own(metric, course)}",
             stacklevel=3,
         )
 

@@ -192,8 +192,8 @@ class Steps(Iterable[Tick]):
             yield from self.open(demand)
             if signalled() in interrupt.PREEMPTIONS:
                 raise interrupt.Preempted(signalled())
-            if not signalled() and demand.outcome.course is not None:
-                tell_of_silence(demand.outcome.course)
+            if demand.outcome.course is not None and self.world.main and not signalled():
+                tell_of_silence(demand.outcome.course, evaluated="evaluate" in self.answers)
 
 
 Stage = Callable[[Steps], Steps]

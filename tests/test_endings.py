@@ -215,6 +215,16 @@ class TestEarlyStopped:
             assert stopped_at(made, [None, None], patience=1) == 2
         assert len(told) == 1
 
+    def test_so_is_a_schedule_that_reacts(self):
+        made = program(classifier(), schedule=ff.schedules.on_plateau(1e-2, metric="loss"))
+        with pytest.warns(UserWarning, match="'plateau' waited for a result named 'loss', .* is a metric of the step"):
+            toolz.pipe(made.steps(made.init(0), labelled_batches(2)), ff.last)
+
+    def test_an_evaluation_that_was_not_due_is_told_from_none(self, made):
+        look = ff.every(100, ff.evaluated([labelled(5)]))
+        with pytest.warns(UserWarning, match="up to step 2: the evaluation that is there was not due before"):
+            toolz.pipe(made.steps(made.init(0), labelled_batches(2)), look, ff.early_stopped(patience=1), ff.last)
+
     @pytest.mark.parametrize("values", [[None, None], [1.0, 1.0]], ids=["no result", "another result"])
     def test_a_metric_of_the_step_is_told_from_a_result(self, made, values):
         with pytest.warns(UserWarning, match=r"\. 'loss' is a metric of the step, and .*\{'train_loss': float"):

@@ -10,7 +10,6 @@ from forgather_fn.checkpoint import state_file
 from forgather_fn.checkpoint.catalog import list_checkpoints
 from forgather_fn.checkpoint.manifest import CheckpointError
 from forgather_fn.data import Stream
-from forgather_fn.endings import until
 from forgather_fn.program import Program
 from forgather_fn.stages import Observer, at
 
@@ -58,7 +57,7 @@ def replay(program: Program, run: str | Path, data: Stream, *, step: int) -> Rep
     else:
         raise CheckpointError(f"{run} has no whole checkpoint at step {step} or before")
     look = at(step + 1, Observer(lambda tick: None, wants=frozenset({"gradient_norms"})))
-    for tick in until(steps=step + 1)(look(program.steps(state, data))):
+    for tick in look(program.steps(state, data)):
         if tick.state.step == step + 1:
             metrics = {name: float(value) for name, value in tick.metrics.items()}
             found = tick.batch.indices
