@@ -81,6 +81,7 @@ def watch(clock: Clock) -> None:
     running.advance = clock.timed("advance", _noting(clock, running.advance))
     distributed.all_reduce = clock.timed("collectives", distributed.all_reduce)
     distributed.all_gather = clock.timed("collectives", distributed.all_gather)
+    distributed.all_gather_single = clock.timed("collectives", distributed.all_gather_single)
     for name in ("backward_one_chunk", "backward_weight_one_chunk"):
         setattr(PipelineStage, name, clock.timed("backward", getattr(PipelineStage, name)))
     made = machine.scheduled
